@@ -1,0 +1,39 @@
+# Two commands on a fresh machine with Python >= 3.11:
+#   make run    set up, then cluster the digits through all three stages
+#   make test   set up, then check style and types and run every test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: run test test-fast lint setup bench clean
+
+run: setup
+	$(BIN)/snscc run digits --overwrite
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks.views
+	$(BIN)/python -m benchmarks.epoch
+	$(BIN)/python -m benchmarks.mining
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

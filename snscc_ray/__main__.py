@@ -1,0 +1,3 @@
+from snscc_ray.cli import main
+
+main()

@@ -1,0 +1,104 @@
+"""What is written is written whole or not at all, and read without executing pickled code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from snscc_ray.errors import UserError
+
+FORMAT = 1
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write` on a temporary neighbour of `path` and move it into place once it is on disk.
+
+    A kill or a full disk leaves the former file as it was. Raises UserError on a full disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise UserError(
+                f"no space left while writing {path}; the previous file is untouched: "
+                "free some space and continue with --resume"
+            ) from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, says that the disk or the quota is full."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in full:
+            return True
+        # torch's zip writer reports the failed write in words only.
+        if isinstance(seen, RuntimeError) and "file write failed" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def write_json(path: Path, value: object) -> None:
+    write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError when the file is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not readable as JSON ({error}); delete it or use --overwrite") from error
+
+
+def save(path: Path, payload: dict[str, Any]) -> None:
+    """Save tensors, numbers, strings and containers of them."""
+    write_whole(path, lambda file: torch.save({"format": FORMAT, **payload}, file))
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save` wrote. Raises UserError when it is truncated, foreign or of another format."""
+    try:
+        payload = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"checkpoint {path} is truncated or not a checkpoint; delete it and use --resume to "
+            "train that stage again"
+        ) from error
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path} was not written by this version; use --overwrite")
+    return payload
+
+
+def load_weights(module: nn.Module, state: dict[str, torch.Tensor], origin: object) -> None:
+    """Load a state dict strictly. Raises UserError naming the first weight that does not fit."""
+    own = module.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        if name not in state or name not in own or own[name].shape != state[name].shape:
+            have = tuple(state[name].shape) if name in state else "absent"
+            want = tuple(own[name].shape) if name in own else "absent"
+            raise UserError(
+                f"{origin} is of another architecture: {name} is {have} there and {want} in this "
+                "recipe; use the recipe that made it or another --out"
+            )
+    module.load_state_dict(state)

@@ -1,0 +1,184 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from snscc_ray import recipes
+from snscc_ray.config import STAGES, StageName
+from snscc_ray.errors import TrainingError, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Find out what is in a pile of images without labels: Pretrain → Train → Boost.",
+)
+out = Console()
+
+# Older typers raise click's own usage error, newer ones that of the click inside them.
+_UsageError = typer.BadParameter.__bases__[0]
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str | None, typer.Argument(help="a name from `snscc recipes`; not needed with --resume")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="folder of images, Parquet shards, or a torchvision copy")
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="run folder  [default: runs/RECIPE]")
+    ] = None,
+    stages: Annotated[str, typer.Option(help="which stages to run")] = ",".join(STAGES),
+    seed: Annotated[int | None, typer.Option(help="of everything random in the run")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="override any field of the recipe"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the run in --out")
+    ] = False,
+    download: Annotated[
+        bool, typer.Option("--download", help="let torchvision fetch CIFAR or STL-10 into --data")
+    ] = False,
+) -> None:
+    """Run a recipe: Pretrain → Train → Boost, into one folder.
+
+    Examples:
+
+        snscc run digits
+
+        snscc run cifar10 --data ~/cifar --download --out runs/c10 --seed 1
+
+        snscc run images --data ~/photos --set data.num_clusters=12
+
+        snscc run digits --set train.num_neighbors=20 --set boost.epochs=0
+
+        snscc run --resume --out runs/c10
+    """
+    # Imported here: torch takes seconds, which --help and a misspelt recipe should not wait for.
+    from snscc_ray.local import run_here
+
+    chosen_stages = _stages(stages)
+    if recipe is None and not (resume and out_folder):
+        raise UserError("name a recipe (`snscc recipes` lists them), or give --resume --out DIR")
+    overrides = list(settings or [])
+    if seed is not None:
+        overrides.append(f"seed={seed}")
+    if data is not None:
+        overrides.append(f"data.path={json.dumps(str(Path(data).expanduser()))}")
+    if download:
+        overrides.append("data.download=true")
+    folder = out_folder or Path("runs") / str(recipe)
+    result = run_here(recipe, overrides, folder, chosen_stages, resume, overwrite, out)
+    if result is not None:
+        _print_result(result.figures, result.folder)
+
+
+@app.command("recipes")
+def list_recipes(
+    name: Annotated[str | None, typer.Argument(help="print this one as JSON")] = None,
+) -> None:
+    """List the recipes, or print one as JSON.
+
+    Examples:
+
+        snscc recipes
+
+        snscc recipes cifar10
+    """
+    if name is not None:
+        print(recipes.get(name).model_dump_json(indent=2))
+        return
+    table = Table("recipe", "what", box=None)
+    for key, build in recipes.RECIPES.items():
+        table.add_row(key, (build.__doc__ or "").strip())
+    out.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers and what a run would use.
+
+    Example:
+
+        snscc doctor
+    """
+    from snscc_ray.doctor import examine
+
+    table = Table(box=None, show_header=False)
+    for name, finding in examine():
+        table.add_row(name, finding)
+    out.print(table)
+
+
+def _stages(text: str) -> tuple[StageName, ...]:
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise UserError(f"--stages {text}: there is no stage {unknown[0]!r}; use {', '.join(STAGES)}")
+    return tuple(stage for stage in STAGES if stage in names)
+
+
+def _print_result(figures: dict[str, object], folder: Path) -> None:
+    table = Table("stage", "ACC", "NMI", "ARI", "confident", "clusters", "seconds", box=None)
+    stages: dict[str, dict[str, float]] = figures["stages"]  # type: ignore[assignment]
+    baselines: dict[str, dict[str, float]] = figures["baselines"]  # type: ignore[assignment]
+    if "kmeans_pixels" in baselines:
+        table.add_row("k-means on the pixels", *_cells(baselines["kmeans_pixels"]), style="dim")
+    names = {
+        "pretrain": "Pretrain (k-means on its features)",
+        "train": "Train",
+        "boost": "Boost",
+    }
+    for stage, row in stages.items():
+        table.add_row(names[stage], *_cells(row))
+    out.print()
+    out.print(table)
+    if any(row.get("health/restored") for row in stages.values()):
+        out.print("Boost made the label-free score worse: the best earlier state was kept.")
+    if figures["skipped"]:
+        out.print(f"{figures['skipped']} unreadable images were left out.")
+    out.print(f"\nRun folder: {folder}", highlight=False, soft_wrap=True)
+
+
+def _cells(row: dict[str, float]) -> list[str]:
+    def show(name: str, form: str) -> str:
+        return format(row[name], form) if name in row else "-"
+
+    return [
+        *(show(f"oracle/{name}", ".3f") for name in ("acc", "nmi", "ari")),
+        show("health/confident_share", ".0%"),
+        show("health/clusters_in_use", "d"),
+        show("seconds", ".1f"),
+    ]
+
+
+def main() -> None:
+    """Run the command line; a mistake is one line on stderr and exit status 2."""
+    try:
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except UserError as error:
+        _fail(str(error), 2)
+    except TrainingError as error:
+        _fail(str(error), 1)
+    except _UsageError as error:
+        _fail(f"{error.format_message()} (snscc --help teaches)", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("stopped", 130)
+
+
+def _fail(message: str, status: int) -> None:
+    print("snscc: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,192 @@
+"""Parquet shards: one encoded image a row, with an id, a label and a class name where known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snscc_ray.data.imageset import BATCH, Rows
+from snscc_ray.errors import UserError
+
+MAX_CLASSES = 65_536
+
+
+def shard_files(path: Path) -> list[Path]:
+    """The Parquet files that `path` is or directly holds, sorted by name."""
+    if path.is_file():
+        return [path] if path.suffix == ".parquet" else []
+    return sorted(file for file in path.glob("*.parquet") if not file.name.startswith("."))
+
+
+def read_shards(path: Path, limit: int | None) -> Rows:
+    """The rows of one Parquet file or of all in a folder, in the order of the file names.
+
+    `image` is binary, or HuggingFace's struct with `bytes`. A row without an `id` is called
+    `FILE:ROW`. `label` must be an integer and `class_name` names it; both are optional.
+
+    Raises:
+        UserError: no such file, one that cannot be read, or a column that is missing or of a
+            wrong type or range.
+    """
+    files = shard_files(path)
+    if not files:
+        raise UserError(f"no *.parquet files in {path}: give their folder with --data PATH")
+    shards = [_inspect(file) for file in files]
+    bare = next((shard.file for shard in shards if not shard.label), None)
+    if bare is not None and any(shard.label for shard in shards):
+        raise UserError(
+            f"{bare} has no column `label` while others beside it have: "
+            "give it to all shards or to none"
+        )
+    used = _first_rows(shards, limit)
+    ids: list[str] = []
+    labels: list[np.ndarray] = []
+    names: dict[int, str] = {}
+    for shard in used:
+        table = _read_columns(shard)
+        ids += _ids(shard, table)
+        if shard.label:
+            labels.append(_labels(shard, table["label"]))
+            if shard.class_name:
+                names.update(_names(shard, labels[-1], table["class_name"], names))
+    return Rows(
+        place=str(path),
+        ids=ids,
+        batches=_images(used),
+        labels=np.concatenate(labels) if labels else None,
+        class_names=_name_all(names),
+    )
+
+
+@dataclass(frozen=True)
+class _Shard:
+    file: Path
+    rows: int  # how many to read, from the first
+    id: bool
+    label: bool
+    class_name: bool
+
+
+@contextmanager
+def _parquet(file: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # The buffer makes it stream a row group instead of loading it whole.
+        with pq.ParquetFile(file, buffer_size=1 << 20, page_checksum_verification=True) as opened:
+            yield opened
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{file} cannot be read as Parquet ({reason}): write or copy it again, or remove it"
+        ) from error
+
+
+def _inspect(file: Path) -> _Shard:
+    import pyarrow as pa
+
+    with _parquet(file) as opened:
+        schema, rows = opened.schema_arrow, opened.metadata.num_rows
+    columns = set(schema.names)
+    if "image" not in columns:
+        raise UserError(
+            f"{file} has no column `image` (it has: {', '.join(schema.names)}): "
+            "name the column of encoded images `image`"
+        )
+    kind = schema.field("image").type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise UserError(
+            f"column `image` of {file} is {kind}: it must hold encoded images as binary"
+        )
+    if "label" in columns and not pa.types.is_integer(schema.field("label").type):
+        raise UserError(
+            f"column `label` of {file} is {schema.field('label').type}: "
+            "make it an integer, or drop it (labels only measure)"
+        )
+    return _Shard(file, rows, "id" in columns, "label" in columns, "class_name" in columns)
+
+
+def _first_rows(shards: list[_Shard], limit: int | None) -> list[_Shard]:
+    used = []
+    left = sum(shard.rows for shard in shards) if limit is None else limit
+    for shard in shards:
+        rows = min(shard.rows, left)
+        if rows:
+            used.append(_Shard(shard.file, rows, shard.id, shard.label, shard.class_name))
+        left -= rows
+    return used
+
+
+def _read_columns(shard: _Shard) -> Any:
+    """The columns other than the images, as an Arrow table of the shard's first rows."""
+    import pyarrow as pa
+
+    columns = [name for name in ("id", "label", "class_name") if getattr(shard, name)]
+    batches, left = [], shard.rows
+    with _parquet(shard.file) as opened:
+        for batch in opened.iter_batches(min(left, 65_536), columns=columns) if columns else ():
+            batches.append(batch.slice(0, left))
+            left -= len(batches[-1])
+            if not left:
+                break
+        return pa.Table.from_batches(batches) if batches else None
+
+
+def _ids(shard: _Shard, table: Any) -> list[str]:
+    given = table["id"].to_pylist() if shard.id else [None] * shard.rows
+    return [
+        f"{shard.file.name}:{row}" if value is None else str(value)
+        for row, value in enumerate(given)
+    ]
+
+
+def _labels(shard: _Shard, column: Any) -> np.ndarray:
+    values = column.to_pylist()
+    for row, value in enumerate(values):
+        if value is None or not 0 <= value < MAX_CLASSES:
+            raise UserError(
+                f"label {value} in row {row} of {shard.file} is no class number: use 0 to "
+                f"{MAX_CLASSES - 1}, or drop the column `label` (labels only measure)"
+            )
+    return np.array(values, np.int64)
+
+
+def _names(shard: _Shard, labels: np.ndarray, column: Any, known: dict[int, str]) -> dict[int, str]:
+    names = dict(known)
+    for label, name in set(zip(labels.tolist(), column.to_pylist(), strict=True)):
+        if name is not None and names.setdefault(label, str(name)) != str(name):
+            raise UserError(
+                f"label {label} is called both {names[label]!r} and {name!r} in {shard.file}: "
+                "give each label one class_name, or drop that column"
+            )
+    return names
+
+
+def _name_all(names: dict[int, str]) -> tuple[str, ...] | None:
+    """A label that never occurs (`limit` can do that) goes by its number."""
+    return tuple(names.get(label, str(label)) for label in range(max(names) + 1)) if names else None
+
+
+def _images(shards: list[_Shard]) -> Iterator[list[bytes | None]]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for shard in shards:
+        left = shard.rows
+        with _parquet(shard.file) as opened:
+            for batch in opened.iter_batches(BATCH, columns=["image"]):
+                column = batch.column("image").slice(0, left)
+                if pa.types.is_struct(column.type):
+                    column = pc.struct_field(column, "bytes")
+                left -= len(column)
+                yield column.to_pylist()
+                if not left:
+                    break

@@ -1,0 +1,194 @@
+"""From a `data` setting to an ImageSet: which source it means, and what that source holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from snscc_ray.config import DataSettings
+from snscc_ray.data.archives import ARCHIVES, archive_folder, read_archive
+from snscc_ray.data.imageset import ImageSet, Rows, assemble, in_batches
+from snscc_ray.data.shards import read_shards, shard_files
+from snscc_ray.errors import UserError
+
+__all__ = ["ImageSet", "load_images", "resolve_source"]
+
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .png .webp .bmp .tif .tiff .gif .ppm .pgm".split()
+)  # compared in lower case
+
+
+def load_images(
+    data: DataSettings,
+    *,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageSet:
+    """Read and decode the whole set, in `workers` threads (0: one per core).
+
+    `progress` is told, now and then, how many of how many rows are done. `data.limit` counts
+    rows before corrupt ones are left out.
+
+    Raises:
+        UserError: what is wrong with the source and how to mend it, in one line.
+    """
+    return assemble(_rows(data), data, workers, progress)
+
+
+def resolve_source(data: DataSettings) -> str:
+    """The concrete source that `data` means.
+
+    `auto` is settled by what `data.path` holds, and Parquet files stand in for any of the sets
+    torchvision offers. Nothing is decoded.
+
+    Raises:
+        UserError: `auto` without a path, or with one that is absent or holds nothing known.
+    """
+    if data.source in ARCHIVES:
+        held = data.path is not None and shard_files(Path(data.path).expanduser())
+        return "shards" if held else data.source
+    if data.source != "auto":
+        return data.source
+    path = _existing_path(data)
+    if shard_files(path):
+        return "shards"
+    for source in ARCHIVES:
+        if archive_folder(source, path).is_dir():
+            return source
+    if path.is_dir() and next(_image_files(path), None) is not None:
+        return "folder"
+    known = ", ".join(archive.folder for archive in ARCHIVES.values())
+    raise UserError(
+        f"nothing known in {path} (looked for *.parquet, {known}, and image files at any depth): "
+        "give another folder or file with --data PATH"
+    )
+
+
+def _rows(data: DataSettings) -> Rows:
+    source = resolve_source(data)
+    if source == "digits":
+        return _digits(data.limit)
+    if source in ARCHIVES and data.download and data.path is not None:
+        path = Path(data.path).expanduser()  # torchvision makes the folder
+    else:
+        path = _existing_path(data)
+    if source in ARCHIVES:
+        return read_archive(source, path, download=data.download, limit=data.limit)
+    if source == "shards":
+        return read_shards(path, data.limit)
+    if not path.is_dir():
+        raise UserError(f"{path} is a file: source {source!r} needs a folder with --data PATH")
+    if source == "imagenet":
+        return _imagenet(path, data.classes, data.limit)
+    return _folder(path, data.folders_are_labels, data.limit)
+
+
+def _existing_path(data: DataSettings) -> Path:
+    if data.path is None:
+        fetch = ", and --set data.download=true to fetch it there" * (data.source in ARCHIVES)
+        raise UserError(f"source {data.source!r} needs a place to read: give --data PATH{fetch}")
+    path = Path(data.path).expanduser()
+    if not path.exists():
+        fetch = ", or add --set data.download=true to fetch it" * (data.source in ARCHIVES)
+        raise UserError(
+            f"{path} does not exist: give an existing folder or file with --data PATH{fetch}"
+        )
+    return path
+
+
+# ------------------------------------------------------------------------------------ digits
+
+
+def _digits(limit: int | None) -> Rows:
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    images = np.round(values[:limit] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    return Rows(
+        place="the digits of scikit-learn",
+        ids=[f"digits/{row:04d}" for row in range(len(images))],
+        batches=in_batches(images),
+        labels=labels[:limit].astype(np.int64),
+        class_names=tuple("0123456789"),
+    )
+
+
+# ---------------------------------------------------------------------------- image folders
+
+
+def _folder(path: Path, folders_are_labels: bool, limit: int | None) -> Rows:
+    """Every image below `path`, by relative path; the first sub-folder may be its class."""
+    files = sorted(_image_files(path))
+    if not files:
+        raise UserError(
+            f"no images found below {path} (looked for {' '.join(sorted(EXTENSIONS))}): "
+            "give a folder that holds some with --data PATH"
+        )
+    labels, classes = None, None
+    if folders_are_labels:
+        loose = next((file for file in files if "/" not in file), None)
+        if loose is not None:
+            raise UserError(
+                f"{path / loose} lies in no sub-folder to take its label from: move it into one, "
+                "or set data.folders_are_labels=false"
+            )
+        folders = [file.split("/", 1)[0] for file in files]
+        classes = tuple(sorted(set(folders)))
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels = np.array([numbers[name] for name in folders[:limit]], np.int64)
+    return _file_rows(path, files[:limit], labels, classes)
+
+
+def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
+    """The images of the named class folders, class by class in the order they are named."""
+    if not classes:
+        raise UserError("source 'imagenet' needs class folders: name them in data.classes")
+    root = path / "train" if (path / "train").is_dir() else path
+    files: list[str] = []
+    labels: list[int] = []
+    for number, name in enumerate(classes):
+        if not (root / name).is_dir():
+            raise UserError(
+                f"class folder {root / name} is missing: give the folder of ImageNet with "
+                "--data PATH, or leave the class out of data.classes"
+            )
+        found = [f"{name}/{file}" for file in sorted(_image_files(root / name))]
+        if not found:
+            raise UserError(
+                f"class folder {root / name} holds no images: unpack it again, or leave the "
+                "class out of data.classes"
+            )
+        files += found
+        labels += [number] * len(found)
+    return _file_rows(root, files[:limit], np.array(labels[:limit], np.int64), classes)
+
+
+def _image_files(root: Path) -> Iterator[str]:
+    """Relative POSIX paths of the images below `root`, hidden ones left out, in no set order."""
+    seen: set[str] = set()  # links to folders are followed, but not in circles
+    for folder, inner, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for name in names:
+            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
+                yield Path(folder, name).relative_to(root).as_posix()
+
+
+def _file_rows(
+    root: Path, files: list[str], labels: np.ndarray | None, classes: tuple[str, ...] | None
+) -> Rows:
+    return Rows(
+        place=str(root),
+        # A name that is not UTF-8 gets an id that is, so that it can be written to any file.
+        ids=[os.fsencode(file).decode("utf-8", "backslashreplace") for file in files],
+        batches=in_batches([root / file for file in files]),
+        labels=labels,
+        class_names=classes,
+    )

@@ -1,0 +1,236 @@
+"""The only training loop: precision, optimiser, schedule, logging, checkpoints, resume.
+
+A stage computes what one step is; everything else happens here. Random draws are keyed by
+(seed, stage, epoch, row), so a run that was stopped anywhere and resumed has the weights of one
+that was not.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from snscc_ray import checkpoints, distributed
+from snscc_ray.errors import TrainingError
+from snscc_ray.metrics import collapse_warning
+from snscc_ray.schedules import build_optimizer, learning_rate
+from snscc_ray.stages.context import Context, Stage
+from snscc_ray.workers import Worker
+
+
+class Monitor(Protocol):
+    """Where a stage's progress is shown and kept."""
+
+    def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def views(self, stage: str, views: tuple[Tensor, ...]) -> None: ...
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
+
+    def warn(self, stage: str, epoch: int, message: str) -> None: ...
+
+
+class Interrupted(Exception):
+    """The person, or the machine, asked to stop; a checkpoint has been written."""
+
+
+def fit(
+    stage: Stage,
+    context: Context,
+    worker: Worker,
+    monitor: Monitor,
+    identity: str,
+    stop_after: int | None = None,
+) -> None:
+    """Train a stage from its latest checkpoint of the same identity to its last epoch.
+
+    stop_after: leave after that many epochs in all, for those who search (the schedule stays
+    that of the whole stage). Raises TrainingError on a NaN loss, Interrupted on SIGTERM or Ctrl-C.
+    """
+    loop = _Loop(stage, context, worker, monitor, identity)
+    loop.resume()
+    with _graceful_stop() as stopped:
+        loop.run(stage.settings.epochs if stop_after is None else stop_after, stopped)
+
+
+class _Loop:
+    def __init__(
+        self, stage: Stage, context: Context, worker: Worker, monitor: Monitor, identity: str
+    ) -> None:
+        self.stage, self.context, self.worker, self.monitor = stage, context, worker, monitor
+        self.identity = identity
+        self.settings = stage.settings
+        self.steps = context.data.steps(self.settings.batch_size)
+        self.optimizer = build_optimizer(self.settings, stage.network)
+        self.weights = list(stage.network.parameters())
+        self.forward: nn.Module = stage.network
+        self.epoch = 0
+        self.step = 0
+        # Sums over the epoch's steps, kept on the device: nothing waits for it inside an epoch.
+        self.totals: dict[str, Tensor] = {}
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        saved = self.worker.latest_checkpoint(self.stage.name)
+        if saved is not None and saved["identity"] == self.identity:
+            checkpoints.load_weights(
+                self.stage.network, saved["network"], f"the {self.stage.name} checkpoint"
+            )
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.stage.load_state(saved["stage"])
+            self.epoch, self.step, self.totals = saved["epoch"], saved["step"], saved["totals"]
+            _set_rng_state(saved["rng"])
+        self.forward = distributed.wrap(self.stage.network)
+
+    def run(self, last_epoch: int, stopped: threading.Event) -> None:
+        name = self.stage.name
+        done = self.epoch * self.steps + self.step
+        self.monitor.start(name, last_epoch, self.steps, done)
+        self.stage.network.train()
+        while self.epoch < last_epoch:
+            began, first = time.monotonic(), self.step
+            if self.step == 0:
+                self.stage.begin_epoch(self.epoch)
+            self._train_epoch(stopped)
+            seconds = time.monotonic() - began
+            figures = self._means()
+            figures |= self.stage.end_epoch(self.epoch)
+            figures["learning_rate"] = learning_rate(self.settings, self.epoch + 1)
+            images = (self.steps - first) * self.settings.batch_size
+            figures["images_per_second"] = images / seconds
+            self.monitor.epoch(name, self.epoch, figures)
+            if "health/clusters_in_use" in figures:
+                warning = collapse_warning(figures, self.context.recipe.data.num_clusters)
+                if warning:
+                    self.monitor.warn(name, self.epoch, warning)
+            self.epoch, self.step, self.totals = self.epoch + 1, 0, {}
+            # The last epoch is always saved: what follows it (mining, say) may take long.
+            self._checkpoint(stopped, figures, due=self.epoch == last_epoch)
+
+    def _train_epoch(self, stopped: threading.Event) -> None:
+        stage, worker = self.stage, self.worker
+        batches = self.context.data.epoch(
+            self.settings.batch_size,
+            self.context.key(stage.name, self.epoch, "order"),
+            worker.rank,
+            worker.world_size,
+            self.step,
+        )
+        for batch in batches:
+            rate = learning_rate(self.settings, self.epoch + self.step / self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            views = stage.views(batch, self.epoch)
+            if self.epoch == 0 and self.step == 0:
+                self.monitor.views(stage.name, views)
+            with self.context.autocast():
+                terms = stage.step(self.forward, views, batch.rows_B)
+            loss = torch.stack(list(terms.values())).sum()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if self.settings.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.weights, self.settings.clip_norm, foreach=True)
+            self.optimizer.step()
+            stage.after_step()
+            self._add(terms | {"total": loss})
+            self.step += 1
+            self.monitor.advance()
+            if self.step < self.steps:
+                self._checkpoint(stopped, {}, due=False)
+
+    def _add(self, terms: dict[str, Tensor]) -> None:
+        for name, term in terms.items():
+            term = term.detach()
+            self.totals[name] = self.totals[name] + term if name in self.totals else term
+
+    def _means(self) -> dict[str, float]:
+        """Mean of each loss term over the epoch. Raises TrainingError when one is not finite."""
+        names = list(self.totals)
+        values = torch.stack(list(self.totals.values())).double().cpu() / self.steps
+        broken = [name for name, value in zip(names, values, strict=True) if not value.isfinite()]
+        if broken:
+            message = (
+                f"nan-loss: {', '.join(broken)} is not a finite number in stage {self.stage.name}, "
+                f"epoch {self.epoch}; lower {self.stage.name}.learning_rate or set "
+                f"{self.stage.name}.clip_norm"
+            )
+            self.monitor.warn(self.stage.name, self.epoch, message)
+            raise TrainingError(message)
+        return {f"loss/{name}": float(value) for name, value in zip(names, values, strict=True)}
+
+    def _checkpoint(
+        self, stopped: threading.Event, figures: dict[str, float], *, due: bool
+    ) -> None:
+        runtime = self.context.recipe.runtime
+        late = time.monotonic() - self.saved_at >= runtime.checkpoint_seconds
+        every = runtime.checkpoint_steps
+        position = self.epoch * self.steps + self.step
+        due = due or late or bool(every and position % every == 0)
+        stop = stopped.is_set()
+        if not (due or stop):
+            return
+        if self.totals:
+            self._means()  # a checkpoint of NaN weights would bury the last good one
+        if self.worker.rank == 0:
+            self.worker.report(self.stage.name, figures, self._state())
+        else:
+            self.worker.report(self.stage.name, figures, None)
+        self.saved_at = time.monotonic()
+        if stop:
+            raise Interrupted
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "identity": self.identity,
+            "network": self.stage.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "stage": self.stage.state(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "totals": self.totals,
+            "rng": _rng_state(),
+        }
+
+
+def _rng_state() -> dict[str, Tensor]:
+    """Nothing of ours draws from these generators; an encoder with dropout would."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+@contextmanager
+def _graceful_stop() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a request to stop at the next step boundary."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def ask(number: int, frame: object) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

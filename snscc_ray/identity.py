@@ -1,0 +1,40 @@
+"""A stage's identity: a hash of what determines it, so that a finished stage is found and reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from snscc_ray.config import STAGES, Recipe, StageName
+
+# Raised whenever a change of this package changes what the same settings train.
+_VERSION = 1
+
+
+def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str) -> str:
+    """Of the stage's settings, the data's fingerprint, the seed, and the parent's identity.
+
+    Pretrain does not depend on the number of clusters, and nothing on `runtime` or on the path
+    the images were read from.
+    """
+    parent = STAGES.index(stage) - 1
+    data = recipe.data
+    determines: dict[str, Any] = {
+        "version": _VERSION,
+        "stage": stage,
+        "settings": getattr(recipe, stage).model_dump(mode="json"),
+        "parent": stage_identity(recipe, STAGES[parent], fingerprint) if parent >= 0 else None,
+    }
+    if parent < 0:
+        determines |= {
+            "fingerprint": fingerprint,
+            "seed": recipe.seed,
+            "precision": recipe.precision,
+            "encoder": recipe.encoder.model_dump(mode="json"),
+            "normalize": [data.mean, data.std],
+        }
+    else:
+        determines["num_clusters"] = data.num_clusters
+    text = json.dumps(determines, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,26 @@
+"""k-means with scikit-learn, the same on every run: it starts prototypes and is the baseline."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+# Above this many rows Lloyd's ten starts take minutes; mini-batches find centres as good.
+_FULL_ROWS = 20_000
+
+
+def kmeans(rows_ND: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(centres (C, D) float32, assignment (N,) int64), both on the CPU; best of several starts."""
+    rows = rows_ND.detach().cpu().float().numpy()
+    if len(rows) <= _FULL_ROWS:
+        model = KMeans(clusters, n_init=10, random_state=seed % 2**32)
+    else:
+        model = MiniBatchKMeans(clusters, n_init=10, batch_size=4096, random_state=seed % 2**32)
+    # On several threads scikit-learn adds partial sums in the order they finish: the last bits
+    # would differ from run to run, and a resumed run from an uninterrupted one.
+    with threadpool_limits(1):
+        assignment = model.fit_predict(rows)
+    centres = torch.from_numpy(model.cluster_centers_).float()
+    return centres, torch.from_numpy(assignment).long()

@@ -1,0 +1,75 @@
+"""Instance-level contrast: Eq. 1 (NT-Xent) and MoCo-v2's InfoNCE; plus what all losses share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Reduction = Literal["mean", "none"]
+
+
+def reduce_rows(loss_B: Tensor, reduction: Reduction) -> Tensor:
+    """Mean over rows (an exact zero if there are none), or the rows themselves."""
+    return loss_B if reduction == "none" else loss_B.sum() / max(len(loss_B), 1)
+
+
+def safe_log(x: Tensor) -> Tensor:
+    """log x with x held in [eps, 1]: finite everywhere, exactly 0 at 1, gradient 0 outside.
+
+    eps is far below any probability that matters, because the gradient below it is lost, and far
+    above the smallest float, so that 1/eps summed over many pairs cannot overflow.
+    """
+    eps = max(torch.finfo(x.dtype).tiny, 1e-19)
+    return x.clamp(eps, 1).log()
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the dtype given: autocast would round similarities to 8 bits."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def unit_rows(x_BD: Tensor, eps: float = 1e-12) -> Tensor:
+    """x / ‖x‖ per row; a row shorter than eps becomes zeros and gets no gradient."""
+    norm_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True)
+    long_B1 = norm_B1 > eps
+    return torch.where(long_B1, x_BD / torch.where(long_B1, norm_B1, 1), 0)
+
+
+def nt_xent(
+    z1_BD: Tensor, z2_BD: Tensor, temperature: float, reduction: Reduction = "mean"
+) -> Tensor:
+    """Eq. 1: each of the 2B rows has to find its other view among the 2B - 1 other rows.
+
+    sim is the cosine similarity: rows are normalised here, whether or not they already were.
+    Returns a scalar, or (2B,): the rows of z1, then those of z2. B = 1 gives exactly 0.
+    """
+    B = len(z1_BD)
+    if B == 0:
+        return reduce_rows((z1_BD + z2_BD).sum(dim=1), reduction)
+    z = unit_rows(torch.cat([z1_BD, z2_BD]))
+    logits = matmul(z, z.T / temperature)
+    logits.fill_diagonal_(-torch.inf)
+    other_view = torch.arange(2 * B, device=z.device).roll(B)
+    return reduce_rows(F.cross_entropy(logits, other_view, reduction="none"), reduction)
+
+
+def info_nce(
+    q_BD: Tensor,
+    k_BD: Tensor,
+    queue_MD: Tensor,
+    temperature: float,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """MoCo-v2: each query has to find its own key among the M keys of the queue.
+
+    Cosine similarity, as in `nt_xent`. Keys and queue come without gradient from the caller. An
+    empty queue gives exactly 0. Returns a scalar, or (B,).
+    """
+    q, k, queue = unit_rows(q_BD), unit_rows(k_BD), unit_rows(queue_MD)
+    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), matmul(q, queue.T)], dim=1) / temperature
+    own_key = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    return reduce_rows(F.cross_entropy(logits, own_key, reduction="none"), reduction)

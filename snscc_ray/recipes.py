@@ -1,0 +1,311 @@
+"""Functions that return a whole Recipe, and the overrides a person puts on one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from snscc_ray.config import (
+    BoostSettings,
+    DataSettings,
+    EncoderSettings,
+    PretrainSettings,
+    Recipe,
+    SimclrView,
+    StrongView,
+    TrainSettings,
+)
+from snscc_ray.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+IMAGENET_10 = (
+    "n02056570", "n02085936", "n02128757", "n02690373", "n02692877",
+    "n03095699", "n04254680", "n04285008", "n04467665", "n07747607",
+)  # fmt: skip
+IMAGENET_DOGS = (
+    "n02085936", "n02086646", "n02088238", "n02091467", "n02097130",
+    "n02099601", "n02101388", "n02101556", "n02102177", "n02105056",
+    "n02105412", "n02105855", "n02107142", "n02110958", "n02112137",
+)  # fmt: skip
+
+
+def digits() -> Recipe:
+    """scikit-learn's 1,797 handwritten digits, 8×8: the whole method in two minutes on a laptop."""
+    # Flips and colour would turn one digit into another or do nothing at all; strong shear and
+    # cutout destroy eight-pixel images.
+    mild = StrongView(
+        operations=("rotate", "shear_x", "shear_y", "translate_x", "translate_y", "identity"),
+        num_operations=2,
+        rotate_degrees=18,
+        shear=0.2,
+        translate=0.1,
+        flip=0,
+        cutout=0,
+    )
+    return Recipe(
+        name="digits",
+        data=DataSettings(
+            source="digits", num_clusters=10, image_size=16, channels=1, mean=(0.305,), std=(0.36,)
+        ),
+        encoder=EncoderSettings(name="convnet", width=32),
+        pretrain=PretrainSettings(
+            epochs=200,
+            batch_size=256,
+            optimizer="adam",
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup_epochs=5,
+            temperature=0.2,
+            projection_dim=64,
+            projection_hidden=128,
+            view=mild,
+        ),
+        train=TrainSettings(
+            epochs=40,
+            batch_size=256,
+            learning_rate=1e-3,
+            schedule="cosine",
+            entropy_weight=10,
+            view=mild,
+        ),
+        boost=BoostSettings(epochs=20, batch_size=256, learning_rate=1e-3, view=mild),
+    )
+
+
+def _paper(
+    name: str,
+    data: DataSettings,
+    encoder: EncoderSettings,
+    *,
+    cutout: int,
+    train_batch: int,
+    boost_batch: int,
+    entropy_weight: float = 5.0,
+    confidence_threshold: float = 0.99,
+    pretrain: PretrainSettings | None = None,
+) -> Recipe:
+    """The paper's settings (Section IV-A-4); batch sizes and pretext are the released code's."""
+    view = StrongView(cutout=cutout)
+    return Recipe(
+        name=name,
+        data=data,
+        encoder=encoder,
+        pretrain=pretrain
+        or PretrainSettings(
+            epochs=500,
+            batch_size=512,
+            optimizer="sgd",
+            learning_rate=0.4,
+            schedule="cosine",
+            temperature=0.1,
+        ),
+        train=TrainSettings(
+            epochs=500, batch_size=train_batch, entropy_weight=entropy_weight, view=view
+        ),
+        boost=BoostSettings(
+            epochs=200,
+            batch_size=boost_batch,
+            confidence_threshold=confidence_threshold,
+            view=view,
+        ),
+    )
+
+
+def cifar10() -> Recipe:
+    """CIFAR-10, train and test, with the paper's settings."""
+    return _paper(
+        "cifar10",
+        DataSettings(
+            source="cifar10",
+            num_clusters=10,
+            image_size=32,
+            mean=(0.491, 0.482, 0.447),
+            std=(0.202, 0.199, 0.201),
+        ),
+        EncoderSettings(name="resnet18"),
+        cutout=16,
+        train_batch=256,
+        boost_batch=1000,
+    )
+
+
+def cifar20() -> Recipe:
+    """CIFAR-100 by its 20 superclasses, train and test, with the paper's settings."""
+    return _paper(
+        "cifar20",
+        DataSettings(
+            source="cifar20",
+            num_clusters=20,
+            image_size=32,
+            mean=(0.507, 0.487, 0.441),
+            std=(0.268, 0.257, 0.276),
+        ),
+        EncoderSettings(name="resnet18"),
+        cutout=16,
+        train_batch=512,
+        boost_batch=1000,
+    )
+
+
+def stl10() -> Recipe:
+    """STL-10, train and test at 96 pixels, with the paper's settings."""
+    return _paper(
+        "stl10",
+        DataSettings(
+            source="stl10", num_clusters=10, image_size=96, mean=IMAGENET_MEAN, std=IMAGENET_STD
+        ),
+        EncoderSettings(name="resnet18", stem="standard"),
+        cutout=32,
+        train_batch=200,
+        boost_batch=512,
+        entropy_weight=2.0,
+    )
+
+
+def _moco(batch_size: int) -> PretrainSettings:
+    return PretrainSettings(
+        method="moco",
+        epochs=500,
+        batch_size=batch_size,
+        optimizer="sgd",
+        learning_rate=0.03,
+        schedule="cosine",
+        temperature=0.2,
+        projection_hidden=2048,
+        queue_size=4096,
+    )
+
+
+def imagenet10() -> Recipe:
+    """ImageNet-10 from an ImageNet folder, MoCo-v2 pretext, with the paper's settings."""
+    return _paper(
+        "imagenet10",
+        DataSettings(
+            source="imagenet",
+            classes=IMAGENET_10,
+            num_clusters=10,
+            image_size=224,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        ),
+        EncoderSettings(name="resnet50", stem="standard"),
+        cutout=75,
+        train_batch=128,
+        boost_batch=256,
+        pretrain=_moco(128),
+    )
+
+
+def imagenet_dogs() -> Recipe:
+    """ImageNet-Dogs from an ImageNet folder, MoCo-v2 pretext, with the paper's settings."""
+    return _paper(
+        "imagenet_dogs",
+        DataSettings(
+            source="imagenet",
+            classes=IMAGENET_DOGS,
+            num_clusters=15,
+            image_size=224,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        ),
+        EncoderSettings(name="resnet50", stem="standard"),
+        cutout=75,
+        train_batch=128,
+        boost_batch=256,
+        entropy_weight=10.0,
+        confidence_threshold=0.95,
+        pretrain=_moco(128),
+    )
+
+
+def images() -> Recipe:
+    """Any folder of images or Parquet shards; say how many clusters with data.num_clusters."""
+    return _paper(
+        "images",
+        DataSettings(source="auto", num_clusters=10, image_size=64),
+        EncoderSettings(name="resnet18"),
+        cutout=24,
+        train_batch=256,
+        boost_batch=256,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    build.__name__: build
+    for build in (digits, cifar10, cifar20, stl10, imagenet10, imagenet_dogs, images)
+}
+
+
+def get(name: str) -> Recipe:
+    """The recipe of that name. Raises UserError naming the nearest one."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, 1)
+        hint = f"did you mean {near[0]}?" if near else "there are " + ", ".join(RECIPES)
+        raise UserError(f"unknown recipe {name!r}: {hint}")
+    return RECIPES[name]()
+
+
+def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+    """The recipe with `FIELD=VALUE` overrides, as in `train.num_neighbors=20`.
+
+    A value is read as JSON where it is JSON, as text otherwise. Raises UserError naming the
+    field, the value and what is allowed.
+    """
+    values = recipe.model_dump()
+    for assignment in assignments:
+        field, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment}: write FIELD=VALUE, as in train.num_neighbors=20")
+        _assign(values, field.strip(), _parse(text.strip()))
+    return validate(values)
+
+
+def validate(values: dict[str, Any]) -> Recipe:
+    """A Recipe of plain values. Raises UserError for the first field that is wrong."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # A tagged union puts its tag into the place: data a person never wrote.
+        place = ".".join(str(part) for part in first["loc"] if part not in ("simclr", "strong"))
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(first["input"], dict) else f"={json.dumps(first['input'])}"
+        raise UserError(f"{place}{given}: {message[0].lower()}{message[1:]}") from error
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _assign(values: dict[str, Any], field: str, value: Any) -> None:
+    *parents, last = field.split(".")
+    place: Any = values
+    for depth, parent in enumerate(parents):
+        if isinstance(place, dict) and parent in place and place[parent] is None and depth > 0:
+            raise UserError(
+                f"{field}: {'.'.join(parents[: depth + 1])} is empty; set it whole, as JSON"
+            )
+        place = place.get(parent) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or last not in place:
+        known = _fields(values)
+        near = difflib.get_close_matches(field, known, 1)
+        hint = f"did you mean {near[0]}?" if near else "`snscc recipes NAME` lists the fields"
+        raise UserError(f"unknown field {field!r}: {hint}")
+    place[last] = value
+
+
+def _fields(values: dict[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, value in values.items():
+        names.append(prefix + name)
+        if isinstance(value, dict):
+            names += _fields(value, f"{prefix}{name}.")
+    return names

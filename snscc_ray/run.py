@@ -1,0 +1,361 @@
+"""A run: the stages of one recipe, one after the other, into one folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from snscc_ray import checkpoints, distributed
+from snscc_ray.config import STAGES, Recipe, StageName
+from snscc_ray.data.resident import ResidentData
+from snscc_ray.data.sources import ImageSet
+from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
+from snscc_ray.engine import Monitor, fit
+from snscc_ray.errors import UserError
+from snscc_ray.identity import stage_identity
+from snscc_ray.kmeans import kmeans
+from snscc_ray.metrics import oracle
+from snscc_ray.neighbors import MinedNeighbors
+from snscc_ray.recipes import validate
+from snscc_ray.stages.boost import Boost
+from snscc_ray.stages.context import Context
+from snscc_ray.stages.pretrain import Pretrain
+from snscc_ray.stages.train import Train, probabilities
+from snscc_ray.views import Normalize
+from snscc_ray.workers import Worker
+
+_PACKAGES = ("snscc_ray", "torch", "torchvision", "numpy", "scikit-learn", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found; `figures` is what metrics.json holds."""
+
+    folder: Path
+    figures: dict[str, Any]
+
+
+def check(recipe: Recipe, rows: int, world_size: int) -> None:
+    """Refuse what cannot train, before anything is written. Raises UserError naming the field."""
+    clusters = recipe.data.num_clusters
+    if rows < clusters:
+        raise UserError(f"data.num_clusters={clusters}, but there are only {rows} images")
+    for stage in STAGES:
+        settings = getattr(recipe, stage)
+        batch = settings.batch_size
+        if batch > rows:
+            raise UserError(
+                f"{stage}.batch_size={batch} is more than the {rows} images there are; "
+                f"use --set {stage}.batch_size={max(2, rows // 4)}"
+            )
+        if batch % world_size:
+            raise UserError(
+                f"{stage}.batch_size={batch} is global and does not divide among {world_size} "
+                f"workers; use --set {stage}.batch_size={batch - batch % world_size or world_size}"
+            )
+    neighbors = {
+        "pretrain.mined_neighbors": recipe.pretrain.mined_neighbors,
+        "train.num_neighbors": recipe.train.num_neighbors,
+        "boost.num_neighbors": recipe.boost.num_neighbors,
+    }
+    for field, count in neighbors.items():
+        if count >= rows:
+            raise UserError(f"{field}={count} must be below the {rows} images there are")
+
+
+def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds another run. Raises UserError; changes nothing."""
+    path = folder / "recipe.json"
+    if resume:
+        if not path.exists():
+            raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
+        difference = _first_difference(
+            read_recipe(folder).model_dump(mode="json"), recipe.model_dump(mode="json")
+        )
+        if difference:
+            raise UserError(
+                f"--resume: {folder} was made by another recipe ({difference}); "
+                "use another --out, or --overwrite"
+            )
+    elif not overwrite and folder.exists() and any(folder.iterdir()):
+        what = "a finished run" if (folder / "metrics.json").exists() else "files"
+        if path.exists() and what == "files":
+            what = "an unfinished run"
+        raise UserError(
+            f"{folder} already holds {what}; use --resume to continue it, --overwrite to replace "
+            "it, or another --out"
+        )
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe a run folder was made with. Raises UserError when it holds none."""
+    path = folder / "recipe.json"
+    if not path.exists():
+        raise UserError(f"{folder} holds no run (there is no recipe.json in it)")
+    return validate(checkpoints.read_json(path)["recipe"])
+
+
+def execute(
+    recipe: Recipe,
+    images: ImageSet,
+    folder: Path,
+    worker: Worker,
+    monitor: Monitor,
+    stages: tuple[StageName, ...] = STAGES,
+    *,
+    overwrite: bool = False,
+) -> Result:
+    """Run the stages, reusing those of the same identity that `folder` holds finished.
+
+    Raises UserError when a stage's parent is neither in `stages` nor finished in the folder.
+    """
+    run = _Run(recipe, images, folder, worker, monitor)
+    if worker.rank == 0:
+        if overwrite and folder.exists():
+            _clear(folder)
+        checkpoints.write_json(folder / "recipe.json", _described(recipe))
+    distributed.barrier()
+    figures: dict[str, Any] = {}
+    for stage in STAGES:
+        if stage in stages:
+            figures[stage] = run.stage(stage)
+        elif finished := run.finished(stage):
+            figures[stage] = finished
+    result = {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "rows": len(images),
+        "skipped": len(images.skipped),
+        "baselines": run.baselines(),
+        "stages": figures,
+    }
+    if worker.rank == 0:
+        checkpoints.write_json(folder / "metrics.json", result)
+    return Result(folder, result)
+
+
+class _Run:
+    def __init__(
+        self, recipe: Recipe, images: ImageSet, folder: Path, worker: Worker, monitor: Monitor
+    ) -> None:
+        self.recipe, self.images, self.folder = recipe, images, folder
+        self.worker, self.monitor = worker, monitor
+        self.context = Context(
+            recipe,
+            ResidentData(images.images, worker.device),
+            images.labels,
+            normalisation(recipe, images.images),
+            worker.device,
+        )
+
+    def identity(self, stage: StageName) -> str:
+        return stage_identity(self.recipe, stage, self.images.fingerprint)
+
+    def finished(self, stage: StageName) -> dict[str, Any] | None:
+        """The stage's figures when the folder holds it finished under this identity."""
+        path = self.folder / stage / "stage.json"
+        if not path.exists():
+            return None
+        record = checkpoints.read_json(path)
+        if record["identity"] != self.identity(stage):
+            return None
+        return dict(record["figures"])
+
+    def stage(self, name: StageName) -> dict[str, Any]:
+        figures = self.finished(name)
+        if figures is None:
+            began = time.monotonic()
+            figures = {"pretrain": self._pretrain, "train": self._train, "boost": self._boost}[
+                name
+            ]()
+            # Of this process: a resumed stage counts what was left of it.
+            figures["seconds"] = round(time.monotonic() - began, 3)
+            if self.worker.rank == 0:
+                record = {"identity": self.identity(name), "figures": figures}
+                checkpoints.write_json(self.folder / name / "stage.json", record)
+                (self.folder / name / "latest.pt").unlink(missing_ok=True)
+            distributed.barrier()
+        return figures
+
+    def _pretrain(self) -> dict[str, Any]:
+        with _seeded(self.context.key("pretrain", "init")):
+            stage = Pretrain(self.context)
+        fit(stage, self.context, self.worker, self.monitor, self.identity("pretrain"))
+        figures: dict[str, Any] = stage.finish()
+        if self.worker.rank == 0:
+            assert stage.mined is not None
+            stage.mined.save(self.folder / "pretrain" / "neighbors.parquet")
+            self._save_final("pretrain", stage.network)
+        return figures
+
+    def _train(self) -> dict[str, Any]:
+        pretext, mined = self._pretext(), self._mined("train")
+        with _seeded(self.context.key("train", "init")):
+            stage = Train(self.context, pretext, mined)
+        if not self._can_continue("train"):
+            stage.prepare()
+        fit(stage, self.context, self.worker, self.monitor, self.identity("train"))
+        figures: dict[str, Any] = stage.finish()
+        if self.worker.rank == 0:
+            self._save_final("train", stage.network)
+            self._save_assignments(probabilities(self.context, stage.network)[:, 0])
+        return figures
+
+    def _boost(self) -> dict[str, Any]:
+        network, mined = self._clusters("boost"), self._mined("boost")
+        stage = Boost(self.context, network, mined)
+        fit(stage, self.context, self.worker, self.monitor, self.identity("boost"))
+        figures: dict[str, Any] = stage.finish()
+        if stage.restored:
+            self.monitor.warn(
+                "boost",
+                stage.settings.epochs,
+                "boost-worse: the label-free score fell below that of Train, so the best state "
+                "was restored; a higher boost.confidence_threshold may help",
+            )
+        if self.worker.rank == 0:
+            self._save_final("boost", stage.network)
+            self._save_assignments(probabilities(self.context, stage.network)[:, 0])
+        return figures
+
+    def _can_continue(self, stage: StageName) -> bool:
+        saved = self.worker.latest_checkpoint(stage)
+        return saved is not None and saved["identity"] == self.identity(stage)
+
+    def _save_final(self, stage: StageName, network: torch.nn.Module) -> None:
+        checkpoints.save(
+            self.folder / stage / "final.pt",
+            {"identity": self.identity(stage), "network": network.state_dict()},
+        )
+
+    def _load_final(self, stage: StageName, wanted_by: StageName, into: torch.nn.Module) -> None:
+        path = self.folder / stage / "final.pt"
+        if self.finished(stage) is None:
+            raise UserError(
+                f"{wanted_by} needs a finished {stage} stage of these settings in {self.folder}; "
+                f"add {stage} to --stages"
+            )
+        checkpoints.load_weights(into, checkpoints.load(path, self.worker.device)["network"], path)
+
+    def _pretext(self) -> PretextNet:
+        encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
+        network = PretextNet(encoder, self.recipe.pretrain).to(self.worker.device)
+        self._load_final("pretrain", "train", network)
+        return network
+
+    def _mined(self, wanted_by: StageName) -> MinedNeighbors:
+        return MinedNeighbors.load(self.folder / "pretrain" / "neighbors.parquet")
+
+    def _clusters(self, wanted_by: StageName) -> ClusterNet:
+        encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
+        heads = ClusterHeads(
+            self.recipe.train, out_features(encoder), self.recipe.data.num_clusters, heads=1
+        )
+        network = ClusterNet(encoder, heads)
+        network.to(self.worker.device)
+        self._load_final("train", wanted_by, network)
+        return self.context.place(network)
+
+    def _save_assignments(self, p_NC: Tensor) -> None:
+        confidence_N, clusters_N = p_NC.max(1)
+        columns = {
+            "id": pa.array(self.images.ids),
+            "cluster": pa.array(clusters_N.int().numpy()),
+            "confidence": pa.array(confidence_N.numpy()),
+        }
+        if self.images.labels is not None:
+            columns["label"] = pa.array(self.images.labels.int().numpy())
+        table = pa.table(columns)
+        checkpoints.write_whole(
+            self.folder / "assignments.parquet", lambda file: pq.write_table(table, file)
+        )
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """k-means on the raw pixels, where there are labels to measure it by."""
+        if self.images.labels is None:
+            return {}
+        path = self.folder / "baselines.json"
+        if path.exists():
+            return dict(checkpoints.read_json(path))
+        began = time.monotonic()
+        pixels_ND = self.images.images.flatten(1).float()
+        _, clusters_N = kmeans(
+            pixels_ND, self.recipe.data.num_clusters, self.context.key("kmeans", "pixels")
+        )
+        figures = oracle(self.images.labels, clusters_N)
+        figures["seconds"] = round(time.monotonic() - began, 3)
+        if self.worker.rank == 0:
+            checkpoints.write_json(path, {"kmeans_pixels": figures})
+        return {"kmeans_pixels": figures}
+
+
+def normalisation(recipe: Recipe, images_NCHW: Tensor) -> Normalize:
+    """The recipe's mean and deviation, or those of the images."""
+    data = recipe.data
+    if data.mean is not None and data.std is not None:
+        return Normalize(data.mean, data.std)
+    total = torch.zeros(images_NCHW.shape[1], dtype=torch.float64)
+    square = torch.zeros_like(total)
+    for part in images_NCHW.split(4096):
+        value = part.double().div_(255)
+        total += value.sum((0, 2, 3))
+        square += value.square().sum((0, 2, 3))
+    count = images_NCHW.numel() / images_NCHW.shape[1]
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(1e-6).sqrt()
+    return Normalize(data.mean or tuple(mean.tolist()), data.std or tuple(std.tolist()))
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # run from a source tree that is not installed
+    return {"recipe": recipe.model_dump(mode="json"), "versions": versions}
+
+
+def _first_difference(there: Any, here: Any, place: str = "") -> str | None:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in there.keys() | here.keys():
+            # Where to run may change between a run and its continuation; what to learn may not.
+            if not place and name == "runtime":
+                continue
+            found = _first_difference(there.get(name), here.get(name), f"{place}{name}.")
+            if found:
+                return found
+        return None
+    return None if there == here else f"{place[:-1]} is {there!r} there and {here!r} here"
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run leaves behind, and nothing else a person may keep there."""
+    for name in (*STAGES, "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.json", "metrics.jsonl", "baselines.json", "assignments.parquet"):
+        (folder / name).unlink(missing_ok=True)
+
+
+class _seeded:
+    """Seed torch's global generator for a network's first weights, and put it back after."""
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+
+    def __enter__(self) -> None:
+        self.former = torch.get_rng_state()
+        torch.manual_seed(self.key)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self.former)

@@ -1,0 +1,138 @@
+"""Boost: cross-entropy and soft neighbours within confident pseudo-labels (Eqs. 11-14)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snscc_ray import distributed
+from snscc_ray.data.resident import Batch
+from snscc_ray.encoders import ClusterNet
+from snscc_ray.losses import (
+    agreement,
+    pseudo_label_cross_entropy,
+    soft_attract,
+    soft_confidence,
+)
+from snscc_ray.neighbors import MinedNeighbors, batch_neighbors, local_radius
+from snscc_ray.pseudo_labels import select_pseudo_labels
+from snscc_ray.stages.context import Context
+from snscc_ray.stages.train import probabilities
+from snscc_ray.views import make_view
+
+# A label-free score that falls by less than this is noise, not harm.
+_TOLERANCE = 1e-3
+
+
+class Boost:
+    name = "boost"
+
+    def __init__(self, context: Context, network: ClusterNet, mined: MinedNeighbors) -> None:
+        self.context = context
+        self.settings = context.recipe.boost
+        self.network = network
+        self.labels_N = torch.full((len(context.data),), -1, device=context.device)
+        self.restored = False
+        self._health_NK = mined.neighbors_NK.cpu()
+        self._start_score: float | None = None
+        self._best_score = -1.0
+        self._best_weights: dict[str, Tensor] = {}
+        self._p_NC: Tensor | None = None
+
+    def views(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
+        def view(kind: str) -> Tensor:
+            chosen = self.settings.view if kind == "augmented" else None
+            key = self.context.key("boost", epoch, kind)
+            return make_view(
+                batch.images_BCHW, batch.rows_B, chosen, key, self.context.normalize
+            )
+
+        return view("original"), view("augmented")
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Select this epoch's pseudo-labels from a clean pass (Eq. 11)."""
+        if self._p_NC is None:
+            self._p_NC = probabilities(self.context, self.network)[:, 0]
+        if self._start_score is None:
+            self._start_score = self._measure()["health/score"]
+            self._remember(self._start_score)
+        self.labels_N = select_pseudo_labels(
+            self._p_NC, self.settings.confidence_threshold, self.settings.top_fraction
+        ).to(self.context.device)
+
+    def step(
+        self, forward: nn.Module, views: tuple[Tensor, ...], rows_B: Tensor
+    ) -> dict[str, Tensor]:
+        z, logits = forward(torch.cat(views))
+        z_BD = distributed.gather(z.chunk(2)[0]).detach()
+        original, augmented = (distributed.gather(part) for part in logits[0].chunk(2))
+        p_BC = original.softmax(1)
+        if self.settings.selection == "batch":
+            labels_B = select_pseudo_labels(
+                p_BC.detach(), self.settings.confidence_threshold, self.settings.top_fraction
+            )
+        else:
+            labels_B = self.labels_N[distributed.gather(rows_B)]
+        same_BB = (labels_B[:, None] == labels_B) & (labels_B >= 0)
+        near_BK, index_BK = batch_neighbors(
+            z_BD, z_BD, self.settings.num_neighbors, same_rows=True, allowed_BM=same_BB
+        )
+        confidence_BK = soft_confidence(near_BK, local_radius(near_BK))
+        o_BK = agreement(augmented.softmax(1), p_BC, index_BK)
+        return {
+            "soft": self.settings.soft_weight
+            * soft_attract(o_BK, confidence_BK, self.settings.agreement),
+            "label": self.settings.label_weight * pseudo_label_cross_entropy(augmented, labels_B),
+        }
+
+    def after_step(self) -> None:
+        pass
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        # Kept for the next epoch's selection: one clean pass serves both.
+        self._p_NC = probabilities(self.context, self.network)[:, 0]
+        figures = self._measure()
+        if figures["health/score"] > self._best_score:
+            self._remember(figures["health/score"])
+        return figures | {"health/selected_share": float((self.labels_N >= 0).double().mean())}
+
+    def finish(self) -> dict[str, float]:
+        """Go back to the best state if the label-free score is worse than before Boost."""
+        if self._p_NC is None:
+            self._p_NC = probabilities(self.context, self.network)[:, 0]
+        figures = self._measure()
+        start = self._start_score
+        if start is not None and figures["health/score"] < start - _TOLERANCE:
+            self.network.load_state_dict(self._best_weights)
+            self._p_NC = probabilities(self.context, self.network)[:, 0]
+            self.restored = True
+            figures = self._measure()
+        return figures | {"health/restored": float(self.restored)}
+
+    def _measure(self) -> dict[str, float]:
+        assert self._p_NC is not None
+        confidence_N, clusters_N = self._p_NC.max(1)
+        return self.context.measure(clusters_N, self._health_NK, confidence_N)
+
+    def _remember(self, score: float) -> None:
+        self._best_score = score
+        self._best_weights = copy.deepcopy(self.network.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "labels": self.labels_N,
+            "start_score": self._start_score,
+            "best_score": self._best_score,
+            "best_weights": self._best_weights,
+            "probabilities": self._p_NC,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.labels_N = state["labels"]
+        self._start_score = state["start_score"]
+        self._best_score = state["best_score"]
+        self._best_weights = state["best_weights"]
+        self._p_NC = None if state["probabilities"] is None else state["probabilities"].cpu()

@@ -1,0 +1,137 @@
+"""Pretrain: instance discrimination, by SimCLR (Eq. 1) or MoCo-v2."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snscc_ray import distributed
+from snscc_ray.data.resident import Batch
+from snscc_ray.encoders import PretextNet, build_encoder
+from snscc_ray.kmeans import kmeans
+from snscc_ray.losses import info_nce, nt_xent
+from snscc_ray.neighbors import MinedNeighbors, mine
+from snscc_ray.stages.context import Context
+from snscc_ray.views import make_view
+
+
+class Pretrain:
+    name = "pretrain"
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.settings = context.recipe.pretrain
+        data = context.recipe.data
+        encoder = build_encoder(context.recipe.encoder, data.channels)
+        self.network = context.place(PretextNet(encoder, self.settings))
+        self.momentum = _MomentumEncoder(self) if self.settings.method == "moco" else None
+        self.mined: MinedNeighbors | None = None
+        self._spread = 0.0
+        self._last: Tensor | None = None
+
+    def views(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
+        return tuple(
+            make_view(
+                batch.images_BCHW,
+                batch.rows_B,
+                self.settings.view,
+                self.context.key("pretrain", epoch, view),
+                self.context.normalize,
+            )
+            for view in range(2)
+        )
+
+    def begin_epoch(self, epoch: int) -> None:
+        pass
+
+    def step(
+        self, forward: nn.Module, views: tuple[Tensor, ...], rows_B: Tensor
+    ) -> dict[str, Tensor]:
+        if self.momentum is not None:
+            query_BD = distributed.gather(forward(views[0]))
+            loss = self.momentum.loss(query_BD, views[1])
+            self._last = query_BD.detach()
+        else:
+            # Gathered view by view, so that the rows keep the order one process would have.
+            first, second = (distributed.gather(z) for z in forward(torch.cat(views)).chunk(2))
+            loss = nt_xent(first, second, self.settings.temperature)
+            self._last = first.detach()
+        return {"instance": loss}
+
+    def after_step(self) -> None:
+        if self.momentum is not None:
+            self.momentum.follow(self.network)
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        if self._last is None:
+            return {}
+        # 1: projections fill the sphere evenly; 0: all images are projected to one point.
+        spread = self._last.float().std(0).square().sum().sqrt()
+        return {"health/projection_spread": float(spread)}
+
+    def finish(self) -> dict[str, float]:
+        """Mine the neighbours, and measure what k-means finds in the features."""
+        context = self.context
+        features_ND = pretext_features(context, self.network)
+        self.mined = mine(features_ND, context.recipe.pretrain.mined_neighbors)
+        clusters = context.recipe.data.num_clusters
+        _, assignment_N = kmeans(features_ND, clusters, context.key("kmeans"))
+        return context.measure(assignment_N, self.mined.neighbors_NK.cpu())
+
+    def state(self) -> dict[str, Any]:
+        return self.momentum.state() if self.momentum is not None else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.momentum is not None:
+            self.momentum.load_state(state)
+
+
+def pretext_features(context: Context, network: nn.Module) -> Tensor:
+    """L2-normalised encoder features of the clean images, (N, D)."""
+    encoder = network.encoder
+    assert isinstance(encoder, nn.Module)
+    return F.normalize(context.clean_pass(network, encoder), dim=1)
+
+
+class _MomentumEncoder:
+    """MoCo-v2: keys from a slowly following copy of the network, negatives from a queue."""
+
+    def __init__(self, stage: Pretrain) -> None:
+        self.settings = stage.settings
+        self.context = stage.context
+        self.network = copy.deepcopy(stage.network).requires_grad_(False)
+        seed = torch.Generator().manual_seed(stage.context.key("queue"))
+        queue = torch.randn(self.settings.queue_size, self.settings.projection_dim, generator=seed)
+        self.queue_MD = F.normalize(queue, dim=1).to(stage.context.device)
+        self.position = 0
+
+    def loss(self, query_BD: Tensor, view_BCHW: Tensor) -> Tensor:
+        with torch.no_grad():
+            key_BD = distributed.gather(self.network(view_BCHW))
+        loss = info_nce(query_BD, key_BD, self.queue_MD.clone(), self.settings.temperature)
+        size = len(self.queue_MD)
+        places = (self.position + torch.arange(len(key_BD), device=key_BD.device)) % size
+        self.queue_MD[places] = key_BD
+        self.position = (self.position + len(key_BD)) % size
+        return loss
+
+    @torch.no_grad()
+    def follow(self, network: nn.Module) -> None:
+        mine, theirs = list(self.network.parameters()), list(network.parameters())
+        torch._foreach_lerp_(mine, theirs, 1 - self.settings.key_momentum)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "key_network": self.network.state_dict(),
+            "queue": self.queue_MD,
+            "position": self.position,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["key_network"])
+        self.queue_MD.copy_(state["queue"])
+        self.position = state["position"]

@@ -1,0 +1,1 @@
+"""Search spaces for `snscc sweep`, as short functions to read and to copy."""
