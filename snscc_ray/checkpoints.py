@@ -66,7 +66,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not readable as JSON ({error}); delete it or use --overwrite") from error
+        raise UserError(
+            f"{path} is not readable as JSON ({error}); delete it or use --overwrite"
+        ) from error
 
 
 def save(path: Path, payload: dict[str, Any]) -> None:
@@ -75,7 +77,7 @@ def save(path: Path, payload: dict[str, Any]) -> None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save` wrote. Raises UserError when it is truncated, foreign or of another format."""
+    """Read what `save` wrote. Raises UserError when it is truncated or foreign."""
     try:
         payload = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:

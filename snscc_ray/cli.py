@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,7 +24,7 @@ app = typer.Typer(
 out = Console()
 
 # Older typers raise click's own usage error, newer ones that of the click inside them.
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError: Any = typer.BadParameter.__bases__[0]
 
 
 @app.command()
@@ -126,7 +126,9 @@ def _stages(text: str) -> tuple[StageName, ...]:
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in STAGES]
     if unknown:
-        raise UserError(f"--stages {text}: there is no stage {unknown[0]!r}; use {', '.join(STAGES)}")
+        raise UserError(
+            f"--stages {text}: there is no stage {unknown[0]!r}; use {', '.join(STAGES)}"
+        )
     return tuple(stage for stage in STAGES if stage in names)
 
 

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-Range = tuple[float, float]
+Bits = Annotated[int, Field(ge=1, le=8)]
+
+
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("give the smaller number first")
+    return value
+
+
+Range = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
 StageName = Literal["pretrain", "train", "boost"]
 STAGES: tuple[StageName, ...] = ("pretrain", "train", "boost")
 
@@ -83,7 +92,7 @@ class StrongView(Settings):
     operations: tuple[Operation, ...] = Field(OPERATIONS, min_length=1)
     num_operations: Annotated[int, Field(ge=0)] = 4
     enhance: Range = Field((0.05, 0.95), description="brightness, colour, contrast, sharpness")
-    posterize_bits: tuple[int, int] = (4, 8)
+    posterize_bits: Annotated[tuple[Bits, Bits], AfterValidator(_ascending)] = (4, 8)
     solarize_threshold: Range = (0, 256)
     rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 30.0
     shear: NonNegative = 0.1
@@ -188,3 +197,12 @@ class Recipe(Settings):
     train: TrainSettings
     boost: BoostSettings
     runtime: RuntimeSettings = RuntimeSettings()
+
+    @model_validator(mode="after")
+    def _enough_neighbors_are_mined(self) -> Recipe:
+        if self.train.num_neighbors > self.pretrain.mined_neighbors:
+            raise ValueError(
+                f"train.num_neighbors={self.train.num_neighbors} is more than "
+                f"pretrain.mined_neighbors={self.pretrain.mined_neighbors}; raise that too"
+            )
+        return self

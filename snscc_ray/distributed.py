@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
 T = TypeVar("T")
 
 
@@ -100,10 +99,6 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     torch's own runs on CUDA only; this one makes CPU runs and float64 tests exact as well.
     """
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
-
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(
@@ -116,9 +111,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         centred = x - mean.view(shape)
         variance = cast(Tensor, _AllReduce.apply(centred.square().sum(dims))) / count
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+            momentum = cast(float, self.momentum)
+            cast(Tensor, self.num_batches_tracked).add_(1)
+            cast(Tensor, self.running_mean).lerp_(mean, momentum)
+            cast(Tensor, self.running_var).lerp_(variance * (count / max(count - 1, 1)), momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         return centred * scale.view(shape) + self.bias.view(shape)
 
@@ -131,9 +127,9 @@ def synchronise_batch_norm(network: nn.Module) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for parent in list(network.modules()):
         for name, child in parent.named_children():
-            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
                 norm = SyncBatchNorm(child.num_features, child.eps, child.momentum)
-                norm.to(device=child.weight.device, dtype=child.weight.dtype)
+                norm.to(child.weight)
                 norm.load_state_dict(child.state_dict())
                 setattr(parent, name, norm)
     return network

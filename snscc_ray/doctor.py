@@ -9,8 +9,6 @@ import platform
 import psutil
 import torch
 
-from snscc_ray.neighbors import faiss_available
-
 
 def examine() -> list[tuple[str, str]]:
     """(what, finding) rows for a person to read."""
@@ -28,11 +26,18 @@ def examine() -> list[tuple[str, str]]:
     if not gpus:
         rows.append(("GPU", "none that torch sees"))
     rows.append(("ray", _version("ray")))
-    rows.append(("faiss", "works" if faiss_available() else "absent: torch searches instead"))
+    rows.append(("faiss", _faiss()))
     device = "cuda, bfloat16 autocast" if gpus else "cpu, float32"
-    search = "faiss" if faiss_available() and not gpus else "torch"
-    rows.append(("a run would use", f"{device}; neighbours by {search}"))
+    rows.append(("a run would use", device))
     return rows
+
+
+def _faiss() -> str:
+    try:
+        import faiss
+    except ImportError as error:
+        return f"not there ({error}); torch finds the neighbours"
+    return f"{faiss.__version__}, {faiss.get_num_gpus()} GPUs"
 
 
 def _version(package: str) -> str:

@@ -43,23 +43,15 @@ class Interrupted(Exception):
     """The person, or the machine, asked to stop; a checkpoint has been written."""
 
 
-def fit(
-    stage: Stage,
-    context: Context,
-    worker: Worker,
-    monitor: Monitor,
-    identity: str,
-    stop_after: int | None = None,
-) -> None:
+def fit(stage: Stage, context: Context, worker: Worker, monitor: Monitor, identity: str) -> None:
     """Train a stage from its latest checkpoint of the same identity to its last epoch.
 
-    stop_after: leave after that many epochs in all, for those who search (the schedule stays
-    that of the whole stage). Raises TrainingError on a NaN loss, Interrupted on SIGTERM or Ctrl-C.
+    Raises TrainingError on a NaN loss, Interrupted on SIGTERM or Ctrl-C.
     """
     loop = _Loop(stage, context, worker, monitor, identity)
     loop.resume()
     with _graceful_stop() as stopped:
-        loop.run(stage.settings.epochs if stop_after is None else stop_after, stopped)
+        loop.run(stopped)
 
 
 class _Loop:
@@ -91,8 +83,8 @@ class _Loop:
             _set_rng_state(saved["rng"])
         self.forward = distributed.wrap(self.stage.network)
 
-    def run(self, last_epoch: int, stopped: threading.Event) -> None:
-        name = self.stage.name
+    def run(self, stopped: threading.Event) -> None:
+        name, last_epoch = self.stage.name, self.settings.epochs
         done = self.epoch * self.steps + self.step
         self.monitor.start(name, last_epoch, self.steps, done)
         self.stage.network.train()

@@ -1,4 +1,4 @@
-"""A stage's identity: a hash of what determines it, so that a finished stage is found and reused."""
+"""A stage's identity: a hash of what determines it, by which a finished stage is found again."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from snscc_ray import distributed, recipes
 from snscc_ray.config import StageName
 from snscc_ray.data.sources import load_images
-from snscc_ray.engine import Interrupted, Monitor
+from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.monitor import RunMonitor, Silent
 from snscc_ray.run import Result, check, execute, prepare_folder, read_recipe
@@ -50,13 +50,9 @@ def run_here(
                 console.print(f"left out {identifier}: {reason}", highlight=False)
         worker = LocalWorker(folder, device)
         try:
-            result = execute(
-                recipe, images, folder, worker, monitor, stages, overwrite=overwrite
-            )
+            result = execute(recipe, images, folder, worker, monitor, stages, overwrite=overwrite)
         except Interrupted as stop:
-            raise UserError(
-                f"stopped; continue with: snscc run --resume --out {folder}"
-            ) from stop
+            raise UserError(f"stopped; continue with: snscc run --resume --out {folder}") from stop
         finally:
             monitor.finish()
         if isinstance(monitor, RunMonitor):

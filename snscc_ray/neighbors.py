@@ -51,7 +51,7 @@ def batch_neighbors(
     With `same_rows`, z and ref are the same rows and none is its own neighbour. K is k, or as many
     as there are. `allowed_BM` (bool) says which pairs may be neighbours; where a row has fewer
     than K, the rest have d = inf, hence confidence 0, and an index that is valid and means nothing.
-    Ties go to the lower index.
+    Ties go to the lower index, unless more than k + 8 rows tie.
     Raises ValueError if k < 1, or `same_rows` and the sizes differ.
     """
     B, M = len(z_BD), len(ref_MD)
@@ -99,8 +99,8 @@ def knn(
     128 MB of scores allow), never on a matrix of N × N. `faiss` searches on the CPU; `auto` is
     faiss for a set on the CPU, where it is the faster (benchmarks/mining.py), if it is installed,
     and torch otherwise. Ties go to the lower index, unless more than k + 8 rows tie.
-    Raises ValueError if k < 1 or a row has fewer than k others; ImportError if faiss is asked for
-    and absent.
+    Raises ValueError if k < 1 or a row has fewer than k others, or a feature is not finite;
+    ImportError if faiss is asked for and absent.
     """
     _check_k(k)
     not_self = queries is None
@@ -112,6 +112,8 @@ def knn(
     N, M, R = len(z_ND), len(ref_MD), min(k + _SPARE + not_self, len(ref_MD))
     chunk = chunk or min(max(_SCORES // M, 1), 1024)
     centre_D = _centre(ref_MD)
+    if not centre_D.isfinite().all():
+        raise ValueError("the features hold a NaN or an infinity: no neighbours can be found")
     centred_MD = ref_MD - centre_D
     if _use_faiss(backend, ref_MD.device):
         search = _faiss_search(centred_MD, R)

@@ -15,7 +15,6 @@ from snscc_ray.config import (
     EncoderSettings,
     PretrainSettings,
     Recipe,
-    SimclrView,
     StrongView,
     TrainSettings,
 )
@@ -275,7 +274,8 @@ def validate(values: dict[str, Any]) -> Recipe:
         place = ".".join(str(part) for part in first["loc"] if part not in ("simclr", "strong"))
         message = first["msg"].removeprefix("Value error, ")
         given = "" if isinstance(first["input"], dict) else f"={json.dumps(first['input'])}"
-        raise UserError(f"{place}{given}: {message[0].lower()}{message[1:]}") from error
+        where = f"{place}{given}: " if place else ""
+        raise UserError(f"{where}{message[0].lower()}{message[1:]}") from error
 
 
 def _parse(text: str) -> Any:
@@ -288,11 +288,10 @@ def _parse(text: str) -> Any:
 def _assign(values: dict[str, Any], field: str, value: Any) -> None:
     *parents, last = field.split(".")
     place: Any = values
-    for depth, parent in enumerate(parents):
-        if isinstance(place, dict) and parent in place and place[parent] is None and depth > 0:
-            raise UserError(
-                f"{field}: {'.'.join(parents[: depth + 1])} is empty; set it whole, as JSON"
-            )
+    for parent in parents:
+        if isinstance(place, dict) and place.get(parent, 0) is None:
+            whole = field.rpartition(".")[0]
+            raise UserError(f"{field}: {whole} is empty; set it whole, as JSON")
         place = place.get(parent) if isinstance(place, dict) else None
     if not isinstance(place, dict) or last not in place:
         known = _fields(values)

@@ -36,6 +36,4 @@ def build_optimizer(settings: StageSettings, network: nn.Module) -> torch.optim.
             fused=True,
         )
     build = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
-    return build(
-        weights, settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
+    return build(weights, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)

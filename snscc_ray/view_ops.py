@@ -1,9 +1,9 @@
 """Image operations on a batch, each image with its own parameter.
 
-Every operation has the form `operation(images_BCHW, values_B)`: it writes its result over
-`images_BCHW`, a contiguous float32 tensor of whole numbers in 0..255 (1 or 3 channels), and leaves
-whole numbers there, so a chain of operations means what it means on 8-bit PIL images. Sums of such
-numbers are exact in float32 (up to 256×256 pixels), so an image's result is the same in any batch.
+Every operation has the form `operation(images_BCHW, values_B) -> images_BCHW`, from uint8 (1 or 3
+channels) to uint8, so a chain of operations means what it means on PIL images. Fractions are cut
+off, as Pillow does. Sums are sums of whole numbers, exact in float32 (up to 256×256 pixels), so an
+image's result is the same in any batch.
 
 The operations follow Pillow (`ImageEnhance`, `ImageOps`, `Image.transform`); hue follows
 torchvision's `adjust_hue` on tensors, which has no 8-bit HSV in between.
@@ -18,179 +18,198 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BatchOperation = Callable[[Tensor, Tensor], None]
+BatchOperation = Callable[[Tensor, Tensor], Tensor]
 
 
-def brightness(images_BCHW: Tensor, factors_B: Tensor) -> None:
+def brightness(images_BCHW: Tensor, factors_B: Tensor) -> Tensor:
     """`ImageEnhance.Brightness`: 0 is black, 1 changes nothing."""
-    images_BCHW.mul_(_per_image(factors_B)).clamp_(0, 255).floor_()
+    return _to_uint8((images_BCHW * _per_image(factors_B)).clamp_(max=255))
 
 
-def contrast(images_BCHW: Tensor, factors_B: Tensor) -> None:
+def contrast(images_BCHW: Tensor, factors_B: Tensor) -> Tensor:
     """`ImageEnhance.Contrast`: 0 is the mean grey (rounded), 1 changes nothing."""
-    mean_B = _gray(images_BCHW).mean((1, 2, 3))
-    _blend(images_BCHW, _per_image(mean_B.add_(0.5).floor_()), factors_B)
+    images = images_BCHW.float()
+    mean_B111 = _gray(images).mean((1, 2, 3), keepdim=True).add_(0.5).floor_()
+    return _to_uint8(_blend_(images, mean_B111, factors_B))
 
 
-def color(images_BCHW: Tensor, factors_B: Tensor) -> None:
+def color(images_BCHW: Tensor, factors_B: Tensor) -> Tensor:
     """`ImageEnhance.Color` (saturation): 0 is grey, 1 changes nothing; nothing on one channel."""
-    if images_BCHW.shape[1] == 3:
-        _blend(images_BCHW, _gray(images_BCHW), factors_B)
+    if images_BCHW.shape[1] == 1:
+        return images_BCHW
+    images = images_BCHW.float()
+    return _to_uint8(_blend_(images, _gray(images), factors_B))
 
 
-def sharpness(images_BCHW: Tensor, factors_B: Tensor) -> None:
-    """`ImageEnhance.Sharpness`: 0 is smoothed, 1 changes nothing; the border row is kept."""
+def sharpness(images_BCHW: Tensor, factors_B: Tensor) -> Tensor:
+    """`ImageEnhance.Sharpness`: 0 is smoothed, 1 changes nothing; the outermost pixels are kept."""
     if min(images_BCHW.shape[2:]) < 3:
-        return
-    columns = images_BCHW[..., :-2] + images_BCHW[..., 1:-1]
-    columns += images_BCHW[..., 2:]
+        return images_BCHW
+    images = images_BCHW.float()
+    columns = images[..., :-2] + images[..., 1:-1]
+    columns += images[..., 2:]
     smooth = columns[..., :-2, :] + columns[..., 1:-1, :]
     smooth += columns[..., 2:, :]
-    inner = images_BCHW[..., 1:-1, 1:-1]
+    inner = images[..., 1:-1, 1:-1]
     smooth.add_(inner, alpha=4).div_(13).add_(0.5).floor_()
-    _blend(inner, smooth, factors_B)
+    _blend_(inner, smooth, factors_B)
+    return _to_uint8(images)
 
 
-def posterize(images_BCHW: Tensor, bits_B: Tensor) -> None:
-    """`ImageOps.posterize`: keep the highest `bits` (whole numbers, 1 to 8) of each value."""
-    step_B = _per_image(torch.exp2(8 - bits_B))
-    images_BCHW.div_(step_B).floor_().mul_(step_B)
+def posterize(images_BCHW: Tensor, bits_B: Tensor) -> Tensor:
+    """`ImageOps.posterize`: keep the highest `bits` (whole numbers, 0 to 8) of each value."""
+    return images_BCHW & _per_image(256 - torch.exp2(8 - bits_B)).to(torch.uint8)
 
 
-def solarize(images_BCHW: Tensor, thresholds_B: Tensor) -> None:
+def solarize(images_BCHW: Tensor, thresholds_B: Tensor) -> Tensor:
     """`ImageOps.solarize`: invert every value at or above the threshold."""
-    inverted = (images_BCHW - _per_image(thresholds_B.ceil() - 1)).clamp_(0, 1)  # 0 or 1
-    images_BCHW.addcmul_(inverted, 255 - 2 * images_BCHW)
+    highest_kept = _per_image(thresholds_B.ceil() - 1).to(torch.int16)
+    sign = (highest_kept - images_BCHW).bitwise_right_shift_(15)  # -1 where to invert, else 0
+    return images_BCHW ^ sign.to(torch.uint8)
 
 
-def autocontrast(images_BCHW: Tensor, _unused_B: Tensor) -> None:
+def autocontrast(images_BCHW: Tensor, _unused_B: Tensor) -> Tensor:
     """`ImageOps.autocontrast`: stretch every channel to 0..255; a constant one stays."""
     low = images_BCHW.amin((2, 3), keepdim=True)
-    span = images_BCHW.amax((2, 3), keepdim=True).sub_(low)
-    constant = span.eq(0)
+    span = images_BCHW.amax((2, 3), keepdim=True) - low
+    constant = span == 0
     low.masked_fill_(constant, 0)
     span.masked_fill_(constant, 255)
-    images_BCHW.sub_(low).mul_(255).div_(span).floor_()
+    return _to_uint8((images_BCHW - low).float().mul_(255).div_(span))
 
 
-def equalize(images_BCHW: Tensor, _unused_B: Tensor) -> None:
+def equalize(images_BCHW: Tensor, _unused_B: Tensor) -> Tensor:
     """`ImageOps.equalize`: flatten every channel's histogram."""
     values_NP = images_BCHW.flatten(0, 1).flatten(1).long()
-    ones = images_BCHW.new_ones(()).expand_as(values_NP)
-    count_NV = images_BCHW.new_zeros(len(values_NP), 256).scatter_add_(1, values_NP, ones)
+    ones = torch.ones((), device=values_NP.device).expand_as(values_NP)
+    count_NV = ones.new_zeros(len(values_NP), 256).scatter_add_(1, values_NP, ones)
     below_NV = count_NV.cumsum(1).sub_(count_NV)
-    brightest_N1 = values_NP.amax(1, keepdim=True)
-    step_N1 = below_NV.gather(1, brightest_N1).div_(255).floor_()
-    table_NV = below_NV.add_(step_N1.div(2).floor_()).div_(step_N1).floor_().clamp_(max=255)
-    unchanged = torch.arange(256.0, device=table_NV.device)
-    table_NV = torch.where(step_N1 > 0, table_NV, unchanged)
-    images_BCHW.copy_(table_NV.gather(1, values_NP).view_as(images_BCHW))
+    step_N1 = below_NV.gather(1, values_NP.amax(1, keepdim=True)).div_(255).floor_()
+    table_NV = below_NV.add_((step_N1 / 2).floor_()).div_(step_N1.clamp(min=1)).clamp_(max=255)
+    identity_V = torch.arange(256.0, device=table_NV.device)
+    table_NV = _to_uint8(torch.where(step_N1 > 0, table_NV, identity_V))
+    return table_NV.gather(1, values_NP).view(images_BCHW.shape)
 
 
-def grayscale(images_BCHW: Tensor, _unused_B: Tensor) -> None:
+def grayscale(images_BCHW: Tensor, _unused_B: Tensor) -> Tensor:
     """Pillow's "L" in every channel; nothing on one channel."""
-    if images_BCHW.shape[1] == 3:
-        images_BCHW.copy_(_gray(images_BCHW))
+    return _to_uint8(_gray(images_BCHW.float())).expand_as(images_BCHW)
 
 
-def hue(images_BCHW: Tensor, turns_B: Tensor) -> None:
+def hue(images_BCHW: Tensor, turns_B: Tensor) -> Tensor:
     """torchvision's `adjust_hue`: turn the hue by -0.5..0.5 turns; nothing on one channel."""
     if images_BCHW.shape[1] == 1:
-        return
-    red, green, blue = images_BCHW.unbind(1)
+        return images_BCHW
+    images = images_BCHW.float()
+    red, green, blue = images.unbind(1)
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
-    # With channels scaled to 0..1, the hue in sextants is ±(1 - red + green + blue), and positive
-    # where green >= blue.
-    sextant = green - red
-    sextant.add_(blue).add_(high).sub_(low, alpha=2)
-    sextant = sextant.copysign_(green - blue).div_(chroma.clamp(min=1)).add_(6 * turns_B[:, None, None])
+    # With channels scaled to 0..1, the hue in sextants is ±(1 - red + green + blue), positive where
+    # green >= blue.
+    sextant = (green - red).add_(blue).add_(high).sub_(low, alpha=2)
+    sextant.copysign_(green - blue).div_(chroma.clamp(min=1)).add_(6 * turns_B[:, None, None])
     sextant.sub_(sextant.div(6).floor_().mul_(6))
     # Each channel is a trapezoid in the hue: high for two sextants, low for two, linear between.
     low.add_(0.5)
-    _trapezoid(red, (sextant - 3).abs_().sub_(1), chroma, low)
-    _trapezoid(green, (sextant - 2).abs_().neg_().add_(2), chroma, low)
-    _trapezoid(blue, (sextant - 4).abs_().neg_().add_(2), chroma, low)
+    for channel, share in (
+        (red, (sextant - 3).abs_().sub_(1)),
+        (green, (sextant - 2).abs_().neg_().add_(2)),
+        (blue, (sextant - 4).abs_().neg_().add_(2)),
+    ):
+        torch.add(share.clamp_(0, 1).mul_(chroma), low, out=channel)
+    return _to_uint8(images)
 
 
-def rotate(images_BCHW: Tensor, degrees_B: Tensor) -> None:
-    """`Image.rotate` about the centre, counter-clockwise; nearest pixel, black outside."""
+def affine(images_BCHW: Tensor, matrices_B23: Tensor) -> Tensor:
+    """Read every pixel at an affine position, from `motion_matrices`: the nearest pixel (Pillow's
+    default), black outside."""
     height, width = images_BCHW.shape[2:]
-    angles_B = degrees_B * (math.pi / 180)
-    cos, sin, zero = angles_B.cos(), angles_B.sin(), torch.zeros_like(angles_B)
-    _warp(images_BCHW, (cos, -sin * (height / width), zero), (sin * (width / height), cos, zero))
+    matrices = matrices_B23[:, :, :, None]
+    x_B2W = matrices[:, :, 0] * _pixel_centres(width, images_BCHW.device) + matrices[:, :, 2]
+    y_B2H = matrices[:, :, 1] * _pixel_centres(height, images_BCHW.device)
+    grid_B2HW = x_B2W[:, :, None, :] + y_B2H[:, :, :, None]
+    return _to_uint8(_sample(images_BCHW.float(), grid_B2HW, "nearest"))
 
 
-def shear_x(images_BCHW: Tensor, slopes_B: Tensor) -> None:
-    """Read row y at x + slope × y, y from the top edge; nearest pixel, black outside."""
-    height, width = images_BCHW.shape[2:]
-    zero, one = torch.zeros_like(slopes_B), torch.ones_like(slopes_B)
-    slope = slopes_B * (height / width)
-    _warp(images_BCHW, (one, slope, slope), (zero, one, zero))
+# The operations that `affine` does, in the order that `motion_matrices` wants them.
+MOTIONS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
-def shear_y(images_BCHW: Tensor, slopes_B: Tensor) -> None:
-    """Read column x at y + slope × x, x from the left edge; nearest pixel, black outside."""
-    height, width = images_BCHW.shape[2:]
-    zero, one = torch.zeros_like(slopes_B), torch.ones_like(slopes_B)
-    slope = slopes_B * (width / height)
-    _warp(images_BCHW, (one, zero, zero), (slope, one, slope))
+def motion_matrices(motions: Tensor, height: int, width: int) -> Tensor:
+    """The matrices of motions of shape (..., 5), shape (..., 2, 3), for `affine`.
+
+    motions, in the order of `MOTIONS`, zero where an image does not have it: degrees of
+    `Image.rotate` (counter-clockwise about the centre); shear x (row y reads at x + shear × y, from
+    the top-left corner) and y; translation x (reads at x + fraction × width) and y.
+    Matrices are in positions of -1..1 between the image's edges, as grid_sample wants them.
+    """
+    degrees, shear_x, shear_y, move_x, move_y = motions.unbind(-1)
+    angles, aspect = degrees * (math.pi / 180), height / width
+    cos, sin = angles.cos(), angles.sin()
+    lean_x, lean_y = shear_x * aspect, shear_y / aspect
+    rows = (cos, lean_x - sin * aspect, lean_x + 2 * move_x)
+    rows += (lean_y + sin / aspect, cos, lean_y + 2 * move_y)
+    return torch.stack(rows, -1).unflatten(-1, (2, 3))
 
 
-def translate_x(images_BCHW: Tensor, fractions_B: Tensor) -> None:
-    """Read at x + fraction × width; nearest pixel, black outside."""
-    zero, one = torch.zeros_like(fractions_B), torch.ones_like(fractions_B)
-    _warp(images_BCHW, (one, zero, 2 * fractions_B), (zero, one, zero))
-
-
-def translate_y(images_BCHW: Tensor, fractions_B: Tensor) -> None:
-    """Read at y + fraction × height; nearest pixel, black outside."""
-    zero, one = torch.zeros_like(fractions_B), torch.ones_like(fractions_B)
-    _warp(images_BCHW, (one, zero, zero), (zero, one, 2 * fractions_B))
-
-
-# By the name a view gives them; "identity" has no entry.
+# By the name a view gives them; "identity" and the motions have no entry of their own.
 BATCH_OPERATIONS: dict[str, BatchOperation] = {
-    operation.__name__: operation
-    for operation in (
-        autocontrast, equalize, brightness, color, contrast, sharpness, posterize, solarize,
-        rotate, shear_x, shear_y, translate_x, translate_y, hue, grayscale,
-    )
-}  # fmt: skip
+    "autocontrast": autocontrast,
+    "equalize": equalize,
+    "brightness": brightness,
+    "color": color,
+    "contrast": contrast,
+    "sharpness": sharpness,
+    "posterize": posterize,
+    "solarize": solarize,
+    "hue": hue,
+    "grayscale": grayscale,
+    "affine": affine,
+}
 
 
 def crop_resize(
     images_BCHW: Tensor, boxes_B4: Tensor, flip_B: Tensor, degrees_B: Tensor | None
 ) -> Tensor:
-    """Rotate, crop, resize to the input size and flip, in one bilinear sampling.
+    """Rotate, crop, resize to the input size and flip, in one bilinear sampling, rounded.
 
     boxes_B4: left, top, width, height in pixels. flip_B: bool, mirrored left to right after the
     crop. degrees_B: counter-clockwise about the image's centre, black outside (None: no rotation).
-    Sampling never reads beyond the box, as if the crop were cut out first (without rotation).
-    Returns whole numbers in 0..255, float32.
+    Without rotation, sampling never reads beyond the box, as if the crop were cut out first.
     """
     height, width = images_BCHW.shape[2:]
     left, top, box_width, box_height = boxes_B4.unsqueeze(2).unbind(1)
     x_BW = _sample_positions(left, box_width, width)
     y_BH = _sample_positions(top, box_height, height)
-    x_BW = torch.where(flip_B[:, None], x_BW.flip(1), x_BW)
-    x_BHW, y_BHW = x_BW[:, None, :], y_BH[:, :, None]
-    if degrees_B is not None:
-        angles = (degrees_B * (math.pi / 180))[:, None, None]
-        cos, sin, aspect = angles.cos(), angles.sin(), height / width
-        x_BHW, y_BHW = cos * x_BHW - sin * aspect * y_BHW, sin / aspect * x_BHW + cos * y_BHW
-    grid = images_BCHW.new_empty(len(images_BCHW), height, width, 2)
-    grid[..., 0] = x_BHW
-    grid[..., 1] = y_BHW
-    return _sample(images_BCHW, grid, "bilinear").add_(0.5).floor_()
+    x_B1W = torch.where(flip_B[:, None], x_BW.flip(1), x_BW)[:, None, :]
+    y_BH1 = y_BH[:, :, None]
+    grid_B2HW = boxes_B4.new_empty(len(images_BCHW), 2, height, width)
+    if degrees_B is None:
+        grid_B2HW[:, 0] = x_B1W
+        grid_B2HW[:, 1] = y_BH1
+    else:
+        angles, aspect = (degrees_B * (math.pi / 180))[:, None, None], height / width
+        cos, sin = angles.cos(), angles.sin()
+        torch.sub(cos * x_B1W, sin * aspect * y_BH1, out=grid_B2HW[:, 0])
+        torch.add(sin / aspect * x_B1W, cos * y_BH1, out=grid_B2HW[:, 1])
+    return _to_uint8(_sample(images_BCHW.float(), grid_B2HW, "bilinear").add_(0.5))
 
 
 def _sample_positions(start_B1: Tensor, length_B1: Tensor, side: int) -> Tensor:
-    """Where the `side` output pixels read within [start, start + length), in -1..1 of the image."""
+    """Where `side` output pixels read in [start, start + length), in -1..1 of the image."""
     steps = (torch.arange(side, device=start_B1.device) + 0.5) / side
     offsets = torch.minimum((steps * length_B1).clamp_(min=0.5), length_B1 - 0.5)
     return (offsets + start_B1) * (2 / side) - 1
+
+
+def _pixel_centres(side: int, device: torch.device) -> Tensor:
+    return (torch.arange(side, device=device) * 2 + 1) / side - 1
+
+
+def _sample(images_BCHW: Tensor, grid_B2HW: Tensor, mode: str) -> Tensor:
+    grid_BHW2 = grid_B2HW.permute(0, 2, 3, 1)
+    return functional.grid_sample(images_BCHW, grid_BHW2, mode, "zeros", align_corners=False)
 
 
 def _per_image(values_B: Tensor) -> Tensor:
@@ -206,33 +225,11 @@ def _gray(images_BCHW: Tensor) -> Tensor:
     return gray.add_(32768).div_(65536).floor_()
 
 
-def _blend(images_BCHW: Tensor, origin: Tensor, factors_B: Tensor) -> None:
-    """Pillow's `Image.blend(origin, images, factor)`."""
-    images_BCHW.sub_(origin).mul_(_per_image(factors_B)).add_(origin).clamp_(0, 255).floor_()
+def _blend_(images_BCHW: Tensor, origin: Tensor, factors_B: Tensor) -> Tensor:
+    """Pillow's `Image.blend(origin, images, factor)`, over float32 `images_BCHW`."""
+    return images_BCHW.sub_(origin).mul_(_per_image(factors_B)).add_(origin).clamp_(0, 255)
 
 
-def _trapezoid(channel: Tensor, height: Tensor, chroma: Tensor, low: Tensor) -> None:
-    torch.add(height.clamp_(0, 1).mul_(chroma), low, out=channel).floor_()
-
-
-def _warp(images_BCHW: Tensor, x_row: tuple[Tensor, ...], y_row: tuple[Tensor, ...]) -> None:
-    """Read every pixel at an affine position, given by three numbers per image and axis.
-
-    Positions run from -1 to 1 between the image's edges, so the numbers do too.
-    """
-    height, width = images_BCHW.shape[2:]
-    x_W = _pixel_centres(width, images_BCHW.device)
-    y_H1 = _pixel_centres(height, images_BCHW.device)[:, None]
-    grid = images_BCHW.new_empty(len(images_BCHW), height, width, 2)
-    for axis, row in enumerate((x_row, y_row)):
-        along_x, along_y, start = (number[:, None, None] for number in row)
-        torch.add(along_x * x_W + start, along_y * y_H1, out=grid[..., axis])
-    images_BCHW.copy_(_sample(images_BCHW, grid, "nearest"))
-
-
-def _sample(images_BCHW: Tensor, grid: Tensor, mode: str) -> Tensor:
-    return functional.grid_sample(images_BCHW, grid, mode, "zeros", align_corners=False)
-
-
-def _pixel_centres(side: int, device: torch.device) -> Tensor:
-    return (torch.arange(side, device=device) * 2 + 1) / side - 1
+def _to_uint8(images_BCHW: Tensor) -> Tensor:
+    """Cut off the fractions of 0..255; through int16, as PyTorch has no vector code for uint8."""
+    return images_BCHW.to(torch.int16).to(torch.uint8)

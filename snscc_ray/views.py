@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .config import Range, SimclrView, StrongView
 from .rng import uniform
-from .view_ops import BATCH_OPERATIONS, crop_resize
+from .view_ops import BATCH_OPERATIONS, MOTIONS, crop_resize, motion_matrices
 
 CROP_TRIES = 10
 STRONG_CROP_RATIO = (3 / 4, 4 / 3)
@@ -58,7 +59,7 @@ class Draws:
 
 def clean_view(images_BCHW: Tensor, normalize: Normalize) -> Tensor:
     """The uint8 images normalised: float32, channels_last."""
-    return _to_output(_normalized(images_BCHW.float(), normalize))
+    return _normalized(images_BCHW, normalize)
 
 
 def make_view(
@@ -105,7 +106,7 @@ def _draw_simclr(rows_B: Tensor, key: int, view: SimclrView, height: int, width:
     if view.jitter > 0:
         which = order.argsort(dim=1)
         codes.append(which.masked_fill(jitter >= view.jitter, 4))
-        values.append(_between(strength, low + [-view.hue], high, which))
+        values.append(_between(strength, [*low, -view.hue], high, which))
     if view.grayscale > 0:
         codes.append(5 - (gray >= view.grayscale).long())
         values.append(gray)
@@ -164,18 +165,14 @@ def _strong_range(view: StrongView, name: str) -> Range:
     return ranges.get(name, view.enhance)
 
 
-def _between(
-    numbers_BS: Tensor, low: list[float], high: list[float], codes_BS: Tensor
-) -> Tensor:
+def _between(numbers_BS: Tensor, low: list[float], high: list[float], codes_BS: Tensor) -> Tensor:
     """Stretch numbers in [0, 1) to the range that belongs to their code."""
     low_K = numbers_BS.new_tensor(low)
     span_K = numbers_BS.new_tensor(high) - low_K
     return low_K[codes_BS] + numbers_BS * span_K[codes_BS]
 
 
-def _draw_boxes(
-    numbers: Tensor, scale: Range, ratio: Range, height: int, width: int
-) -> Tensor:
+def _draw_boxes(numbers: Tensor, scale: Range, ratio: Range, height: int, width: int) -> Tensor:
     """torchvision's RandomResizedCrop: the first of ten tries that fits, else a central crop."""
     areas, ratios, position = numbers.split([CROP_TRIES, CROP_TRIES, 2], dim=1)
     areas = height * width * (scale[0] + areas * (scale[1] - scale[0]))
@@ -199,43 +196,87 @@ def _with_column(columns: Tensor, last: float) -> Tensor:
 
 def apply_view(images_BCHW: Tensor, draws: Draws, normalize: Normalize) -> Tensor:
     """Make the views that were drawn: crop and flip, the chain, normalise, cut out."""
-    device = images_BCHW.device
-    sorted_SB, order_SB = draws.codes_BS.T.contiguous().sort(dim=1, stable=True)
-    values_SB = draws.values_BS.T.gather(1, order_SB).to(device, non_blocking=True)
-    edges = torch.arange(len(draws.names) + 1, device=sorted_SB.device)
-    bounds = torch.searchsorted(sorted_SB, edges.repeat(len(sorted_SB), 1)).tolist()
-    order_SB = order_SB.to(device, non_blocking=True)
-
-    images = _crop_and_flip(images_BCHW.contiguous(), draws)
-    spare = torch.empty_like(images)
-    place_B = None
-    for order_B, values_B, bound in zip(order_SB, values_SB, bounds, strict=True):
-        from_B = order_B if place_B is None else place_B[order_B]
-        images, spare = torch.index_select(images, 0, from_B, out=spare), images
-        for name, start, stop in zip(draws.names, bound, bound[1:], strict=False):
-            if stop > start and name != "identity":
-                BATCH_OPERATIONS[name](images[start:stop], values_B[start:stop])
-        place_B = order_B.argsort()
-    images = _normalized(images, normalize)
-    if place_B is not None:
-        images = torch.index_select(images, 0, place_B, out=spare)
-    if draws.corners_B2 is not None:
-        images.mul_(_outside_square(draws.corners_B2.to(device), draws.cutout, images.shape[2:]))
-    return _to_output(images)
+    images_BCHW = _apply_chain(_crop_and_flip(images_BCHW, draws), draws)
+    corners_B2 = draws.corners_B2
+    if corners_B2 is not None:
+        corners_B2 = corners_B2.to(images_BCHW.device, non_blocking=True)
+    return _normalized(images_BCHW, normalize, corners_B2, draws.cutout)
 
 
 def _crop_and_flip(images_BCHW: Tensor, draws: Draws) -> Tensor:
-    """float32, whole numbers."""
-    flip_B = draws.flip_B.to(images_BCHW.device, non_blocking=True)
+    device = images_BCHW.device
+    flip_B = draws.flip_B.to(device, non_blocking=True)
     if draws.boxes_B4 is None:
         both = torch.cat((images_BCHW, images_BCHW.flip(3)))
-        pick_B = torch.arange(len(flip_B), device=flip_B.device) + len(flip_B) * flip_B
-        return both.index_select(0, pick_B).float()
-    boxes_B4 = draws.boxes_B4.to(images_BCHW.device, non_blocking=True)
+        pick_B = torch.arange(len(flip_B), device=device) + len(flip_B) * flip_B
+        return both.index_select(0, pick_B)
+    boxes_B4 = draws.boxes_B4.to(device, non_blocking=True)
     degrees_B = draws.degrees_B
     if degrees_B is not None:
-        degrees_B = degrees_B.to(images_BCHW.device, non_blocking=True)
-    return crop_resize(images_BCHW.float(), boxes_B4, flip_B, degrees_B)
+        degrees_B = degrees_B.to(device, non_blocking=True)
+    views = torch.empty(images_BCHW.shape, dtype=torch.uint8, device=device)
+    for part in _parts(images_BCHW):
+        turn_B = None if degrees_B is None else degrees_B[part]
+        views[part] = crop_resize(images_BCHW[part], boxes_B4[part], flip_B[part], turn_B)
+    return views
+
+
+def _apply_chain(images_BCHW: Tensor, draws: Draws) -> Tensor:
+    """Apply every image's operations, step by step, in groups of the same operation."""
+    steps = draws.codes_BS.shape[1]
+    if steps == 0:
+        return images_BCHW
+    device = images_BCHW.device
+    operations = ["affine" if name in MOTIONS else name for name in draws.names]
+    motions = [MOTIONS.index(name) if name in MOTIONS else -1 for name in draws.names]
+    groups = tuple(dict.fromkeys(operations))
+    codes_SB = draws.codes_BS.T.contiguous()
+    group_K = codes_SB.new_tensor([groups.index(name) for name in operations])
+    sorted_SB, order_SB = group_K[codes_SB].sort(dim=1, stable=True)
+    edges = torch.arange(len(groups) + 1, device=codes_SB.device).repeat(steps, 1)
+    bounds = torch.searchsorted(sorted_SB, edges).tolist()
+    # Step s wants the images order[s], and finds them where the step before it has put them.
+    place_SB = order_SB.argsort(dim=1)
+    from_SB = torch.cat((order_SB[:1], place_SB[:-1].gather(1, order_SB[1:]), place_SB[-1:]))
+    from_SB = from_SB.to(device, non_blocking=True)
+    values_SB = draws.values_BS.T.gather(1, order_SB)
+    motion_SB = codes_SB.new_tensor(motions)[codes_SB.gather(1, order_SB)]
+    motions_SB5 = values_SB[..., None] * (motion_SB[..., None] == edges.new_tensor(range(5)))
+    matrices_SB23 = motion_matrices(motions_SB5, *images_BCHW.shape[2:])
+    matrices_SB23 = matrices_SB23.to(device, non_blocking=True)
+    values_SB = values_SB.to(device, non_blocking=True)
+
+    for step, bound in enumerate(bounds):
+        images_BCHW = images_BCHW.index_select(0, from_SB[step])
+        for name, start, stop in zip(groups, bound, bound[1:], strict=False):
+            if stop > start and name != "identity":
+                parameters = matrices_SB23 if name == "affine" else values_SB
+                group = images_BCHW[start:stop]
+                group.copy_(BATCH_OPERATIONS[name](group, parameters[step, start:stop]))
+    return images_BCHW.index_select(0, from_SB[-1])
+
+
+def _normalized(
+    images_BCHW: Tensor, normalize: Normalize, corners_B2: Tensor | None = None, cutout: int = 0
+) -> Tensor:
+    scale, shift = _scale_and_shift(normalize, images_BCHW.device)
+    views = torch.empty(
+        images_BCHW.shape, device=images_BCHW.device, memory_format=torch.channels_last
+    )
+    for part in _parts(images_BCHW):
+        values = (images_BCHW[part] * scale).add_(shift)
+        if corners_B2 is not None:
+            values.mul_(_outside_square(corners_B2[part], cutout, values.shape[2:]))
+        views[part] = values
+    return views
+
+
+def _parts(images_BCHW: Tensor) -> Iterator[slice]:
+    """Slices of a batch: on a CPU, small enough for float32 copies to stay in its cache."""
+    batch, _, height, width = images_BCHW.shape
+    pixels = 2**16 if images_BCHW.device.type == "cpu" else 2**24
+    size = max(1, pixels // (height * width))
+    return (slice(start, start + size) for start in range(0, batch, size))
 
 
 def _outside_square(corners_B2: Tensor, side: int, shape: torch.Size) -> Tensor:
@@ -248,19 +289,9 @@ def _outside_square(corners_B2: Tensor, side: int, shape: torch.Size) -> Tensor:
     return (1 - rows_BH[:, :, None] * columns_BW[:, None, :]).unsqueeze_(1)
 
 
-def _normalized(images_BCHW: Tensor, normalize: Normalize) -> Tensor:
-    """Normalise float32 values of 0..255 in place."""
-    scale, shift = _scale_and_shift(normalize, images_BCHW.device)
-    return images_BCHW.mul_(scale).add_(shift)
-
-
 @functools.lru_cache(maxsize=16)
 def _scale_and_shift(normalize: Normalize, device: torch.device) -> tuple[Tensor, Tensor]:
     """Kept, because a copy to a GPU would wait for it; shape (C, 1, 1) each."""
     mean = torch.tensor(normalize.mean, device=device)[:, None, None]
     std = torch.tensor(normalize.std, device=device)[:, None, None]
     return 1 / (255 * std), -mean / std
-
-
-def _to_output(images_BCHW: Tensor) -> Tensor:
-    return images_BCHW.contiguous(memory_format=torch.channels_last)

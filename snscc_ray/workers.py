@@ -21,7 +21,9 @@ class Worker(Protocol):
     world_size: int
     device: torch.device
 
-    def report(self, stage: str, metrics: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+    def report(
+        self, stage: str, metrics: dict[str, Any], checkpoint: dict[str, Any] | None
+    ) -> None:
         """Publish a stage's metrics so far, with a checkpoint where one is due."""
         ...
 
@@ -39,7 +41,9 @@ class LocalWorker:
         self.rank = distributed.rank()
         self.world_size = distributed.world_size()
 
-    def report(self, stage: str, metrics: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+    def report(
+        self, stage: str, metrics: dict[str, Any], checkpoint: dict[str, Any] | None
+    ) -> None:
         if checkpoint is not None and self.rank == 0:
             checkpoints.save(self.folder / stage / "latest.pt", checkpoint)
 

@@ -156,5 +156,5 @@ def _read_stl10(source: str, dataset: Any, folder: Path, limit: int | None) -> R
         ids=ids,
         batches=(batch for part in parts for batch in in_batches(part)),
         labels=np.concatenate(labels),
-        class_names=tuple(names.read_text().split()) if names.is_file() else None,
+        class_names=tuple(names.read_text().splitlines()) if names.is_file() else None,
     )

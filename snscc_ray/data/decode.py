@@ -5,10 +5,10 @@ white, 16-bit grey divided by 256, CMYK and palettes converted, the shorter side
 wanted size (bilinear, antialiased) and the centre cropped. An image that already has the wanted
 size is not resampled.
 
-Pillow does that for all formats. JPEG and PNG files that already have the wanted size and need
-only decoding go to torchvision's decoder, which gives the same pixels several times faster and,
-unlike Pillow on small images, gains from a second thread. Whatever it refuses is decided by
-Pillow.
+Pillow does that for all formats. A JPEG that already has the wanted size and needs only decoding
+goes to torchvision's decoder, which gives the same pixels several times faster and, unlike Pillow
+on small images, gains from a second thread. What it refuses, Pillow decides. (torchvision's PNG
+decoder is not used: a corrupt file can crash the process.)
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ def decode_into(source: Source, out: np.ndarray) -> None:
             return
         else:
             image = Image.fromarray(source)
-        pixels = np.asarray(_square(_to_mode(image, "L" if channels == 1 else "RGB"), size))
         turn = _TURNS.get(_orientation(image))
-        if turn is not None:  # after the crop: a centred square stays centred, and is smaller
-            pixels = np.asarray(Image.fromarray(pixels).transpose(turn))
+        image = _to_mode(image, "L" if channels == 1 else "RGB")
+        if turn is not None:
+            image = image.transpose(turn)
+        pixels = np.asarray(_square(image, size))
         out[...] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
     except UnreadableImage:
         raise
@@ -159,78 +160,72 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side resized to `size` and the centre kept, in one resampling."""
+    """The shorter side resized to `size`, then the centre cropped, in one resampling.
+
+    The same pixels as torchvision's Resize and CenterCrop, without making those cropped away.
+    """
     if image.size == (size, size):
         return image
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
+    wide, high = image.size
+    width, height = (size * side // min(wide, high) for side in (wide, high))
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    box = (
+        left * wide / width,
+        top * high / height,
+        (left + size) * wide / width,
+        (top + size) * high / height,
+    )
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
 
 
-# ------------------------------------------ torchvision: JPEG and PNG that need only decoding
+# ------------------------------------------------ torchvision: JPEG that needs only decoding
 
 
 @cache
-def _direct_decoders() -> dict[bytes, Callable[..., torch.Tensor]]:
-    """torchvision's decoders by the first two bytes of a file; empty where it has none.
+def _jpeg_decoder() -> Callable[..., torch.Tensor] | None:
+    """torchvision's JPEG decoder; None if it was built without, and Pillow does it all.
 
-    The operators themselves, not `torchvision.io.decode_jpeg`: that wrapper warns on every call,
-    since torchvision means to move decoding elsewhere. Without them Pillow does it all.
+    The operator itself, not `torchvision.io.decode_jpeg`: that wrapper warns on every call, since
+    torchvision means to move decoding elsewhere.
     """
     try:
-        import torchvision.io  # noqa: F401  (registers the operators)
+        import torchvision.io  # noqa: F401  (registers the operator)
 
-        image = torch.ops.image
-        return {b"\xff\xd8": image.decode_jpeg, b"\x89P": image.decode_png}
+        return torch.ops.image.decode_jpeg
     except (ImportError, AttributeError, RuntimeError):
-        return {}
+        return None
 
 
 def _decode_directly(encoded: bytes, out: np.ndarray) -> bool:
     """Whether `out` (C, S, S) could be filled without Pillow."""
-    decoder = _direct_decoders().get(encoded[:2])
-    if decoder is None or _plain_shape(encoded) not in _direct_shapes(out):
+    channels, size, _ = out.shape
+    # Colour is not taken to grey here: libjpeg's grey is not exactly Pillow's.
+    fitting = [(size, size, 1), (size, size, channels)]
+    if _plain_jpeg_shape(encoded) not in fitting or (decoder := _jpeg_decoder()) is None:
         return False
+    writable = bytearray(encoded)  # torch warns about memory it may not write to
     try:
-        # A copy, as torch warns about memory it may not write to.
-        pixels = decoder(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), out.shape[0])
+        # The decoder's modes for grey and RGB are 1 and 3, as are the channels.
+        pixels = decoder(torch.frombuffer(writable, dtype=torch.uint8), channels)
     except RuntimeError:
         return False
     out[...] = pixels.numpy()
     return True
 
 
-def _direct_shapes(out: np.ndarray) -> tuple[tuple[int, int, int], ...]:
-    # Colour is not taken to grey here: libjpeg's grey is not exactly Pillow's.
-    channels, size, _ = out.shape
-    grey = (size, size, 1)
-    return (grey,) if channels == 1 else (grey, (size, size, 3))
-
-
-def _plain_shape(encoded: bytes) -> tuple[int, int, int] | None:
-    """(H, W, C) of an 8-bit JPEG or PNG that is neither rotated nor transparent, else None."""
-    try:
-        return _jpeg_shape(encoded) if encoded[0] == 0xFF else _png_shape(encoded)
-    except (IndexError, struct.error):
+def _plain_jpeg_shape(encoded: bytes) -> tuple[int, int, int] | None:
+    """(H, W, C) of an 8-bit JPEG without EXIF data (which may rotate it), else None."""
+    if not encoded.startswith(b"\xff\xd8"):
         return None
-
-
-def _jpeg_shape(encoded: bytes) -> tuple[int, int, int] | None:
     position = 2
-    while True:
-        mark, kind, length = struct.unpack_from(">BBH", encoded, position)
-        if mark != 0xFF or (kind == 0xE1 and encoded[position + 4 : position + 8] == b"Exif"):
-            return None
-        if kind in (0xC0, 0xC1, 0xC2):  # start of frame: baseline, extended, progressive
-            bits, height, width, channels = struct.unpack_from(">BHHB", encoded, position + 4)
-            return (height, width, channels) if bits == 8 else None
-        position += 2 + length
-
-
-def _png_shape(encoded: bytes) -> tuple[int, int, int] | None:
-    width, height, bits, colour = struct.unpack_from(">IIBB", encoded, 16)
-    if bits != 8 or colour not in (0, 2) or b"tRNS" in encoded or b"eXIf" in encoded:
+    try:
+        while True:
+            mark, kind, length = struct.unpack_from(">BBH", encoded, position)
+            if mark != 0xFF or (kind == 0xE1 and encoded.startswith(b"Exif", position + 4)):
+                return None
+            if kind in (0xC0, 0xC1, 0xC2):  # start of frame: baseline, extended, progressive
+                bits, height, width, channels = struct.unpack_from(">BHHB", encoded, position + 4)
+                return (height, width, channels) if bits == 8 else None
+            position += 2 + length
+    except struct.error:  # it ends too early
         return None
-    return height, width, 3 if colour == 2 else 1

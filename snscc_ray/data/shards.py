@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _inspect(file: Path) -> _Shard:
     kind = schema.field("image").type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+    if str(kind) not in ("binary", "large_binary", "binary_view"):
         raise UserError(
             f"column `image` of {file} is {kind}: it must hold encoded images as binary"
         )
@@ -120,7 +120,7 @@ def _first_rows(shards: list[_Shard], limit: int | None) -> list[_Shard]:
     for shard in shards:
         rows = min(shard.rows, left)
         if rows:
-            used.append(_Shard(shard.file, rows, shard.id, shard.label, shard.class_name))
+            used.append(replace(shard, rows=rows))
         left -= rows
     return used
 

@@ -17,7 +17,7 @@ from snscc_ray.errors import UserError
 __all__ = ["ImageSet", "load_images", "resolve_source"]
 
 EXTENSIONS = frozenset(
-    ".jpg .jpeg .png .webp .bmp .tif .tiff .gif .ppm .pgm".split()
+    [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"]
 )  # compared in lower case
 
 
@@ -169,7 +169,7 @@ def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
 def _image_files(root: Path) -> Iterator[str]:
     """Relative POSIX paths of the images below `root`, hidden ones left out, in no set order."""
     seen: set[str] = set()  # links to folders are followed, but not in circles
-    for folder, inner, names in os.walk(root, followlinks=True):
+    for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             inner.clear()
@@ -179,6 +179,13 @@ def _image_files(root: Path) -> Iterator[str]:
         for name in names:
             if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
                 yield Path(folder, name).relative_to(root).as_posix()
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(
+        f"cannot list {error.filename} ({error.strerror}): make it readable, or give another "
+        "folder with --data PATH"
+    )
 
 
 def _file_rows(

@@ -17,13 +17,13 @@ def reduce_rows(loss_B: Tensor, reduction: Reduction) -> Tensor:
 
 
 def safe_log(x: Tensor) -> Tensor:
-    """log x with x held in [eps, 1]: finite everywhere, exactly 0 at 1, gradient 0 outside.
+    """log x with x held at eps or above: finite, and without gradient below eps.
 
     eps is far below any probability that matters, because the gradient below it is lost, and far
     above the smallest float, so that 1/eps summed over many pairs cannot overflow.
     """
     eps = max(torch.finfo(x.dtype).tiny, 1e-19)
-    return x.clamp(eps, 1).log()
+    return x.clamp(min=eps).log()
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

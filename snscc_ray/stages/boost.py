@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from snscc_ray import distributed
+from snscc_ray.config import StageName
 from snscc_ray.data.resident import Batch
 from snscc_ray.encoders import ClusterNet
 from snscc_ray.losses import (
@@ -28,7 +29,7 @@ _TOLERANCE = 1e-3
 
 
 class Boost:
-    name = "boost"
+    name: StageName = "boost"
 
     def __init__(self, context: Context, network: ClusterNet, mined: MinedNeighbors) -> None:
         self.context = context
@@ -46,9 +47,7 @@ class Boost:
         def view(kind: str) -> Tensor:
             chosen = self.settings.view if kind == "augmented" else None
             key = self.context.key("boost", epoch, kind)
-            return make_view(
-                batch.images_BCHW, batch.rows_B, chosen, key, self.context.normalize
-            )
+            return make_view(batch.images_BCHW, batch.rows_B, chosen, key, self.context.normalize)
 
         return view("original"), view("augmented")
 

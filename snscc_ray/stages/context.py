@@ -35,7 +35,7 @@ class Context:
         return rng.fold(self.recipe.seed, *parts)
 
     def place(self, network: Network) -> Network:
-        """The network on the device, its memory laid out for convolutions, batch norms synchronised."""
+        """The network on the device, laid out for convolutions, its batch norms synchronised."""
         network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         distributed.synchronise_batch_norm(network)
         return network
@@ -86,8 +86,12 @@ class Stage(Protocol):
     """What the engine asks of a stage. The loop, the optimiser and the checkpoints are its own."""
 
     name: StageName
-    settings: StageSettings
-    network: nn.Module
+
+    @property
+    def settings(self) -> StageSettings: ...
+
+    @property
+    def network(self) -> nn.Module: ...
 
     def views(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
         """The normalised views (B, C, H, W) one step looks at."""
@@ -95,7 +99,9 @@ class Stage(Protocol):
 
     def begin_epoch(self, epoch: int) -> None: ...
 
-    def step(self, forward: nn.Module, views: tuple[Tensor, ...], rows_B: Tensor) -> dict[str, Tensor]:
+    def step(
+        self, forward: nn.Module, views: tuple[Tensor, ...], rows_B: Tensor
+    ) -> dict[str, Tensor]:
         """Named loss terms whose sum is the objective; `forward` is the network, wrapped."""
         ...
 

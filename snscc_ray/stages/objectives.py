@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,9 +46,7 @@ def neighborhood(z_BD: Tensor, augmented_BD: Tensor, settings: TrainSettings) ->
     """Local neighbours among the originals, global ones among the augmented (own view included)."""
     z_BD, augmented_BD = z_BD.detach(), augmented_BD.detach()
     near_BK, local_BK = batch_neighbors(z_BD, z_BD, settings.num_neighbors, same_rows=True)
-    far_BK, global_BK = batch_neighbors(
-        z_BD, augmented_BD, settings.num_neighbors, same_rows=False
-    )
+    far_BK, global_BK = batch_neighbors(z_BD, augmented_BD, settings.num_neighbors, same_rows=False)
     radius_B = global_radius(z_BD, augmented_BD)
     pairs_BB = None
     if settings.objective == "released":
@@ -114,7 +113,7 @@ def released(p: Predictions, near: Neighborhood, settings: TrainSettings) -> dic
     return terms
 
 
-def _mined(p: Predictions, kind: str) -> Tensor:
+def _mined(p: Predictions, kind: Literal["linear", "log"]) -> Tensor:
     """Agreement with one mined neighbour, drawn by confidence: an unbiased `soft_attract`."""
     assert p.mined_BC is not None
     o_B1 = (p.p_BC * p.mined_BC).sum(1, keepdim=True)

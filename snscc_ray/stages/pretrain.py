@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snscc_ray import distributed
+from snscc_ray.config import StageName
 from snscc_ray.data.resident import Batch
 from snscc_ray.encoders import PretextNet, build_encoder
 from snscc_ray.kmeans import kmeans
@@ -20,7 +21,7 @@ from snscc_ray.views import make_view
 
 
 class Pretrain:
-    name = "pretrain"
+    name: StageName = "pretrain"
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -121,7 +122,8 @@ class _MomentumEncoder:
 
     @torch.no_grad()
     def follow(self, network: nn.Module) -> None:
-        mine, theirs = list(self.network.parameters()), list(network.parameters())
+        mine: list[Tensor] = list(self.network.parameters())
+        theirs: list[Tensor] = list(network.parameters())
         torch._foreach_lerp_(mine, theirs, 1 - self.settings.key_momentum)
 
     def state(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from snscc_ray import distributed, metrics, rng
+from snscc_ray.config import StageName
 from snscc_ray.data.resident import Batch
 from snscc_ray.encoders import ClusterHeads, ClusterNet, out_features
 from snscc_ray.kmeans import kmeans
@@ -19,7 +20,7 @@ from snscc_ray.views import make_view
 
 
 class Train:
-    name = "train"
+    name: StageName = "train"
 
     def __init__(self, context: Context, pretext: nn.Module, mined: MinedNeighbors) -> None:
         """`pretext` is what Pretrain left; its encoder is trained further."""

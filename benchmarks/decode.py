@@ -1,0 +1,79 @@
+"""How many images a second are read and decoded, by one thread and by two.
+
+    python benchmarks/decode.py --data PATH [--image-size S] [--out FILE]
+
+The whole path is timed, from Parquet shards or a folder on disk to the finished ImageSet; with
+--image-size at the images' own size (32 unless given), nothing is resampled. The best of three
+passes counts: other programs can only slow one down. CPU seconds are given beside it, since they
+say what a core does even where cores are shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import PIL
+import pyarrow
+import torch
+import torchvision
+
+from snscc_ray.config import DataSettings
+from snscc_ray.data.decode import available_cores
+from snscc_ray.data.sources import load_images
+
+PASSES = 3
+
+
+def measure(data: DataSettings, workers: int) -> dict[str, float]:
+    wall, cpu = float("inf"), float("inf")
+    for _ in range(PASSES):
+        started, used = time.perf_counter(), time.process_time()
+        images = len(load_images(data, workers=workers))
+        wall = min(wall, time.perf_counter() - started)
+        cpu = min(cpu, time.process_time() - used)
+    return {
+        "workers": workers,
+        "images": images,
+        "images_per_second": round(images / wall, 1),
+        "images_per_cpu_second": round(images / cpu, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="Parquet shards or a folder of images")
+    parser.add_argument("--image-size", type=int, default=32, help="side, in pixels")
+    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    given = parser.parse_args()
+    data = DataSettings(
+        source="auto", path=given.data, num_clusters=10, image_size=given.image_size
+    )
+    load_images(data.model_copy(update={"limit": 100}))  # imports and the disk, once
+    result = {
+        "data": Path(given.data).name,
+        "image_size": given.image_size,
+        "results": [measure(data, workers) for workers in (1, 2)],
+        "cores": available_cores(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "pillow": PIL.__version__,
+            "pyarrow": pyarrow.__version__,
+        },
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Mining neighbours: seconds, and peak memory above the features, per backend.
+
+    python benchmarks/mining.py --out benchmarks/results/mining.json
+
+60,000 × 512 float32 and K = 20 unless told otherwise: CIFAR-10's size at ResNet-18's width. Each
+backend runs in its own process, so that the peak is its own; what it needs to import, and the
+features, are there before the clock starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = ("torch", "faiss")
+
+
+def measure(backend: str, rows: int, dim: int, k: int) -> dict[str, float]:
+    """Mine once in this process: seconds, and how far the peak rose above the features."""
+    import torch
+
+    from snscc_ray.neighbors import knn
+
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(10, dim, generator=generator)
+    features = torch.randn(rows, dim, generator=generator)
+    for part in features.split(4096):
+        part += centres[torch.randint(10, (len(part),), generator=generator)]
+        part /= part.norm(dim=1, keepdim=True)
+    knn(features[:200], 5, backend=backend)  # imports, thread pools
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    d_NK, idx_NK = knn(features, k, backend=backend)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "seconds": round(seconds, 2),
+        "peak_mb_above_features": round((peak - before) / 1024, 1),
+        "threads": torch.get_num_threads(),
+        # Equal sums say that the backends agree.
+        "distance_sum": float(d_NK.double().sum()),
+        "index_sum": int(idx_NK.sum()),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=60_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="JSON with the figures, versions and CPU name")
+    parser.add_argument("--backend", choices=BACKENDS, help="this one only, in this process")
+    args = parser.parse_args()
+    if args.backend:
+        print(json.dumps(measure(args.backend, args.rows, args.dim, args.k)))
+        return
+    shape = [f"--rows={args.rows}", f"--dim={args.dim}", f"--k={args.k}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    results = {}
+    print(f"{args.rows:,} x {args.dim} float32, K = {args.k}, {cpu_name()}")
+    print(f"{'backend':8} {'threads':>7} {'seconds':>8} {'peak MB above the features':>27}")
+    for backend in BACKENDS:
+        child = subprocess.run(
+            [sys.executable, __file__, f"--backend={backend}", *shape],
+            env=environment, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if child.returncode != 0:
+            print(f"{backend:8} failed (not installed?)")
+            continue
+        result = results[backend] = json.loads(child.stdout)
+        print(
+            f"{backend:8} {result['threads']:7} {result['seconds']:8.1f} "
+            f"{result['peak_mb_above_features']:27.0f}"
+        )
+    if args.out:
+        packages = ("torch", "faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "numpy")
+        report = {
+            "rows": args.rows,
+            "dim": args.dim,
+            "k": args.k,
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in packages if version(name)},
+            "results": results,
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

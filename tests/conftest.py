@@ -1,0 +1,71 @@
+"""Small things several tests need. Tests that need the shared image shards skip without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from snscc_ray import recipes
+from snscc_ray.config import Recipe
+from snscc_ray.data.imageset import ImageSet
+from snscc_ray.data.resident import ResidentData
+from snscc_ray.data.sources import load_images
+from snscc_ray.run import normalisation
+from snscc_ray.stages.context import Context
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# 200 real digits, a ConvNet of four channels: a stage trains in a second.
+TINY = (
+    "data.limit=200",
+    "data.image_size=8",
+    "encoder.width=4",
+    "pretrain.epochs=3",
+    "pretrain.batch_size=32",
+    "pretrain.projection_hidden=16",
+    "pretrain.projection_dim=8",
+    "train.epochs=3",
+    "train.batch_size=32",
+    "boost.epochs=3",
+    "boost.batch_size=32",
+    # The tiny network is never sure: a low γ lets Boost select something.
+    "boost.confidence_threshold=0.3",
+    "runtime.checkpoint_seconds=0",
+    "runtime.device=cpu",
+)
+
+
+def shards(name: str) -> Path:
+    """The folder of that shared image set; skips the test where it is absent."""
+    folder = SHARED_DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"the shared image shards {name} are not beside this checkout")
+    return folder
+
+
+@pytest.fixture
+def tiny() -> Recipe:
+    return recipes.override(recipes.get("digits"), TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_images() -> ImageSet:
+    return load_images(recipes.override(recipes.get("digits"), TINY).data)
+
+
+@pytest.fixture
+def context(tiny: Recipe, tiny_images: ImageSet) -> Context:
+    return make_context(tiny, tiny_images)
+
+
+def make_context(recipe: Recipe, images: ImageSet) -> Context:
+    device = torch.device("cpu")
+    data = ResidentData(images.images, device)
+    return Context(recipe, data, images.labels, normalisation(recipe, images.images), device)
+
+
+def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts are bitwise equal."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
