@@ -19,12 +19,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
-BACKENDS = ("torch", "faiss")
+Backend = Literal["torch", "faiss"]
+BACKENDS: tuple[Backend, ...] = ("torch", "faiss")
 
 
-def measure(backend: str, rows: int, dim: int, k: int) -> dict[str, float]:
+def measure(backend: Backend, rows: int, dim: int, k: int) -> dict[str, float]:
     """Mine once in this process: seconds, and how far the peak rose above the features."""
     import torch
 
@@ -80,6 +82,7 @@ def main() -> None:
     shape = [f"--rows={args.rows}", f"--dim={args.dim}", f"--k={args.k}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     results = {}
+    load = os.getloadavg()[0]  # others at work on these cores
     print(f"{args.rows:,} x {args.dim} float32, K = {args.k}, {cpu_name()}")
     print(f"{'backend':8} {'threads':>7} {'seconds':>8} {'peak MB above the features':>27}")
     for backend in BACKENDS:
@@ -103,6 +106,7 @@ def main() -> None:
             "k": args.k,
             "cpu": cpu_name(),
             "cores": os.cpu_count(),
+            "load_average_before": round(load, 2),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in packages if version(name)},
             "results": results,

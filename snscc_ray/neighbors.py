@@ -97,7 +97,7 @@ def knn(
     For each row of `queries`, or of the set itself, no row then being its own neighbour (its
     duplicates may be). Works in float32, through `chunk` queries at a time (None: up to 1,024, as
     128 MB of scores allow), never on a matrix of N × N. `faiss` searches on the CPU; `auto` is
-    faiss for a set on the CPU, where it is the faster (benchmarks/mining.py), if it is installed,
+    faiss for a set on the CPU if it is installed (faster on idle cores, benchmarks/mining.py),
     and torch otherwise. Ties go to the lower index, unless more than k + 8 rows tie.
     Raises ValueError if k < 1 or a row has fewer than k others, or a feature is not finite;
     ImportError if faiss is asked for and absent.

@@ -57,8 +57,8 @@ def sharpness(images_BCHW: Tensor, factors_B: Tensor) -> Tensor:
 
 
 def posterize(images_BCHW: Tensor, bits_B: Tensor) -> Tensor:
-    """`ImageOps.posterize`: keep the highest `bits` (whole numbers, 0 to 8) of each value."""
-    return images_BCHW & _per_image(256 - torch.exp2(8 - bits_B)).to(torch.uint8)
+    """`ImageOps.posterize`: keep the highest `bits` of each value (0 to 8; fractions cut off)."""
+    return images_BCHW & _per_image(256 - torch.exp2(8 - bits_B.floor())).to(torch.uint8)
 
 
 def solarize(images_BCHW: Tensor, thresholds_B: Tensor) -> Tensor:
@@ -122,8 +122,10 @@ def hue(images_BCHW: Tensor, turns_B: Tensor) -> Tensor:
 
 
 def affine(images_BCHW: Tensor, matrices_B23: Tensor) -> Tensor:
-    """Read every pixel at an affine position, from `motion_matrices`: the nearest pixel (Pillow's
-    default), black outside."""
+    """Read every pixel at an affine position; the nearest pixel (Pillow's default), black outside.
+
+    matrices_B23: from `motion_matrices`.
+    """
     height, width = images_BCHW.shape[2:]
     matrices = matrices_B23[:, :, :, None]
     x_B2W = matrices[:, :, 0] * _pixel_centres(width, images_BCHW.device) + matrices[:, :, 2]
@@ -148,9 +150,9 @@ def motion_matrices(motions: Tensor, height: int, width: int) -> Tensor:
     angles, aspect = degrees * (math.pi / 180), height / width
     cos, sin = angles.cos(), angles.sin()
     lean_x, lean_y = shear_x * aspect, shear_y / aspect
-    rows = (cos, lean_x - sin * aspect, lean_x + 2 * move_x)
-    rows += (lean_y + sin / aspect, cos, lean_y + 2 * move_y)
-    return torch.stack(rows, -1).unflatten(-1, (2, 3))
+    x_row = torch.stack((cos, lean_x - sin * aspect, lean_x + 2 * move_x), -1)
+    y_row = torch.stack((lean_y + sin / aspect, cos, lean_y + 2 * move_y), -1)
+    return torch.stack((x_row, y_row), -2)
 
 
 # By the name a view gives them; "identity" and the motions have no entry of their own.
@@ -213,7 +215,7 @@ def _sample(images_BCHW: Tensor, grid_B2HW: Tensor, mode: str) -> Tensor:
 
 
 def _per_image(values_B: Tensor) -> Tensor:
-    return values_B[:, None, None, None]
+    return values_B.reshape(-1, 1, 1, 1)
 
 
 def _gray(images_BCHW: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ def _draw_boxes(numbers: Tensor, scale: Range, ratio: Range, height: int, width:
 
 
 def _with_column(columns: Tensor, last: float) -> Tensor:
-    return torch.nn.functional.pad(columns, (0, 1), value=round(last))
+    return torch.nn.functional.pad(columns, (0, 1), value=max(1, round(last)))
 
 
 def apply_view(images_BCHW: Tensor, draws: Draws, normalize: Normalize) -> Tensor:
@@ -275,7 +275,7 @@ def _parts(images_BCHW: Tensor) -> Iterator[slice]:
     """Slices of a batch: on a CPU, small enough for float32 copies to stay in its cache."""
     batch, _, height, width = images_BCHW.shape
     pixels = 2**16 if images_BCHW.device.type == "cpu" else 2**24
-    size = max(1, pixels // (height * width))
+    size = max(8, pixels // (height * width))
     return (slice(start, start + size) for start in range(0, batch, size))
 
 

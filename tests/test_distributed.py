@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from snscc_ray import distributed
+from tests.conftest import TINY
+from tests.two_processes import one_step, process
+
+CASES = [
+    ("pretrain", []),
+    ("pretrain", ["pretrain.method=moco", "pretrain.queue_size=48"]),
+    ("train", []),
+    ("train", ["train.objective=paper", "train.head=linear"]),
+    ("train", ["train.objective=released", "train.agreement=log"]),
+    ("boost", ["boost.confidence_threshold=0.1"]),
+    ("boost", ["boost.selection=batch", "boost.confidence_threshold=0.1"]),
+]
+
+
+@pytest.mark.parametrize(("stage", "overrides"), CASES)
+def test_two_processes_have_the_gradients_of_one(
+    stage: str, overrides: list[str], tmp_path: Path
+) -> None:
+    mp.spawn(process, (2, str(tmp_path), stage, overrides), nprocs=2)
+    one = one_step(stage, overrides)
+    assert len(one["gradients"]) > 5
+    assert any(float(g.abs().max()) > 1e-3 for g in one["gradients"].values())
+    for rank in range(2):
+        two = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        for name, term in one["terms"].items():
+            torch.testing.assert_close(two["terms"][name], term, rtol=0, atol=1e-9)
+        for name, gradient in one["gradients"].items():
+            torch.testing.assert_close(two["gradients"][name], gradient, rtol=0, atol=1e-6)
+        for name, value in one["buffers"].items():
+            torch.testing.assert_close(two["buffers"][name], value, rtol=0, atol=1e-9)
+        if "queue" in one["extra"]:
+            torch.testing.assert_close(two["extra"]["queue"], one["extra"]["queue"])
+
+
+def test_shares_cover_all_rows() -> None:
+    assert distributed.share_of(7) == [7]
+    assert distributed.gather(torch.arange(3)).tolist() == [0, 1, 2]
+
+
+def test_a_run_under_torchrun_is_the_run_of_one(tmp_path: Path) -> None:
+    settings = [x for field in TINY for x in ("--set", field)]
+    run = ["-m", "snscc_ray", "run", "digits", "--stages", "pretrain,train", *settings]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    lines = {}
+    for name, before in (("one", []), ("two", torchrun)):
+        folder = tmp_path / name
+        command = [sys.executable, *before, *run, "--out", str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        text = (folder / "metrics.jsonl").read_text().splitlines()
+        lines[name] = [json.loads(line) for line in text]
+    assert len(lines["one"]) == len(lines["two"])
+    for one, two in zip(lines["one"], lines["two"], strict=True):
+        assert (one["stage"], one["epoch"]) == (two["stage"], two["epoch"])
+        # Later epochs drift as float32 rounds differently; float64 is exact (see above).
+        if one["epoch"] == 0:
+            assert two["loss/total"] == pytest.approx(one["loss/total"], abs=2e-3)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+        "-m", "snscc_ray", "run", "digits", "--out", str(tmp_path / "x"), "--set",
+        "train.batch_size=33",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "train.batch_size=33 is global and does not divide among 2 workers" in done.stderr
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from snscc_ray import checkpoints, recipes
+from snscc_ray.config import STAGES, Recipe, StageName
+from snscc_ray.data.imageset import ImageSet
+from snscc_ray.engine import Interrupted, fit
+from snscc_ray.errors import TrainingError
+from snscc_ray.monitor import RunMonitor, Silent
+from snscc_ray.run import execute
+from snscc_ray.schedules import learning_rate
+from snscc_ray.stages.pretrain import Pretrain
+from snscc_ray.workers import LocalWorker
+from tests.conftest import TINY, equal_states, make_context
+
+CPU = torch.device("cpu")
+
+
+class StopAtEpochEnd(Silent):
+    """Asks the process to stop, as a cluster would, after one epoch of one stage."""
+
+    def __init__(self, stage: str, epoch: int) -> None:
+        self.at = (stage, epoch)
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        if (stage, epoch) == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def finals(folder: Path) -> dict[str, dict[str, Tensor]]:
+    return {stage: checkpoints.load(folder / stage / "final.pt")["network"] for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, tiny_images: ImageSet
+) -> dict[str, dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = recipes.override(recipes.get("digits"), TINY)
+    execute(recipe, tiny_images, folder, LocalWorker(folder, CPU), Silent())
+    return finals(folder)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_stopping_at_any_epoch_boundary_changes_nothing(
+    stage: StageName,
+    epoch: int,
+    tiny: Recipe,
+    tiny_images: ImageSet,
+    uninterrupted: dict[str, dict[str, Tensor]],
+    tmp_path: Path,
+) -> None:
+    worker = LocalWorker(tmp_path, CPU)
+    with pytest.raises(Interrupted):
+        execute(tiny, tiny_images, tmp_path, worker, StopAtEpochEnd(stage, epoch))
+    assert not (tmp_path / stage / "final.pt").exists()
+    torch.manual_seed(1234)  # what a new process happens to start with must not matter
+    execute(tiny, tiny_images, tmp_path, worker, Silent())
+    resumed = finals(tmp_path)
+    for name in STAGES:
+        assert equal_states(resumed[name], uninterrupted[name]), name
+
+
+# A process that is killed, without warning, in the middle of an epoch.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from snscc_ray import recipes
+from snscc_ray.data.sources import load_images
+from snscc_ray.monitor import Silent
+from snscc_ray.run import execute
+from snscc_ray.workers import LocalWorker
+
+folder, stage, step, *overrides = sys.argv[1:]
+recipe = recipes.override(recipes.get("digits"), overrides)
+
+class Killer(Silent):
+    current, steps = "", 0
+    def start(self, name, epochs, steps, done):
+        self.current, self.steps = name, 0
+    def advance(self):
+        self.steps += 1
+        if self.current == stage and self.steps == int(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(int(os.environ["THREADS"]))
+worker = LocalWorker(Path(folder), torch.device("cpu"))
+execute(recipe, load_images(recipe.data), Path(folder), worker, Killer())
+"""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_kill_in_mid_epoch_changes_nothing(
+    stage: StageName, uninterrupted: dict[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    # Six steps an epoch, a checkpoint every fourth: the kill at step 9 loses one step.
+    overrides = [*TINY, "runtime.checkpoint_seconds=1000", "runtime.checkpoint_steps=4"]
+    environment = {**os.environ, "THREADS": str(torch.get_num_threads())}
+
+    def start(kill_at: int) -> int:
+        command = [sys.executable, "-c", KILLED, str(tmp_path), stage, str(kill_at), *overrides]
+        return subprocess.run(command, env=environment).returncode
+
+    assert start(9) == -signal.SIGKILL
+    latest = checkpoints.load(tmp_path / stage / "latest.pt")
+    assert (latest["epoch"], latest["step"]) == (1, 2)
+    assert start(0) == 0
+    resumed = finals(tmp_path)
+    for name in STAGES:
+        assert equal_states(resumed[name], uninterrupted[name]), name
+
+
+def test_a_finished_stage_is_reused_and_a_changed_one_is_not(
+    tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    worker = LocalWorker(tmp_path, CPU)
+    execute(tiny, tiny_images, tmp_path, worker, Silent())
+    written = {s: (tmp_path / s / "final.pt").stat().st_mtime_ns for s in STAGES}
+    changed = recipes.override(tiny, ["boost.top_fraction=0.5"])
+    execute(changed, tiny_images, tmp_path, worker, Silent())
+    again = {s: (tmp_path / s / "final.pt").stat().st_mtime_ns for s in STAGES}
+    assert [again[s] == written[s] for s in STAGES] == [True, True, False]
+
+
+def test_metrics_lines_are_one_per_epoch_also_after_a_stop(
+    tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    class Stopping(RunMonitor):
+        def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+            super().epoch(stage, epoch, figures)
+            if (stage, epoch) == ("train", 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    worker, console = LocalWorker(tmp_path, CPU), Console(quiet=True)
+    with pytest.raises(Interrupted):
+        execute(tiny, tiny_images, tmp_path, worker, Stopping(tmp_path, console))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "train", "epo')  # as a kill in mid-write leaves it
+    monitor = RunMonitor(tmp_path, console)
+    execute(tiny, tiny_images, tmp_path, worker, monitor)
+    monitor.finish()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    places = [(line["stage"], line["epoch"]) for line in lines if "warning" not in line]
+    assert places == [(stage, epoch) for stage in STAGES for epoch in range(3)]
+    train = next(line for line in lines if line["stage"] == "train")
+    assert {
+        "loss/local", "loss/global", "loss/cluster", "loss/entropy", "loss/mined", "loss/total",
+        "learning_rate", "health/score", "health/confidence", "health/confident_share",
+        "health/balance", "health/clusters_in_use", "health/neighbor_agreement", "oracle/acc",
+        "oracle/nmi", "oracle/ari", "images_per_second",
+    } <= train.keys()  # fmt: skip
+
+
+def test_tensorboard_holds_scalars_and_views(
+    tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = RunMonitor(tmp_path, Console(quiet=True))
+    execute(tiny, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), monitor)
+    monitor.hyperparameters(tiny.model_dump(mode="json"), {"oracle/acc": 0.5})
+    monitor.finish()
+    for stage, views in (("pretrain", 2), ("train", 3), ("boost", 2)):
+        events = EventAccumulator(str(tmp_path / "tensorboard" / stage))
+        events.Reload()
+        assert [e.step for e in events.Scalars("loss/total")] == [0, 1, 2]
+        assert sorted(events.Tags()["images"]) == [f"views/{i}" for i in range(views)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_a_nan_loss_stops_with_its_name_and_keeps_the_last_good_checkpoint(
+    tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    class Poisoned(Pretrain):
+        def views(self, batch, epoch):  # type: ignore[no-untyped-def]
+            first, second = super().views(batch, epoch)
+            return (first * math.nan, second) if epoch == 1 else (first, second)
+
+    class Warnings(Silent):
+        seen: list[tuple[str, int, str]]
+
+        def warn(self, stage: str, epoch: int, message: str) -> None:
+            self.seen = [(stage, epoch, message)]
+
+    monitor, worker = Warnings(), LocalWorker(tmp_path, CPU)
+    context = make_context(tiny, tiny_images)
+    with pytest.raises(TrainingError, match=r"nan-loss: instance.*lower pretrain.learning_rate"):
+        fit(Poisoned(context), context, worker, monitor, "x")
+    assert monitor.seen[0][:2] == ("pretrain", 1)
+    latest = worker.latest_checkpoint("pretrain")
+    assert latest is not None and latest["epoch"] == 1
+    assert all(bool(w.isfinite().all()) for w in latest["network"].values())
+
+
+def test_collapse_is_warned_of_within_an_epoch(
+    tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    class Warnings(Silent):
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, int, str]] = []
+
+        def warn(self, stage: str, epoch: int, message: str) -> None:
+            self.seen.append((stage, epoch, message))
+
+    collapsing = recipes.override(
+        tiny,
+        ["train.head=linear", "train.entropy_weight=0", "train.cluster_weight=0",
+         "train.learning_rate=0.05", "train.agreement=log"],
+    )  # fmt: skip
+    monitor = Warnings()
+    execute(
+        collapsing,
+        tiny_images,
+        tmp_path,
+        LocalWorker(tmp_path, CPU),
+        monitor,
+        ("pretrain", "train"),
+    )
+    assert any(s == "train" and m.startswith("collapse: only") for s, _, m in monitor.seen)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_methods_and_precisions_learn(
+    method: str, precision: str, tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    recipe = recipes.override(
+        tiny,
+        [f"precision={precision}", f"pretrain.method={method}", "pretrain.queue_size=64",
+         "pretrain.epochs=8", "pretrain.clip_norm=5", "pretrain.key_momentum=0.9"],
+    )  # fmt: skip
+
+    class Losses(Silent):
+        def __init__(self) -> None:
+            self.values: list[float] = []
+
+        def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+            self.values.append(figures["loss/total"])
+
+    monitor = Losses()
+    worker = LocalWorker(tmp_path, CPU)
+    execute(recipe, tiny_images, tmp_path, worker, monitor, ("pretrain",))
+    assert min(monitor.values[-2:]) < monitor.values[1] - 0.1
+
+
+def test_moco_resumes_its_queue_and_key_encoder(
+    tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    recipe = recipes.override(tiny, ["pretrain.method=moco", "pretrain.queue_size=64"])
+    folders = tmp_path / "a", tmp_path / "b"
+    execute(recipe, tiny_images, folders[0], LocalWorker(folders[0], CPU), Silent(), ("pretrain",))
+    worker = LocalWorker(folders[1], CPU)
+    with pytest.raises(Interrupted):
+        stop = StopAtEpochEnd("pretrain", 1)
+        execute(recipe, tiny_images, folders[1], worker, stop, ("pretrain",))
+    execute(recipe, tiny_images, folders[1], worker, Silent(), ("pretrain",))
+    a, b = (checkpoints.load(f / "pretrain" / "final.pt")["network"] for f in folders)
+    assert equal_states(a, b)
+
+
+def test_schedules() -> None:
+    base = recipes.get("digits").pretrain.model_copy(
+        update={"epochs": 100, "learning_rate": 1.0, "warmup_epochs": 10, "schedule": "cosine"}
+    )
+    assert learning_rate(base, 0) == 0
+    assert learning_rate(base, 5) == pytest.approx(0.5)
+    assert learning_rate(base, 10) == pytest.approx(1)
+    assert learning_rate(base, 55) == pytest.approx(0.5)
+    assert learning_rate(base, 100) == pytest.approx(0)
+    constant = base.model_copy(update={"schedule": "constant"})
+    assert learning_rate(constant, 99) == 1
+    step = base.model_copy(
+        update={"schedule": "step", "milestones": (30, 60), "warmup_epochs": 0, "decay": 0.1}
+    )
+    assert [learning_rate(step, e) for e in (29, 30, 60)] == pytest.approx([1, 0.1, 0.01])

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from snscc_ray import metrics
+
+
+def test_accuracy_is_the_best_over_all_matchings() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (60,), generator=generator)
+    clusters = torch.randint(4, (60,), generator=generator)
+    best = max(
+        float((torch.tensor(match)[clusters] == labels).double().mean())
+        for match in itertools.permutations(range(4))
+    )
+    assert metrics.oracle(labels, clusters)["oracle/acc"] == pytest.approx(best)
+
+
+def test_oracle_of_a_renamed_and_of_a_collapsed_assignment() -> None:
+    labels = torch.arange(100) % 5
+    perfect = metrics.oracle(labels, (labels + 3) % 5)
+    assert perfect == {"oracle/acc": 1.0, "oracle/nmi": 1.0, "oracle/ari": 1.0}
+    collapsed = metrics.oracle(labels, torch.zeros(100, dtype=torch.long))
+    assert collapsed["oracle/acc"] == pytest.approx(0.2)
+    assert collapsed["oracle/nmi"] == pytest.approx(0)
+
+
+def test_more_clusters_than_labels() -> None:
+    figures = metrics.oracle(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 5, 2, 2]))
+    assert figures["oracle/acc"] == pytest.approx(0.75)
+
+
+def test_health_by_hand() -> None:
+    clusters = torch.tensor([0, 0, 1, 1])
+    neighbors = torch.tensor([[1, 2], [0, 3], [3, 0], [2, 1]])
+    confidence = torch.tensor([1.0, 0.5, 0.995, 0.1])
+    figures = metrics.health(clusters, neighbors, 2, confidence, threshold=0.99)
+    assert figures["health/neighbor_agreement"] == 0.5
+    assert figures["health/balance"] == pytest.approx(1)
+    assert figures["health/score"] == pytest.approx(0.5)
+    assert figures["health/confident_share"] == 0.5
+    assert figures["health/clusters_in_use"] == 2
+
+
+def test_a_collapsed_assignment_never_wins() -> None:
+    """Its neighbour agreement is perfect: a sum would choose it, the product does not."""
+    neighbors = torch.randint(100, (100, 10), generator=torch.Generator().manual_seed(0))
+    collapsed = metrics.health(torch.zeros(100, dtype=torch.long), neighbors, 10)
+    random = metrics.health(torch.arange(100) % 10, neighbors, 10)
+    assert collapsed["health/neighbor_agreement"] == 1
+    assert collapsed["health/score"] == 0 < random["health/score"]
+    assert "collapse: only 1 of 10" in str(metrics.collapse_warning(collapsed, 10))
+    assert metrics.collapse_warning(random, 10) is None

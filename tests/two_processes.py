@@ -1,0 +1,80 @@
+"""One step of a stage in float64, by one process or by several over the same global batch."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from snscc_ray import distributed, recipes
+from snscc_ray.data.sources import load_images
+from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
+from snscc_ray.neighbors import mine
+from snscc_ray.stages.boost import Boost
+from snscc_ray.stages.context import Context, Stage
+from snscc_ray.stages.pretrain import Pretrain
+from snscc_ray.stages.train import Train
+from tests.conftest import TINY, make_context
+
+
+def one_step(stage_name: str, overrides: list[str]) -> dict[str, Any]:
+    """Loss terms, gradients and batch-norm statistics after one step on this process's share."""
+    recipe = recipes.override(recipes.get("digits"), [*TINY, *overrides])
+    images = load_images(recipe.data)
+    context = make_context(recipe, images)
+    torch.manual_seed(0)
+    stage = _stage(stage_name, context)
+    stage.network.double().train()
+    if isinstance(stage, Pretrain) and stage.momentum is not None:
+        stage.momentum.network.double()
+        stage.momentum.queue_MD = stage.momentum.queue_MD.double()
+    stage.begin_epoch(0)
+    rank, world = distributed.rank(), distributed.world_size()
+    batch = next(context.data.epoch(stage.settings.batch_size, 7, rank, world))
+    views = tuple(view.double() for view in stage.views(batch, 0))
+    terms = stage.step(distributed.wrap(stage.network), views, batch.rows_B)
+    sum(terms.values(), torch.zeros(())).backward()
+    return {
+        "terms": {name: term.detach() for name, term in terms.items()},
+        "gradients": {
+            name: weight.grad
+            for name, weight in stage.network.named_parameters()
+            if weight.grad is not None
+        },
+        "buffers": dict(stage.network.named_buffers()),
+        "extra": stage.state(),
+    }
+
+
+def _stage(name: str, context: Context) -> Stage:
+    recipe = context.recipe
+    if name == "pretrain":
+        return Pretrain(context)
+    encoder = build_encoder(recipe.encoder, recipe.data.channels)
+    mined = mine(context.data.images_NCHW.flatten(1).float(), recipe.pretrain.mined_neighbors)
+    if name == "train":
+        return Train(context, PretextNet(encoder, recipe.pretrain), mined)
+    heads = ClusterHeads(recipe.train, out_features(encoder), recipe.data.num_clusters, 1)
+    return Boost(context, context.place(ClusterNet(encoder, heads)), mined)
+
+
+def process(rank: int, world: int, folder: str, stage: str, overrides: list[str]) -> None:
+    """Entry point of a spawned process: joins the group and writes what its step gave."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=120),
+    )
+    try:
+        torch.save(one_step(stage, overrides), Path(folder) / f"rank{rank}.pt")
+        distributed.barrier()
+    finally:
+        dist.destroy_process_group()
