@@ -7,6 +7,7 @@ have exactly the gradients of one process over that batch.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, TypeVar, cast
 
 import torch
@@ -37,9 +38,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad[rank() * ctx.share : (rank() + 1) * ctx.share]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[rank() * ctx.share : (rank() + 1) * ctx.share]
 
 
 class _AllReduce(torch.autograd.Function):
@@ -52,7 +53,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone()
+        total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
@@ -140,4 +141,11 @@ def wrap(network: nn.Module) -> nn.Module:
     if world_size() == 1:
         return network
     # Statistics are synchronised and so equal everywhere: no need to broadcast buffers.
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(network, **_no_buffer_broadcast())
+
+
+def _no_buffer_broadcast() -> dict[str, bool]:
+    """The option's name changed in torch 2.15; the old one warns there."""
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    new = "forward_sync_buffers"
+    return {new if new in known else "broadcast_buffers": False}

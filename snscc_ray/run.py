@@ -199,20 +199,21 @@ class _Run:
         return figures
 
     def _train(self) -> dict[str, Any]:
-        pretext, mined = self._pretext(), self._mined("train")
+        pretext, mined = self._pretext(), self._mined()
         with _seeded(self.context.key("train", "init")):
             stage = Train(self.context, pretext, mined)
         if not self._can_continue("train"):
             stage.prepare()
         fit(stage, self.context, self.worker, self.monitor, self.identity("train"))
         figures: dict[str, Any] = stage.finish()
+        p_NC = probabilities(self.context, stage.network)[:, 0]
         if self.worker.rank == 0:
             self._save_final("train", stage.network)
-            self._save_assignments(probabilities(self.context, stage.network)[:, 0])
+            self._save_assignments(p_NC)
         return figures
 
     def _boost(self) -> dict[str, Any]:
-        network, mined = self._clusters("boost"), self._mined("boost")
+        network, mined = self._clusters(), self._mined()
         stage = Boost(self.context, network, mined)
         fit(stage, self.context, self.worker, self.monitor, self.identity("boost"))
         figures: dict[str, Any] = stage.finish()
@@ -223,9 +224,10 @@ class _Run:
                 "boost-worse: the label-free score fell below that of Train, so the best state "
                 "was restored; a higher boost.confidence_threshold may help",
             )
+        p_NC = probabilities(self.context, stage.network)[:, 0]
         if self.worker.rank == 0:
             self._save_final("boost", stage.network)
-            self._save_assignments(probabilities(self.context, stage.network)[:, 0])
+            self._save_assignments(p_NC)
         return figures
 
     def _can_continue(self, stage: StageName) -> bool:
@@ -253,17 +255,17 @@ class _Run:
         self._load_final("pretrain", "train", network)
         return network
 
-    def _mined(self, wanted_by: StageName) -> MinedNeighbors:
+    def _mined(self) -> MinedNeighbors:
         return MinedNeighbors.load(self.folder / "pretrain" / "neighbors.parquet")
 
-    def _clusters(self, wanted_by: StageName) -> ClusterNet:
+    def _clusters(self) -> ClusterNet:
         encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
         heads = ClusterHeads(
             self.recipe.train, out_features(encoder), self.recipe.data.num_clusters, heads=1
         )
         network = ClusterNet(encoder, heads)
         network.to(self.worker.device)
-        self._load_final("train", wanted_by, network)
+        self._load_final("train", "boost", network)
         return self.context.place(network)
 
     def _save_assignments(self, p_NC: Tensor) -> None:

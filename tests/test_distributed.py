@@ -53,7 +53,7 @@ def test_shares_cover_all_rows() -> None:
 def test_a_run_under_torchrun_is_the_run_of_one(tmp_path: Path) -> None:
     settings = [x for field in TINY for x in ("--set", field)]
     run = ["-m", "snscc_ray", "run", "digits", "--stages", "pretrain,train", *settings]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     lines = {}
     for name, before in (("one", []), ("two", torchrun)):
@@ -73,7 +73,7 @@ def test_a_run_under_torchrun_is_the_run_of_one(tmp_path: Path) -> None:
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
         "-m", "snscc_ray", "run", "digits", "--out", str(tmp_path / "x"), "--set",
         "train.batch_size=33",
     ]  # fmt: skip

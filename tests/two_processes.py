@@ -28,15 +28,16 @@ def one_step(stage_name: str, overrides: list[str]) -> dict[str, Any]:
     context = make_context(recipe, images)
     torch.manual_seed(0)
     stage = _stage(stage_name, context)
+    stage.begin_epoch(0)
     stage.network.double().train()
     if isinstance(stage, Pretrain) and stage.momentum is not None:
         stage.momentum.network.double()
         stage.momentum.queue_MD = stage.momentum.queue_MD.double()
-    stage.begin_epoch(0)
     rank, world = distributed.rank(), distributed.world_size()
     batch = next(context.data.epoch(stage.settings.batch_size, 7, rank, world))
     views = tuple(view.double() for view in stage.views(batch, 0))
-    terms = stage.step(distributed.wrap(stage.network), views, batch.rows_B)
+    forward = distributed.wrap(stage.network)  # held: a wrapper that is gone averages nothing
+    terms = stage.step(forward, views, batch.rows_B)
     sum(terms.values(), torch.zeros(())).backward()
     return {
         "terms": {name: term.detach() for name, term in terms.items()},
