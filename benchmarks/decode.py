@@ -1,6 +1,6 @@
 """How many images a second are read and decoded, by one thread and by two.
 
-    python benchmarks/decode.py --data PATH [--image-size S] [--out FILE]
+    python -m benchmarks.decode --data PATH [--image-size S] [--out FILE]
 
 The whole path is timed, from Parquet shards or a folder on disk to the finished ImageSet; with
 --image-size at the images' own size (32 unless given), nothing is resampled. The best of three
@@ -11,18 +11,13 @@ say what a core does even where cores are shared.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from pathlib import Path
 
-import PIL
-import pyarrow
 import torch
-import torchvision
 
+from benchmarks.report import describe_machine, print_table, save
 from snscc_ray.config import DataSettings
-from snscc_ray.data.decode import available_cores
 from snscc_ray.data.sources import load_images
 
 PASSES = 3
@@ -55,24 +50,13 @@ def main() -> None:
         source="auto", path=given.data, num_clusters=10, image_size=given.image_size
     )
     load_images(data.model_copy(update={"limit": 100}))  # imports and the disk, once
-    result = {
-        "data": Path(given.data).name,
-        "image_size": given.image_size,
-        "results": [measure(data, workers) for workers in (1, 2)],
-        "cores": available_cores(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "pillow": PIL.__version__,
-            "pyarrow": pyarrow.__version__,
-        },
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
+    rows = [
+        {"data": Path(given.data).name, "image_size": given.image_size, **measure(data, workers)}
+        for workers in (1, 2)
+    ]
+    print_table(rows)
     if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(text + "\n")
+        save(given.out, describe_machine(torch.get_num_threads()), rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Mining neighbours: seconds, and peak memory above the features, per backend.
 
-    python benchmarks/mining.py --out benchmarks/results/mining.json
+    python -m benchmarks.mining --out benchmarks/results/mining.json
 
 60,000 × 512 float32 and K = 20 unless told otherwise: CIFAR-10's size at ResNet-18's width. Each
 backend runs in its own process, so that the peak is its own; what it needs to import, and the
@@ -10,16 +10,19 @@ features, are there before the clock starts.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Literal
+
+import torch
+
+from benchmarks.report import describe_machine, print_table, save
+from snscc_ray.neighbors import knn
 
 ROOT = Path(__file__).resolve().parents[1]
 Backend = Literal["torch", "faiss"]
@@ -28,10 +31,6 @@ BACKENDS: tuple[Backend, ...] = ("torch", "faiss")
 
 def measure(backend: Backend, rows: int, dim: int, k: int) -> dict[str, float]:
     """Mine once in this process: seconds, and how far the peak rose above the features."""
-    import torch
-
-    from snscc_ray.neighbors import knn
-
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(10, dim, generator=generator)
     features = torch.randn(rows, dim, generator=generator)
@@ -54,20 +53,6 @@ def measure(backend: Backend, rows: int, dim: int, k: int) -> dict[str, float]:
     }
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=60_000)
@@ -81,38 +66,20 @@ def main() -> None:
         return
     shape = [f"--rows={args.rows}", f"--dim={args.dim}", f"--k={args.k}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    results = {}
-    load = os.getloadavg()[0]  # others at work on these cores
-    print(f"{args.rows:,} x {args.dim} float32, K = {args.k}, {cpu_name()}")
-    print(f"{'backend':8} {'threads':>7} {'seconds':>8} {'peak MB above the features':>27}")
+    machine = describe_machine(torch.get_num_threads())
+    rows = []
     for backend in BACKENDS:
         child = subprocess.run(
-            [sys.executable, __file__, f"--backend={backend}", *shape],
-            env=environment, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "benchmarks.mining", f"--backend={backend}", *shape],
+            env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        if child.returncode != 0:
-            print(f"{backend:8} failed (not installed?)")
-            continue
-        result = results[backend] = json.loads(child.stdout)
-        print(
-            f"{backend:8} {result['threads']:7} {result['seconds']:8.1f} "
-            f"{result['peak_mb_above_features']:27.0f}"
-        )
+        if child.returncode == 0:
+            rows.append({"backend": backend, **json.loads(child.stdout)})
+        else:
+            print(f"{backend} failed (not installed?)")
+    print_table(rows)
     if args.out:
-        packages = ("torch", "faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "numpy")
-        report = {
-            "rows": args.rows,
-            "dim": args.dim,
-            "k": args.k,
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "load_average_before": round(load, 2),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in packages if version(name)},
-            "results": results,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+        save(args.out, machine, rows)
 
 
 if __name__ == "__main__":

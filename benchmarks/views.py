@@ -10,22 +10,19 @@ images and ends with normalised tensors, not yet stacked; ours starts from one u
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import PIL
 import torch
-import torchvision
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
+from benchmarks.report import describe_machine, print_table, save
 from snscc_ray.config import SimclrView, StrongView
 from snscc_ray.views import Normalize, make_view
 
@@ -103,8 +100,8 @@ def cpu_seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def summary(rates: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+def summary(name: str, rates: list[float]) -> dict[str, float]:
+    return {name: statistics.median(rates), f"{name}_min": min(rates), f"{name}_max": max(rates)}
 
 
 def measure(
@@ -137,18 +134,9 @@ def measure(
     ratio = statistics.median(rates[0]) / statistics.median(rates[1])
     return {
         "view": view.kind, "side": side, "channels": channels, "batch": batch,
-        "ours": summary(rates[0]), "pil": summary(rates[1]), "ratio": ratio,
+        **summary("ours", rates[0]), **summary("pil", rates[1]), "ratio": ratio,
         "ours_ms_per_batch": 1000 * batch / statistics.median(rates[0]),
     }  # fmt: skip
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def main() -> None:
@@ -158,33 +146,14 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
-    results = []
-    print(
-        "view    side  ch  batch  ours img/s (min-max)      PIL img/s (min-max)   ratio  ms/batch"
-    )
-    for side, channels, batch, cutout in CASES:
-        for view in (SimclrView(), StrongView(cutout=cutout)):
-            result = measure(view, side, channels, batch)
-            results.append(result)
-            print(line(result), flush=True)
+    rows = [
+        measure(view, side, channels, batch)
+        for side, channels, batch, cutout in CASES
+        for view in (SimclrView(), StrongView(cutout=cutout))
+    ]
+    print_table(rows)
     if out is not None:
-        report = {
-            "unit": "images per CPU second, one thread", "repeats": REPEATS, "threads": 1,
-            "cpu": cpu_model(), "python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "pillow": PIL.__version__, "results": results,
-        }  # fmt: skip
-        out.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def line(result: dict[str, object]) -> str:
-    ours, pil = result["ours"], result["pil"]
-    assert isinstance(ours, dict) and isinstance(pil, dict)
-    return (
-        f"{result['view']:<7} {result['side']:>4} {result['channels']:>3} {result['batch']:>6}"
-        f"  {ours['median']:>8.0f} ({ours['min']:.0f}-{ours['max']:.0f})".ljust(48)
-        + f"{pil['median']:>7.0f} ({pil['min']:.0f}-{pil['max']:.0f})".ljust(24)
-        + f"{result['ratio']:>6.1f}  {result['ours_ms_per_batch']:>8.2f}"
-    )
+        save(out, describe_machine(threads=1), rows)
 
 
 if __name__ == "__main__":

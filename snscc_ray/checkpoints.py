@@ -20,6 +20,16 @@ from snscc_ray.errors import UserError
 FORMAT = 1
 
 
+def _umask() -> int:
+    """It can only be read by setting it: once, at import, before there are threads."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
+
+
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call `write` on a temporary neighbour of `path` and move it into place once it is on disk.
 
@@ -32,6 +42,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_UMASK)  # a temporary file is its owner's alone
         os.replace(name, path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,7 +21,16 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Find out what is in a pile of images without labels: Pretrain → Train → Boost.",
+    help="""Find out what is in a pile of images without labels: Pretrain → Train → Boost.
+
+    Examples:
+
+        snscc run digits
+
+        snscc recipes
+
+        snscc doctor
+    """,
 )
 out = Console()
 
@@ -67,6 +78,7 @@ def run(
         snscc run --resume --out runs/c10
     """
     # Imported here: torch takes seconds, which --help and a misspelt recipe should not wait for.
+    from snscc_ray.engine import Interrupted
     from snscc_ray.local import run_here
 
     chosen_stages = _stages(stages)
@@ -80,7 +92,11 @@ def run(
     if download:
         overrides.append("data.download=true")
     folder = out_folder or Path("runs") / str(recipe)
-    result = run_here(recipe, overrides, folder, chosen_stages, resume, overwrite, out)
+    try:
+        result = run_here(recipe, overrides, folder, chosen_stages, resume, overwrite, out)
+    except Interrupted:
+        command = f"snscc run --resume --out {shlex.quote(str(folder))}"
+        _fail(f"stopped; continue with: {command}", 130)
     if result is not None:
         _print_result(result.figures, result.folder)
 
@@ -137,9 +153,9 @@ def _print_result(figures: dict[str, object], folder: Path) -> None:
     stages: dict[str, dict[str, float]] = figures["stages"]  # type: ignore[assignment]
     baselines: dict[str, dict[str, float]] = figures["baselines"]  # type: ignore[assignment]
     if "kmeans_pixels" in baselines:
-        table.add_row("k-means on the pixels", *_cells(baselines["kmeans_pixels"]), style="dim")
+        table.add_row("k-means on pixels", *_cells(baselines["kmeans_pixels"]), style="dim")
     names = {
-        "pretrain": "Pretrain (k-means on its features)",
+        "pretrain": "Pretrain + k-means",
         "train": "Train",
         "boost": "Boost",
     }
@@ -151,7 +167,7 @@ def _print_result(figures: dict[str, object], folder: Path) -> None:
         out.print("Boost made the label-free score worse: the best earlier state was kept.")
     if figures["skipped"]:
         out.print(f"{figures['skipped']} unreadable images were left out.")
-    out.print(f"\nRun folder: {folder}", highlight=False, soft_wrap=True)
+    out.print(f"\nRun folder: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(row: dict[str, float]) -> list[str]:
@@ -176,11 +192,20 @@ def main() -> None:
     except TrainingError as error:
         _fail(str(error), 1)
     except _UsageError as error:
+        if not error.format_message():  # no arguments: the help has been printed
+            sys.exit(0)
         _fail(f"{error.format_message()} (snscc --help teaches)", 2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("stopped", 130)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where = f" ({error.filename})" if error.filename else ""
+            _fail(f"no space left{where}: free some space and continue with --resume", 2)
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}; check the paths given and their rights", 2)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     print("snscc: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(status)

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Bits = Annotated[int, Field(ge=1, le=8)]
 
@@ -155,7 +155,7 @@ class TrainSettings(StageSettings):
     head: Literal["prototype", "linear"] = "prototype"
     num_heads: Count = 3
     head_scale: Positive = Field(10.0, description="prototype head: logits = scale × cosine")
-    view: StrongView
+    view: View
     original_view: View | None = Field(None, description="None: the clean image")
 
 
@@ -171,7 +171,7 @@ class BoostSettings(StageSettings):
     selection: Literal["dataset", "batch"] = Field(
         "dataset", description="pseudo-labels from a clean pass per epoch, or from the mini-batch"
     )
-    view: StrongView
+    view: View
 
 
 class RuntimeSettings(Settings):

@@ -8,15 +8,13 @@ have exactly the gradients of one process over that batch.
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -80,13 +78,13 @@ def share_of(total: int) -> list[int]:
     return [total // world + (r < total % world) for r in range(world)]
 
 
-def broadcast_object(value: T) -> T:
-    """The value rank 0 holds, on every process."""
+def any_process(value: bool) -> bool:
+    """Whether it is so on any process."""
     if world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values: list[bool] = [False] * world_size()
+    dist.all_gather_object(values, value)
+    return any(values)
 
 
 def barrier() -> None:
@@ -144,7 +142,7 @@ def wrap(network: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(network, **_no_buffer_broadcast())
 
 
-def _no_buffer_broadcast() -> dict[str, bool]:
+def _no_buffer_broadcast() -> dict[str, Any]:
     """The option's name changed in torch 2.15; the old one warns there."""
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     new = "forward_sync_buffers"

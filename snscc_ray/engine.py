@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from snscc_ray import checkpoints, distributed
 from snscc_ray.errors import TrainingError
-from snscc_ray.metrics import collapse_warning
+from snscc_ray.metrics import warnings
 from snscc_ray.schedules import build_optimizer, learning_rate
 from snscc_ray.stages.context import Context, Stage
 from snscc_ray.workers import Worker
@@ -69,6 +69,7 @@ class _Loop:
         self.step = 0
         # Sums over the epoch's steps, kept on the device: nothing waits for it inside an epoch.
         self.totals: dict[str, Tensor] = {}
+        self.warned: set[str] = set()
         self.saved_at = time.monotonic()
 
     def resume(self) -> None:
@@ -100,13 +101,19 @@ class _Loop:
             images = (self.steps - first) * self.settings.batch_size
             figures["images_per_second"] = images / seconds
             self.monitor.epoch(name, self.epoch, figures)
-            if "health/clusters_in_use" in figures:
-                warning = collapse_warning(figures, self.context.recipe.data.num_clusters)
-                if warning:
-                    self.monitor.warn(name, self.epoch, warning)
+            self._warn(figures)
             self.epoch, self.step, self.totals = self.epoch + 1, 0, {}
             # The last epoch is always saved: what follows it (mining, say) may take long.
             self._checkpoint(stopped, figures, due=self.epoch == last_epoch)
+            if self.worker.world_size > 1 and distributed.any_process(stopped.is_set()):
+                raise Interrupted
+
+    def _warn(self, figures: dict[str, float]) -> None:
+        """Say what is wrong once per stage, not once per epoch."""
+        for name, message in warnings(figures, self.context.recipe.data.num_clusters).items():
+            if name not in self.warned:
+                self.monitor.warn(self.stage.name, self.epoch, f"{name}: {message}")
+                self.warned.add(name)
 
     def _train_epoch(self, stopped: threading.Event) -> None:
         stage, worker = self.stage, self.worker
@@ -167,8 +174,10 @@ class _Loop:
         every = runtime.checkpoint_steps
         position = self.epoch * self.steps + self.step
         due = due or late or bool(every and position % every == 0)
-        stop = stopped.is_set()
-        if not (due or stop):
+        # Of several processes none may leave alone: they agree at the end of an epoch.
+        stop = stopped.is_set() and self.worker.world_size == 1
+        due = due or stopped.is_set()
+        if not due:
             return
         if self.totals:
             self._means()  # a checkpoint of NaN weights would bury the last good one

@@ -7,14 +7,14 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-# Above this many rows Lloyd's ten starts take minutes; mini-batches find centres as good.
-_FULL_ROWS = 20_000
+# Above this many numbers Lloyd's ten starts take minutes; mini-batches find centres as good.
+_FULL_SIZE = 5_000_000
 
 
 def kmeans(rows_ND: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
     """(centres (C, D) float32, assignment (N,) int64), both on the CPU; best of several starts."""
     rows = rows_ND.detach().cpu().float().numpy()
-    if len(rows) <= _FULL_ROWS:
+    if rows.size <= _FULL_SIZE:
         model = KMeans(clusters, n_init=10, random_state=seed % 2**32)
     else:
         model = MiniBatchKMeans(clusters, n_init=10, batch_size=4096, random_state=seed % 2**32)

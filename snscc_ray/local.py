@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -10,9 +14,9 @@ from snscc_ray import distributed, recipes
 from snscc_ray.config import StageName
 from snscc_ray.data.sources import load_images
 from snscc_ray.engine import Interrupted
-from snscc_ray.errors import UserError
 from snscc_ray.monitor import RunMonitor, Silent
-from snscc_ray.run import Result, check, execute, prepare_folder, read_recipe
+from snscc_ray.run import Result, check, execute
+from snscc_ray.run_folder import prepare_folder, read_recipe
 from snscc_ray.workers import LocalWorker, choose_device, join_group, leave_group
 
 
@@ -28,8 +32,21 @@ def run_here(
     """Run the named recipe, or the one `folder` holds; None on ranks other than the first.
 
     Everything that can be refused is refused before the folder is touched.
-    Raises UserError, or TrainingError from the loop.
+    Raises UserError, or TrainingError from the loop, or Interrupted once there is a run to resume.
     """
+    with _terminated_like_interrupted():
+        return _run_here(name, overrides, folder, stages, resume, overwrite, console)
+
+
+def _run_here(
+    name: str | None,
+    overrides: list[str],
+    folder: Path,
+    stages: tuple[StageName, ...],
+    resume: bool,
+    overwrite: bool,
+    console: Console,
+) -> Result | None:
     recipe = recipes.get(name) if name else read_recipe(folder)
     recipe = recipes.override(recipe, overrides)
     device = choose_device(recipe.runtime.device)
@@ -47,12 +64,14 @@ def run_here(
                 highlight=False,
             )
             for identifier, reason in images.skipped:
-                console.print(f"left out {identifier}: {reason}", highlight=False)
+                # Not markup: a name may hold brackets.
+                line = f"left out {identifier}: {reason}"
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
         worker = LocalWorker(folder, device)
         try:
             result = execute(recipe, images, folder, worker, monitor, stages, overwrite=overwrite)
-        except Interrupted as stop:
-            raise UserError(f"stopped; continue with: snscc run --resume --out {folder}") from stop
+        except KeyboardInterrupt as stop:  # between two stages' loops, or a second Ctrl-C
+            raise Interrupted from stop
         finally:
             monitor.finish()
         if isinstance(monitor, RunMonitor):
@@ -60,6 +79,19 @@ def run_here(
         return result if first else None
     finally:
         leave_group()
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, wherever the loop is not waiting."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _final(result: Result) -> dict[str, float]:

@@ -81,12 +81,18 @@ def health(
     return figures
 
 
-def collapse_warning(figures: dict[str, float], num_clusters: int) -> str | None:
-    """A named warning when fewer than half the clusters are in use."""
-    used = int(figures["health/clusters_in_use"])
-    if used * 2 >= num_clusters:
-        return None
-    return (
-        f"collapse: only {used} of {num_clusters} clusters are in use; raise "
-        "train.entropy_weight, or use train.head=prototype with train.agreement=linear"
-    )
+def warnings(figures: dict[str, float], num_clusters: int) -> dict[str, str]:
+    """Named warnings that an epoch's label-free figures call for."""
+    found = {}
+    used = figures.get("health/clusters_in_use")
+    if used is not None and used * 2 < num_clusters:
+        found["collapse"] = (
+            f"only {int(used)} of {num_clusters} clusters are in use; raise train.entropy_weight, "
+            "or use train.head=prototype with train.agreement=linear"
+        )
+    if figures.get("health/selected_share") == 0:
+        found["no-pseudo-labels"] = (
+            "no image is as sure as boost.confidence_threshold asks, so there is nothing to learn "
+            "from; lower it, or train longer before Boost"
+        )
+    return found

@@ -15,6 +15,7 @@ from snscc_ray.config import (
     EncoderSettings,
     PretrainSettings,
     Recipe,
+    SimclrView,
     StrongView,
     TrainSettings,
 )
@@ -35,44 +36,38 @@ IMAGENET_DOGS = (
 
 def digits() -> Recipe:
     """scikit-learn's 1,797 handwritten digits, 8×8: the whole method in two minutes on a laptop."""
-    # Flips and colour would turn one digit into another or do nothing at all; strong shear and
-    # cutout destroy eight-pixel images.
-    mild = StrongView(
-        operations=("rotate", "shear_x", "shear_y", "translate_x", "translate_y", "identity"),
-        num_operations=2,
-        rotate_degrees=18,
-        shear=0.2,
-        translate=0.1,
-        flip=0,
-        cutout=0,
+    # A flip would turn one digit into another. Crops matter most: without them k-means on the
+    # pretext features stays below .75, with them it passes .95 (docs/log.md).
+    view = SimclrView(
+        crop_scale=(0.4, 1.0), flip=0, saturation=0, hue=0, grayscale=0, rotate_degrees=18
     )
     return Recipe(
         name="digits",
         data=DataSettings(
-            source="digits", num_clusters=10, image_size=16, channels=1, mean=(0.305,), std=(0.36,)
+            source="digits", num_clusters=10, image_size=8, channels=1, mean=(0.305,), std=(0.376,)
         ),
-        encoder=EncoderSettings(name="convnet", width=32),
+        encoder=EncoderSettings(name="convnet", width=24),
         pretrain=PretrainSettings(
-            epochs=200,
+            epochs=100,
             batch_size=256,
             optimizer="adam",
             learning_rate=1e-3,
             schedule="cosine",
             warmup_epochs=5,
-            temperature=0.2,
+            temperature=0.5,
             projection_dim=64,
             projection_hidden=128,
-            view=mild,
+            view=view,
         ),
         train=TrainSettings(
-            epochs=40,
+            epochs=30,
             batch_size=256,
             learning_rate=1e-3,
             schedule="cosine",
             entropy_weight=10,
-            view=mild,
+            view=view,
         ),
-        boost=BoostSettings(epochs=20, batch_size=256, learning_rate=1e-3, view=mild),
+        boost=BoostSettings(epochs=20, batch_size=256, learning_rate=5e-4, view=view),
     )
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import shutil
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,13 @@ from snscc_ray.identity import stage_identity
 from snscc_ray.kmeans import kmeans
 from snscc_ray.metrics import oracle
 from snscc_ray.neighbors import MinedNeighbors
-from snscc_ray.recipes import validate
+from snscc_ray.run_folder import remove_leftovers, remove_run, write_recipe
 from snscc_ray.stages.boost import Boost
 from snscc_ray.stages.context import Context
 from snscc_ray.stages.pretrain import Pretrain
 from snscc_ray.stages.train import Train, probabilities
 from snscc_ray.views import Normalize
 from snscc_ray.workers import Worker
-
-_PACKAGES = ("snscc_ray", "torch", "torchvision", "numpy", "scikit-learn", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -73,38 +69,6 @@ def check(recipe: Recipe, rows: int, world_size: int) -> None:
             raise UserError(f"{field}={count} must be below the {rows} images there are")
 
 
-def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds another run. Raises UserError; changes nothing."""
-    path = folder / "recipe.json"
-    if resume:
-        if not path.exists():
-            raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
-        difference = _first_difference(
-            read_recipe(folder).model_dump(mode="json"), recipe.model_dump(mode="json")
-        )
-        if difference:
-            raise UserError(
-                f"--resume: {folder} was made by another recipe ({difference}); "
-                "use another --out, or --overwrite"
-            )
-    elif not overwrite and folder.exists() and any(folder.iterdir()):
-        what = "a finished run" if (folder / "metrics.json").exists() else "files"
-        if path.exists() and what == "files":
-            what = "an unfinished run"
-        raise UserError(
-            f"{folder} already holds {what}; use --resume to continue it, --overwrite to replace "
-            "it, or another --out"
-        )
-
-
-def read_recipe(folder: Path) -> Recipe:
-    """The recipe a run folder was made with. Raises UserError when it holds none."""
-    path = folder / "recipe.json"
-    if not path.exists():
-        raise UserError(f"{folder} holds no run (there is no recipe.json in it)")
-    return validate(checkpoints.read_json(path)["recipe"])
-
-
 def execute(
     recipe: Recipe,
     images: ImageSet,
@@ -120,10 +84,12 @@ def execute(
     Raises UserError when a stage's parent is neither in `stages` nor finished in the folder.
     """
     run = _Run(recipe, images, folder, worker, monitor)
+    run.check_parents(stages, afresh=overwrite)
     if worker.rank == 0:
-        if overwrite and folder.exists():
-            _clear(folder)
-        checkpoints.write_json(folder / "recipe.json", _described(recipe))
+        remove_leftovers(folder)
+        if overwrite:
+            remove_run(folder)
+        write_recipe(folder, recipe)
     distributed.barrier()
     figures: dict[str, Any] = {}
     for stage in STAGES:
@@ -164,12 +130,27 @@ class _Run:
     def finished(self, stage: StageName) -> dict[str, Any] | None:
         """The stage's figures when the folder holds it finished under this identity."""
         path = self.folder / stage / "stage.json"
-        if not path.exists():
+        needed = ["final.pt", "neighbors.parquet"] if stage == "pretrain" else ["final.pt"]
+        if not path.exists() or not all((path.parent / name).exists() for name in needed):
             return None
         record = checkpoints.read_json(path)
         if record["identity"] != self.identity(stage):
             return None
         return dict(record["figures"])
+
+    def check_parents(self, stages: tuple[StageName, ...], *, afresh: bool) -> None:
+        """Raises UserError for a stage whose parent is neither asked for nor finished."""
+        for parent, stage in pairwise(STAGES):
+            if stage not in stages or parent in stages:
+                continue
+            if afresh or (self.finished(stage) is None and self.finished(parent) is None):
+                raise self._unfinished(parent, stage)
+
+    def _unfinished(self, parent: StageName, wanted_by: StageName) -> UserError:
+        return UserError(
+            f"{wanted_by} needs a finished {parent} stage of these settings in {self.folder}; "
+            f"add {parent} to --stages"
+        )
 
     def stage(self, name: StageName) -> dict[str, Any]:
         figures = self.finished(name)
@@ -243,10 +224,7 @@ class _Run:
     def _load_final(self, stage: StageName, wanted_by: StageName, into: torch.nn.Module) -> None:
         path = self.folder / stage / "final.pt"
         if self.finished(stage) is None:
-            raise UserError(
-                f"{wanted_by} needs a finished {stage} stage of these settings in {self.folder}; "
-                f"add {stage} to --stages"
-            )
+            raise self._unfinished(stage, wanted_by)
         checkpoints.load_weights(into, checkpoints.load(path, self.worker.device)["network"], path)
 
     def _pretext(self) -> PretextNet:
@@ -316,37 +294,6 @@ def normalisation(recipe: Recipe, images_NCHW: Tensor) -> Normalize:
     mean = total / count
     std = (square / count - mean.square()).clamp_min(1e-6).sqrt()
     return Normalize(data.mean or tuple(mean.tolist()), data.std or tuple(std.tolist()))
-
-
-def _described(recipe: Recipe) -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # run from a source tree that is not installed
-    return {"recipe": recipe.model_dump(mode="json"), "versions": versions}
-
-
-def _first_difference(there: Any, here: Any, place: str = "") -> str | None:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in there.keys() | here.keys():
-            # Where to run may change between a run and its continuation; what to learn may not.
-            if not place and name == "runtime":
-                continue
-            found = _first_difference(there.get(name), here.get(name), f"{place}{name}.")
-            if found:
-                return found
-        return None
-    return None if there == here else f"{place[:-1]} is {there!r} there and {here!r} here"
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a run leaves behind, and nothing else a person may keep there."""
-    for name in (*STAGES, "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.json", "metrics.jsonl", "baselines.json", "assignments.parquet"):
-        (folder / name).unlink(missing_ok=True)
 
 
 class _seeded:

@@ -21,6 +21,9 @@ def test_round_trip(tmp_path: Path) -> None:
     checkpoints.save(tmp_path / "a" / "c.pt", payload)
     loaded = checkpoints.load(tmp_path / "a" / "c.pt")
     assert torch.equal(loaded["network"]["w"], payload["network"]["w"])
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert (tmp_path / "a" / "c.pt").stat().st_mode == plain.stat().st_mode
     assert (loaded["epoch"], loaded["none"], loaded["name"]) == (4, None, "x")
 
 
@@ -58,7 +61,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_architecture_is_named() -> None:
-    with pytest.raises(UserError, match=r"weight is \(3, 2\) there and \(4, 2\) in this recipe"):
+    with pytest.raises(UserError, match=r"bias is \(3,\) there and \(4,\) in this recipe"):
         checkpoints.load_weights(nn.Linear(2, 4), nn.Linear(2, 3).state_dict(), "it")
     with pytest.raises(UserError, match="bias is absent there"):
         checkpoints.load_weights(nn.Linear(2, 3), nn.Linear(2, 3, bias=False).state_dict(), "it")

@@ -243,7 +243,8 @@ def test_methods_and_precisions_learn(
     recipe = recipes.override(
         tiny,
         [f"precision={precision}", f"pretrain.method={method}", "pretrain.queue_size=64",
-         "pretrain.epochs=8", "pretrain.clip_norm=5", "pretrain.key_momentum=0.9"],
+         "pretrain.epochs=8", "pretrain.clip_norm=5", "pretrain.key_momentum=0.9",
+         "pretrain.temperature=0.2"],
     )  # fmt: skip
 
     class Losses(Silent):

@@ -52,5 +52,10 @@ def test_a_collapsed_assignment_never_wins() -> None:
     random = metrics.health(torch.arange(100) % 10, neighbors, 10)
     assert collapsed["health/neighbor_agreement"] == 1
     assert collapsed["health/score"] == 0 < random["health/score"]
-    assert "collapse: only 1 of 10" in str(metrics.collapse_warning(collapsed, 10))
-    assert metrics.collapse_warning(random, 10) is None
+    assert "only 1 of 10" in metrics.warnings(collapsed, 10)["collapse"]
+    assert metrics.warnings(random, 10) == {}
+
+
+def test_an_empty_selection_is_warned_of() -> None:
+    assert "no-pseudo-labels" in metrics.warnings({"health/selected_share": 0.0}, 10)
+    assert metrics.warnings({"health/selected_share": 0.1}, 10) == {}

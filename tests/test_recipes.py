@@ -34,10 +34,10 @@ def test_the_papers_settings() -> None:
 def test_override_reaches_any_field() -> None:
     recipe = recipes.override(
         recipes.get("digits"),
-        ["train.num_neighbors=20", "train.view.cutout=2", "seed=3", "data.path=some where"],
+        ["train.num_neighbors=20", "train.view.flip=0.25", "seed=3", "data.path=some where"],
     )
     assert recipe.train.num_neighbors == 20
-    assert recipe.train.view.cutout == 2
+    assert recipe.train.view.flip == 0.25
     assert recipe.seed == 3
     assert recipe.data.path == "some where"
 
@@ -52,12 +52,13 @@ def test_override_reaches_any_field() -> None:
         ("train.epochs=many", 'train.epochs="many": input should be a valid integer'),
         ("boost.confidence_threshold=1.5", "boost.confidence_threshold=1.5"),
         ("encoder.name=vgg", "'convnet', 'resnet18' or 'resnet50'"),
-        ("train.view.cutout=-1", "train.view.cutout=-1"),
+        ("train.view.flip=-1", "train.view.flip=-1"),
         ("data.mean=[0.5,0.5]", "mean needs 1 numbers, one per channel"),
         ("data.std=[0]", "std must be above 0"),
         ("train.num_neighbors=21", "pretrain.mined_neighbors"),
         ("train.epochs", "write FIELD=VALUE"),
-        ("train.view.enhance=[0.9,0.1]", "train.view.enhance"),
+        ("train.learning_rate=Infinity", "finite number"),
+        ("train.view.crop_scale=[0.9,0.1]", "give the smaller number first"),
         ("train.view.original.x=1", "unknown field"),
         ("train.original_view.flip=0", "train.original_view is empty"),
     ],

@@ -62,62 +62,90 @@ def neighborhood(z_BD: Tensor, augmented_BD: Tensor, settings: TrainSettings) ->
 
 @dataclass(frozen=True)
 class Predictions:
-    """One head's probabilities: original views, augmented views, one mined neighbour per row."""
+    """Probabilities of H heads: original views, augmented views, one mined neighbour per row."""
 
-    p_BC: Tensor
-    augmented_BC: Tensor
-    mined_BC: Tensor | None
+    p_HBC: Tensor
+    augmented_HBC: Tensor
+    mined_HBC: Tensor | None
 
 
 Objective = Callable[[Predictions, Neighborhood, TrainSettings], dict[str, Tensor]]
 
 
 def soft(p: Predictions, near: Neighborhood, settings: TrainSettings) -> dict[str, Tensor]:
-    local = agreement(p.p_BC, p.p_BC, near.local_BK)
-    wide = agreement(p.p_BC, p.augmented_BC, near.global_BK)
+    heads = len(p.p_HBC)
+    local = _agreements(p.p_HBC, p.p_HBC, near.local_BK)
+    wide = _agreements(p.p_HBC, p.augmented_HBC, near.global_BK)
+    local_confidence = near.local_confidence_BK.repeat(heads, 1)
+    wide_confidence = near.global_confidence_BK.repeat(heads, 1)
     kind = settings.agreement
     terms = {
-        "local": settings.local_weight * soft_attract(local, near.local_confidence_BK, kind),
-        "global": settings.global_weight * soft_attract(wide, near.global_confidence_BK, kind),
-        "cluster": settings.cluster_weight
-        * cluster_contrast(p.p_BC, p.augmented_BC, settings.temperature),
-        "entropy": -settings.entropy_weight * marginal_entropy(p.p_BC),
+        "local": settings.local_weight * soft_attract(local, local_confidence, kind),
+        "global": settings.global_weight * soft_attract(wide, wide_confidence, kind),
+        "cluster": settings.cluster_weight * _cluster(p, settings),
+        "entropy": -settings.entropy_weight * _mean(marginal_entropy, p.p_HBC),
     }
-    if p.mined_BC is not None:
+    if p.mined_HBC is not None:
         terms["mined"] = settings.mined_weight * _mined(p, kind)
     return terms
 
 
 def paper(p: Predictions, near: Neighborhood, settings: TrainSettings) -> dict[str, Tensor]:
-    local = agreement(p.p_BC, p.p_BC, near.local_BK)
-    wide = agreement(p.p_BC, p.augmented_BC, near.global_BK)
+    heads = len(p.p_HBC)
+    local = _agreements(p.p_HBC, p.p_HBC, near.local_BK)
+    wide = _agreements(p.p_HBC, p.augmented_HBC, near.global_BK)
+    local_confidence = near.local_confidence_BK.repeat(heads, 1)
+    wide_confidence = near.global_confidence_BK.repeat(heads, 1)
     return {
-        "local": settings.local_weight * soft_bce(local, near.local_confidence_BK),
-        "global": settings.global_weight * soft_bce(wide, near.global_confidence_BK),
-        "cluster": settings.cluster_weight
-        * cluster_contrast(p.p_BC, p.augmented_BC, settings.temperature),
-        "entropy": -settings.entropy_weight * row_entropy(p.p_BC),
+        "local": settings.local_weight * soft_bce(local, local_confidence),
+        "global": settings.global_weight * soft_bce(wide, wide_confidence),
+        "cluster": settings.cluster_weight * _cluster(p, settings),
+        "entropy": -settings.entropy_weight * _mean(row_entropy, p.p_HBC),
     }
 
 
 def released(p: Predictions, near: Neighborhood, settings: TrainSettings) -> dict[str, Tensor]:
-    assert near.pair_confidence_BB is not None
+    pairs_BB = near.pair_confidence_BB
+    assert pairs_BB is not None
     terms = {
         "global": settings.global_weight
-        * batch_pair_term(p.p_BC @ p.augmented_BC.T, near.pair_confidence_BB),
-        "cluster": settings.cluster_weight * one_way_column_contrast(p.p_BC, p.augmented_BC),
-        "entropy": -settings.entropy_weight * marginal_entropy(p.p_BC),
+        * _mean(
+            lambda p_BC, q_BC: batch_pair_term(p_BC @ q_BC.T, pairs_BB), p.p_HBC, p.augmented_HBC
+        ),
+        "cluster": settings.cluster_weight
+        * _mean(one_way_column_contrast, p.p_HBC, p.augmented_HBC),
+        "entropy": -settings.entropy_weight * _mean(marginal_entropy, p.p_HBC),
     }
-    if p.mined_BC is not None:
+    if p.mined_HBC is not None:
         terms["mined"] = settings.mined_weight * _mined(p, "log")
     return terms
 
 
+def _agreements(p_HBC: Tensor, q_HMC: Tensor, idx_BK: Tensor) -> Tensor:
+    """Every head's agreements, one head's rows below another's (H·B, K): a mean over them is the
+    mean over heads."""
+    return torch.cat([agreement(p, q, idx_BK) for p, q in zip(p_HBC, q_HMC, strict=True)])
+
+
+def _mean(loss: Callable[..., Tensor], *heads: Tensor) -> Tensor:
+    """The mean over heads of a loss of one head's probabilities."""
+    values = [loss(*parts) for parts in zip(*heads, strict=True)]
+    return torch.stack(values).mean()
+
+
+def _cluster(p: Predictions, settings: TrainSettings) -> Tensor:
+    return _mean(
+        lambda p_BC, q_BC: cluster_contrast(p_BC, q_BC, settings.temperature),
+        p.p_HBC,
+        p.augmented_HBC,
+    )
+
+
 def _mined(p: Predictions, kind: Literal["linear", "log"]) -> Tensor:
     """Agreement with one mined neighbour, drawn by confidence: an unbiased `soft_attract`."""
-    assert p.mined_BC is not None
-    o_B1 = (p.p_BC * p.mined_BC).sum(1, keepdim=True)
-    return soft_attract(o_B1, torch.ones_like(o_B1), kind)
+    assert p.mined_HBC is not None
+    o = (p.p_HBC * p.mined_HBC).sum(2).view(-1, 1)
+    return soft_attract(o, torch.ones_like(o), kind)
 
 
 OBJECTIVES: dict[str, Objective] = {"soft": soft, "paper": paper, "released": released}

@@ -87,20 +87,13 @@ class Train:
         z, logits = forward(torch.cat(views))
         features = [distributed.gather(part) for part in z.chunk(len(views))]
         near = neighborhood(features[0], features[1], self.settings)
-        # Rows first for the gather, heads first for the loop over them.
+        # Rows first for the gather, heads first for the losses.
         p_views = [
-            distributed.gather(part.softmax(2).transpose(0, 1)).unbind(1)
+            distributed.gather(part.softmax(2).transpose(0, 1)).transpose(0, 1)
             for part in logits.chunk(len(views), dim=1)
         ]
-        objective = OBJECTIVES[self.settings.objective]
-        totals: dict[str, Tensor] = {}
-        heads = len(p_views[0])
-        for head in range(heads):
-            mined = p_views[2][head] if self._uses_mined else None
-            p = Predictions(p_views[0][head], p_views[1][head], mined)
-            for name, term in objective(p, near, self.settings).items():
-                totals[name] = totals.get(name, 0) + term / heads
-        return totals
+        p = Predictions(p_views[0], p_views[1], p_views[2] if self._uses_mined else None)
+        return OBJECTIVES[self.settings.objective](p, near, self.settings)
 
     def after_step(self) -> None:
         pass

@@ -1,0 +1,183 @@
+"""A whole epoch against the same forwards and backwards with nothing else around them.
+
+`whole` is the engine's own loop: batches, views, losses, neighbour search, optimiser, metrics and,
+in Train and Boost, the clean pass of every epoch. `bare` runs the network forward and backward on
+one fixed batch as often, and forward only as often as the clean pass does. Both are measured in
+turn, in one run; the ratio is bare / whole.
+
+    python -m benchmarks.epoch [--out FILE] [--encoder digits|resnet18|both] [--threads N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.report import describe_machine, print_table, save
+from snscc_ray import recipes
+from snscc_ray.config import Recipe
+from snscc_ray.data.resident import ResidentData
+from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
+from snscc_ray.engine import fit
+from snscc_ray.monitor import Silent
+from snscc_ray.neighbors import mine
+from snscc_ray.stages.boost import Boost
+from snscc_ray.stages.context import Context, Stage
+from snscc_ray.stages.pretrain import Pretrain
+from snscc_ray.stages.train import Train
+from snscc_ray.views import Normalize
+from snscc_ray.workers import choose_device
+
+VIEWS = {"pretrain": 2, "train": 3, "boost": 2}
+
+
+class _NoCheckpoints:
+    rank, world_size = 0, 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def report(self, stage: str, metrics: object, checkpoint: object) -> None: ...
+
+    def latest_checkpoint(self, stage: str) -> None: ...
+
+
+def recipe_for(encoder: str) -> tuple[Recipe, int]:
+    """A recipe of one epoch per stage, and how many synthetic rows to run it on."""
+    common = ["runtime.checkpoint_seconds=1e9"]
+    common += [f"{stage}.epochs=1" for stage in VIEWS]
+    if encoder == "digits":
+        return recipes.override(recipes.get("digits"), common), 256 * 10
+    batch = 64 if not torch.cuda.is_available() else 512
+    common += [f"{stage}.batch_size={batch}" for stage in VIEWS]
+    return recipes.override(recipes.get("cifar10"), common), batch * 4
+
+
+def context_for(recipe: Recipe, rows: int, device: torch.device) -> Context:
+    generator = torch.Generator().manual_seed(0)
+    side = recipe.data.image_size
+    images = torch.randint(
+        256, (rows, recipe.data.channels, side, side), dtype=torch.uint8, generator=generator
+    )
+    assert recipe.data.mean is not None and recipe.data.std is not None
+    normalize = Normalize(recipe.data.mean, recipe.data.std)
+    return Context(recipe, ResidentData(images, device), None, normalize, device)
+
+
+def stage_for(name: str, context: Context) -> Stage:
+    recipe = context.recipe
+    if name == "pretrain":
+        return Pretrain(context)
+    encoder = build_encoder(recipe.encoder, recipe.data.channels)
+    generator = torch.Generator().manual_seed(0)
+    mined = mine(torch.randn(len(context.data), 16, generator=generator), 20)
+    if name == "train":
+        return Train(context, PretextNet(encoder, recipe.pretrain), mined)
+    heads = ClusterHeads(recipe.train, out_features(encoder), recipe.data.num_clusters, 1)
+    return Boost(context, context.place(ClusterNet(encoder, heads)), mined)
+
+
+def bare(stage: Stage, context: Context, batch: Tensor, steps: int, passes: int) -> float:
+    """Seconds of `steps` forwards and backwards and `passes` forwards over all rows."""
+    network = stage.network
+    weights = list(network.parameters())
+    began = _now(context.device)
+    network.train()
+    for _ in range(steps):
+        with context.autocast():
+            _first(network(batch)).float().sum().backward()
+        for weight in weights:
+            weight.grad = None
+    for _ in range(passes):
+        _forward_all(network, context, batch)
+    return _now(context.device) - began
+
+
+@torch.no_grad()
+def _forward_all(network: nn.Module, context: Context, batch: Tensor) -> None:
+    network.eval()
+    for start in range(0, len(context.data), 1024):
+        rows = min(1024, len(context.data) - start)
+        repeated = batch.repeat(-(-rows // len(batch)), 1, 1, 1)[:rows]
+        with context.autocast():
+            network(repeated)
+    network.train()
+
+
+def whole(name: str, stage: Stage, context: Context) -> float:
+    """Seconds of one epoch of the engine's loop."""
+    began = _now(context.device)
+    fit(stage, context, _NoCheckpoints(context.device), Silent(), name)
+    return _now(context.device) - began
+
+
+def _first(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    # Of the cluster net, the logits: their backward reaches every weight.
+    return output if isinstance(output, Tensor) else output[1]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(encoder: str, repeats: int, device: torch.device) -> list[dict[str, object]]:
+    rows = []
+    for name, views in VIEWS.items():
+        recipe, count = recipe_for(encoder)
+        context = context_for(recipe, count, device)
+        size = getattr(recipe, name).batch_size
+        steps = context.data.steps(size)
+        # Boost looks once more before its first epoch, to select and to know where it began.
+        passes = {"pretrain": 0, "train": 1, "boost": 2}[name]
+        side = recipe.data.image_size
+        batch = torch.randn(views * size, recipe.data.channels, side, side, device=device)
+        batch = batch.to(memory_format=torch.channels_last)
+        stage = stage_for(name, context)
+        bare(stage, context, batch, 2, 1)
+        whole(name, stage, context)
+        pairs = []
+        for _ in range(repeats):
+            stage = stage_for(name, context)
+            pairs.append((bare(stage, context, batch, steps, passes), whole(name, stage, context)))
+        ratios = [a / b for a, b in pairs]
+        rows.append(
+            {
+                "encoder": encoder,
+                "stage": name,
+                "batch": size,
+                "bare_seconds": statistics.median(a for a, _ in pairs),
+                "whole_seconds": statistics.median(b for _, b in pairs),
+                "images_per_second": steps * size / statistics.median(b for _, b in pairs),
+                "ratio": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, help="save the figures as JSON")
+    parser.add_argument("--encoder", choices=("digits", "resnet18", "both"), default="both")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = choose_device("auto")
+    names = ("digits", "resnet18") if arguments.encoder == "both" else (arguments.encoder,)
+    rows = [row for name in names for row in measure(name, arguments.repeats, device)]
+    print_table(rows)
+    if arguments.out:
+        save(arguments.out, describe_machine(arguments.threads), rows)
+
+
+if __name__ == "__main__":
+    main()

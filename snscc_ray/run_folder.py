@@ -1,0 +1,121 @@
+"""The run folder: whose it is, and what may be removed from it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from snscc_ray import checkpoints
+from snscc_ray.config import STAGES, Recipe
+from snscc_ray.errors import UserError
+from snscc_ray.recipes import validate
+
+# What a run leaves behind, beside TensorBoard's events: in its folder and in those of its stages.
+_RUN_FILES = (
+    "recipe.json", "metrics.json", "metrics.jsonl", "baselines.json", "assignments.parquet",
+)  # fmt: skip
+_STAGE_FILES = ("final.pt", "latest.pt", "stage.json", "neighbors.parquet")
+_PACKAGES = ("snscc_ray", "torch", "torchvision", "numpy", "scikit-learn", "pyarrow")
+
+
+def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds another run. Raises UserError; changes nothing."""
+    path = folder / "recipe.json"
+    if resume and overwrite:
+        raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file and no folder; use another --out")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{there} is not writable; use another --out")
+    if resume:
+        if not path.exists():
+            raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
+        difference = _first_difference(
+            read_recipe(folder).model_dump(mode="json"), recipe.model_dump(mode="json")
+        )
+        if difference:
+            raise UserError(
+                f"--resume: {folder} was made by another recipe ({difference}); "
+                "use another --out, or --overwrite"
+            )
+    elif not overwrite and folder.exists() and any(folder.iterdir()):
+        if not path.exists():
+            raise UserError(
+                f"{folder} already holds files that are no run; use another --out, or --overwrite "
+                "to write beside them"
+            )
+        what = "a finished run" if (folder / "metrics.json").exists() else "an unfinished run"
+        raise UserError(
+            f"{folder} already holds {what}; use --resume to continue it, --overwrite to replace "
+            "it, or another --out"
+        )
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe a run folder was made with. Raises UserError when it holds none."""
+    path = folder / "recipe.json"
+    if not path.exists():
+        raise UserError(f"{folder} holds no run (there is no recipe.json in it)")
+    held = checkpoints.read_json(path)
+    if not isinstance(held, dict) or not isinstance(held.get("recipe"), dict):
+        raise UserError(f"{path} is not the recipe of a run; delete it or use --overwrite")
+    try:
+        return validate(held["recipe"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}; use another --out, or --overwrite") from error
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Keep the recipe, and the versions of what ran it, in the run folder."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # run from a source tree that is not installed
+    described = {"recipe": recipe.model_dump(mode="json"), "versions": versions}
+    checkpoints.write_json(folder / "recipe.json", described)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [
+        *(folder / name for name in _RUN_FILES),
+        *(folder / stage / name for stage in STAGES for name in _STAGE_FILES),
+    ]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a kill in mid-write left."""
+    for path in _files(folder):
+        for left in path.parent.glob(f".{path.name}.????????"):
+            left.unlink(missing_ok=True)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a run's files, by name: `train/` may also be where somebody's images are."""
+    for path in _files(folder):
+        path.unlink(missing_ok=True)
+    logs = folder / "tensorboard"
+    for events in list(logs.glob("**/events.out.tfevents.*")):
+        events.unlink()
+    for empty in (*(folder / stage for stage in STAGES), *(logs / s for s in STAGES), logs):
+        with suppress(OSError):
+            empty.rmdir()
+
+
+def _first_difference(there: Any, here: Any, place: str = "") -> str | None:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in there.keys() | here.keys():
+            # Where to run may change between a run and its continuation; what to learn may not.
+            if not place and name == "runtime":
+                continue
+            found = _first_difference(there.get(name), here.get(name), f"{place}{name}.")
+            if found:
+                return found
+        return None
+    return None if there == here else f"{place[:-1]} is {there!r} there and {here!r} here"
