@@ -53,9 +53,9 @@ def recipe_for(encoder: str) -> tuple[Recipe, int]:
     common += [f"{stage}.epochs=1" for stage in VIEWS]
     if encoder == "digits":
         return recipes.override(recipes.get("digits"), common), 256 * 10
-    batch = 64 if not torch.cuda.is_available() else 512
+    batch = 32 if not torch.cuda.is_available() else 512
     common += [f"{stage}.batch_size={batch}" for stage in VIEWS]
-    return recipes.override(recipes.get("cifar10"), common), batch * 4
+    return recipes.override(recipes.get("cifar10"), common), batch * 3
 
 
 def context_for(recipe: Recipe, rows: int, device: torch.device) -> Context:

@@ -73,11 +73,7 @@ Objective = Callable[[Predictions, Neighborhood, TrainSettings], dict[str, Tenso
 
 
 def soft(p: Predictions, near: Neighborhood, settings: TrainSettings) -> dict[str, Tensor]:
-    heads = len(p.p_HBC)
-    local = _agreements(p.p_HBC, p.p_HBC, near.local_BK)
-    wide = _agreements(p.p_HBC, p.augmented_HBC, near.global_BK)
-    local_confidence = near.local_confidence_BK.repeat(heads, 1)
-    wide_confidence = near.global_confidence_BK.repeat(heads, 1)
+    (local, local_confidence), (wide, wide_confidence) = _local_and_global(p, near)
     kind = settings.agreement
     terms = {
         "local": settings.local_weight * soft_attract(local, local_confidence, kind),
@@ -91,11 +87,7 @@ def soft(p: Predictions, near: Neighborhood, settings: TrainSettings) -> dict[st
 
 
 def paper(p: Predictions, near: Neighborhood, settings: TrainSettings) -> dict[str, Tensor]:
-    heads = len(p.p_HBC)
-    local = _agreements(p.p_HBC, p.p_HBC, near.local_BK)
-    wide = _agreements(p.p_HBC, p.augmented_HBC, near.global_BK)
-    local_confidence = near.local_confidence_BK.repeat(heads, 1)
-    wide_confidence = near.global_confidence_BK.repeat(heads, 1)
+    (local, local_confidence), (wide, wide_confidence) = _local_and_global(p, near)
     return {
         "local": settings.local_weight * soft_bce(local, local_confidence),
         "global": settings.global_weight * soft_bce(wide, wide_confidence),
@@ -121,10 +113,23 @@ def released(p: Predictions, near: Neighborhood, settings: TrainSettings) -> dic
     return terms
 
 
-def _agreements(p_HBC: Tensor, q_HMC: Tensor, idx_BK: Tensor) -> Tensor:
-    """Every head's agreements, one head's rows below another's (H·B, K): a mean over them is the
-    mean over heads."""
-    return torch.cat([agreement(p, q, idx_BK) for p, q in zip(p_HBC, q_HMC, strict=True)])
+def _local_and_global(p: Predictions, near: Neighborhood) -> list[tuple[Tensor, Tensor]]:
+    """(agreements, confidences) of the local and of the global neighbours, each (H·B, K).
+
+    One head's rows stand below another's, so that a mean over rows is the mean over heads. Both
+    kinds come from one product per head: on small batches the calls cost more than the numbers.
+    """
+    H, B, _ = p.p_HBC.shape
+    split = near.local_BK.shape[1]
+    both_BK = torch.cat([near.local_BK, near.global_BK + B], dim=1)
+    searched_HMC = torch.cat([p.p_HBC, p.augmented_HBC], dim=1)
+    o = torch.cat(
+        [agreement(p_BC, q_MC, both_BK) for p_BC, q_MC in zip(p.p_HBC, searched_HMC, strict=True)]
+    )
+    return [
+        (o[:, :split], near.local_confidence_BK.repeat(H, 1)),
+        (o[:, split:], near.global_confidence_BK.repeat(H, 1)),
+    ]
 
 
 def _mean(loss: Callable[..., Tensor], *heads: Tensor) -> Tensor:
