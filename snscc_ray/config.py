@@ -167,7 +167,9 @@ class BoostSettings(StageSettings):
     num_neighbors: Count = Field(10, description="K")
     soft_weight: NonNegative = Field(1.0, description="β1")
     label_weight: NonNegative = Field(1.0, description="β2")
-    agreement: Literal["linear", "log"] = "linear"
+    agreement: Literal["linear", "log", "bce"] = Field(
+        "linear", description="-O, -log O, or Eq. 12 to the letter"
+    )
     selection: Literal["dataset", "batch"] = Field(
         "dataset", description="pseudo-labels from a clean pass per epoch, or from the mini-batch"
     )

@@ -20,6 +20,20 @@ from snscc_ray.run_folder import prepare_folder, read_recipe
 from snscc_ray.workers import LocalWorker, choose_device, join_group, leave_group
 
 
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, wherever the loop is not waiting."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@_terminated_like_interrupted()
 def run_here(
     name: str | None,
     overrides: list[str],
@@ -34,19 +48,6 @@ def run_here(
     Everything that can be refused is refused before the folder is touched.
     Raises UserError, or TrainingError from the loop, or Interrupted once there is a run to resume.
     """
-    with _terminated_like_interrupted():
-        return _run_here(name, overrides, folder, stages, resume, overwrite, console)
-
-
-def _run_here(
-    name: str | None,
-    overrides: list[str],
-    folder: Path,
-    stages: tuple[StageName, ...],
-    resume: bool,
-    overwrite: bool,
-    console: Console,
-) -> Result | None:
     recipe = recipes.get(name) if name else read_recipe(folder)
     recipe = recipes.override(recipe, overrides)
     device = choose_device(recipe.runtime.device)
@@ -79,19 +80,6 @@ def _run_here(
         return result if first else None
     finally:
         leave_group()
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, wherever the loop is not waiting."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 def _final(result: Result) -> dict[str, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -296,15 +298,9 @@ def normalisation(recipe: Recipe, images_NCHW: Tensor) -> Normalize:
     return Normalize(data.mean or tuple(mean.tolist()), data.std or tuple(std.tolist()))
 
 
-class _seeded:
-    """Seed torch's global generator for a network's first weights, and put it back after."""
-
-    def __init__(self, key: int) -> None:
-        self.key = key
-
-    def __enter__(self) -> None:
-        self.former = torch.get_rng_state()
-        torch.manual_seed(self.key)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self.former)
+@contextmanager
+def _seeded(key: int) -> Iterator[None]:
+    """Seed torch's global generators for a network's first weights, and put them back after."""
+    with torch.random.fork_rng():
+        torch.manual_seed(key)
+        yield

@@ -31,7 +31,6 @@ from snscc_ray.losses.instance import info_nce, nt_xent
 from snscc_ray.losses.neighbors import (
     agreement,
     boost_soft_loss,
-    same_label_mask,
     same_label_pairs,
     soft_attract,
     soft_bce,
@@ -49,7 +48,6 @@ __all__ = [
     "one_way_column_contrast",
     "pseudo_label_cross_entropy",
     "row_entropy",
-    "same_label_mask",
     "same_label_pairs",
     "soft_attract",
     "soft_bce",

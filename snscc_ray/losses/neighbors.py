@@ -80,11 +80,6 @@ def same_label_pairs(y_B: Tensor, y_M: Tensor) -> Tensor:
     return (y_B[:, None] == y_M) & (y_B >= 0)[:, None]
 
 
-def same_label_mask(y_B: Tensor, y_M: Tensor, idx_BK: Tensor) -> Tensor:
-    """{j | y_i = y_j} of Eq. 12 among neighbours already chosen, as (B, K) bool."""
-    return (y_B[:, None] == y_M[idx_BK]) & (y_B >= 0)[:, None]
-
-
 def boost_soft_loss(
     o_BK: Tensor,
     d_BK: Tensor,

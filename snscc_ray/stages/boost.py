@@ -14,11 +14,11 @@ from snscc_ray.data.resident import Batch
 from snscc_ray.encoders import ClusterNet
 from snscc_ray.losses import (
     agreement,
+    boost_soft_loss,
     pseudo_label_cross_entropy,
-    soft_attract,
-    soft_confidence,
+    same_label_pairs,
 )
-from snscc_ray.neighbors import MinedNeighbors, batch_neighbors, local_radius
+from snscc_ray.neighbors import MinedNeighbors, batch_neighbors
 from snscc_ray.pseudo_labels import select_pseudo_labels
 from snscc_ray.stages.context import Context
 from snscc_ray.stages.train import probabilities
@@ -75,15 +75,17 @@ class Boost:
             )
         else:
             labels_B = self.labels_N[distributed.gather(rows_B)]
-        same_BB = (labels_B[:, None] == labels_B) & (labels_B >= 0)
         near_BK, index_BK = batch_neighbors(
-            z_BD, z_BD, self.settings.num_neighbors, same_rows=True, allowed_BM=same_BB
+            z_BD,
+            z_BD,
+            self.settings.num_neighbors,
+            same_rows=True,
+            allowed_BM=same_label_pairs(labels_B, labels_B),
         )
-        confidence_BK = soft_confidence(near_BK, local_radius(near_BK))
         o_BK = agreement(augmented.softmax(1), p_BC, index_BK)
         return {
             "soft": self.settings.soft_weight
-            * soft_attract(o_BK, confidence_BK, self.settings.agreement),
+            * boost_soft_loss(o_BK, near_BK, self.settings.agreement),
             "label": self.settings.label_weight * pseudo_label_cross_entropy(augmented, labels_B),
         }
 
