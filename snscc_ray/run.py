@@ -48,18 +48,19 @@ def check(recipe: Recipe, rows: int, world_size: int) -> None:
     clusters = recipe.data.num_clusters
     if rows < clusters:
         raise UserError(f"data.num_clusters={clusters}, but there are only {rows} images")
-    for stage in STAGES:
-        settings = getattr(recipe, stage)
-        batch = settings.batch_size
-        if batch > rows:
-            raise UserError(
-                f"{stage}.batch_size={batch} is more than the {rows} images there are; "
-                f"use --set {stage}.batch_size={max(2, rows // 4)}"
-            )
+    batches = {f"{stage}.batch_size": getattr(recipe, stage).batch_size for stage in STAGES}
+    large = [field for field, batch in batches.items() if batch > rows]
+    if large:
+        smaller = max(2, rows // 4)
+        mend = " ".join(f"--set {field}={smaller}" for field in large)
+        raise UserError(
+            f"{large[0]}={batches[large[0]]} is more than the {rows} images there are; use {mend}"
+        )
+    for field, batch in batches.items():
         if batch % world_size:
             raise UserError(
-                f"{stage}.batch_size={batch} is global and does not divide among {world_size} "
-                f"workers; use --set {stage}.batch_size={batch - batch % world_size or world_size}"
+                f"{field}={batch} is global and does not divide among {world_size} workers; "
+                f"use --set {field}={batch - batch % world_size or world_size}"
             )
     neighbors = {
         "pretrain.mined_neighbors": recipe.pretrain.mined_neighbors,
