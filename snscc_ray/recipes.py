@@ -67,7 +67,7 @@ def digits() -> Recipe:
             entropy_weight=10,
             view=view,
         ),
-        boost=BoostSettings(epochs=20, batch_size=256, learning_rate=5e-4, view=view),
+        boost=BoostSettings(epochs=20, batch_size=256, schedule="cosine", view=view),
     )
 
 

@@ -95,26 +95,25 @@ def _draw_simclr(rows_B: Tensor, key: int, view: SimclrView, height: int, width:
     flip, turn, jitter, gray, order, strength, crop = numbers.split(
         [1, 1, 1, 1, 4, 4, 2 * CROP_TRIES + 2], dim=1
     )
-    low = [max(0.0, 1 - spread) for spread in (view.brightness, view.contrast, view.saturation)]
-    high = [1 + view.brightness, 1 + view.contrast, 1 + view.saturation, view.hue]
-    spreads = (view.brightness, view.contrast, view.saturation, view.hue)
-    names = [
-        name if spread > 0 else "identity"
-        for name, spread in zip(("brightness", "contrast", "color", "hue"), spreads, strict=True)
-    ]
+    spreads = {"brightness": view.brightness, "contrast": view.contrast, "color": view.saturation}
+    ranges = {name: (max(0.0, 1 - s), 1 + s) for name, s in spreads.items() if s > 0}
+    if view.hue > 0:
+        ranges["hue"] = (-view.hue, view.hue)
+    names = (*ranges, "identity", "grayscale")
     codes, values = [], []
-    if view.jitter > 0:
-        which = order.argsort(dim=1)
-        codes.append(which.masked_fill(jitter >= view.jitter, 4))
-        values.append(_between(strength, [*low, -view.hue], high, which))
+    if view.jitter > 0 and ranges:
+        low, high = ([ends[i] for ends in ranges.values()] for i in (0, 1))
+        which = order[:, : len(ranges)].argsort(dim=1)
+        codes.append(which.masked_fill(jitter >= view.jitter, names.index("identity")))
+        values.append(_between(strength[:, : len(ranges)], low, high, which))
     if view.grayscale > 0:
-        codes.append(5 - (gray >= view.grayscale).long())
+        codes.append(names.index("grayscale") - (gray >= view.grayscale).long())
         values.append(gray)
     empty = numbers[:, :0]
     crops = view.crop_scale != (1, 1) or view.rotate_degrees > 0
     return Draws(
         flip_B=flip[:, 0] < view.flip,
-        names=(*names, "identity", "grayscale"),
+        names=names,
         codes_BS=torch.cat(codes or [empty.long()], dim=1),
         values_BS=torch.cat(values or [empty], dim=1),
         boxes_B4=_draw_boxes(crop, view.crop_scale, view.crop_ratio, height, width)
