@@ -103,10 +103,10 @@ class _Loop:
             self.monitor.epoch(name, self.epoch, figures)
             self._warn(figures)
             self.epoch, self.step, self.totals = self.epoch + 1, 0, {}
+            # Of several processes none may leave alone: they agree at the end of an epoch.
+            stop = distributed.any_process(stopped.is_set())
             # The last epoch is always saved: what follows it (mining, say) may take long.
-            self._checkpoint(stopped, figures, due=self.epoch == last_epoch)
-            if self.worker.world_size > 1 and distributed.any_process(stopped.is_set()):
-                raise Interrupted
+            self._checkpoint(figures, due=self.epoch == last_epoch, stop=stop)
 
     def _warn(self, figures: dict[str, float]) -> None:
         """Say what is wrong once per stage, not once per epoch."""
@@ -144,7 +144,8 @@ class _Loop:
             self.step += 1
             self.monitor.advance()
             if self.step < self.steps:
-                self._checkpoint(stopped, {}, due=False)
+                alone = self.worker.world_size == 1
+                self._checkpoint({}, due=False, stop=alone and stopped.is_set())
 
     def _add(self, terms: dict[str, Tensor]) -> None:
         for name, term in terms.items():
@@ -166,25 +167,18 @@ class _Loop:
             raise TrainingError(message)
         return {f"loss/{name}": float(value) for name, value in zip(names, values, strict=True)}
 
-    def _checkpoint(
-        self, stopped: threading.Event, figures: dict[str, float], *, due: bool
-    ) -> None:
+    def _checkpoint(self, figures: dict[str, float], *, due: bool, stop: bool) -> None:
+        """Save where it is due or time; where asked to stop, save and raise Interrupted."""
         runtime = self.context.recipe.runtime
         late = time.monotonic() - self.saved_at >= runtime.checkpoint_seconds
         every = runtime.checkpoint_steps
         position = self.epoch * self.steps + self.step
-        due = due or late or bool(every and position % every == 0)
-        # Of several processes none may leave alone: they agree at the end of an epoch.
-        stop = stopped.is_set() and self.worker.world_size == 1
-        due = due or stopped.is_set()
-        if not due:
+        if not (due or stop or late or (every and position % every == 0)):
             return
         if self.totals:
             self._means()  # a checkpoint of NaN weights would bury the last good one
-        if self.worker.rank == 0:
-            self.worker.report(self.stage.name, figures, self._state())
-        else:
-            self.worker.report(self.stage.name, figures, None)
+        state = self._state() if self.worker.rank == 0 else None
+        self.worker.report(self.stage.name, figures, state)
         self.saved_at = time.monotonic()
         if stop:
             raise Interrupted

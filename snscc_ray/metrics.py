@@ -14,17 +14,8 @@ from torch import Tensor
 HEALTH_NEIGHBORS = 10
 
 
-def match_clusters(labels_N: Tensor, clusters_N: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The one-to-one match of clusters to labels with most rows in agreement (Hungarian).
-
-    Returns (cluster, label) index arrays; see Kuhn (1955).
-    """
-    counts = _contingency(labels_N, clusters_N)
-    return linear_sum_assignment(-counts)
-
-
 def oracle(labels_N: Tensor, clusters_N: Tensor) -> dict[str, float]:
-    """ACC (Hungarian), NMI (arithmetic mean), ARI of an assignment against labels."""
+    """ACC (best one-to-one match of clusters to labels, Kuhn 1955), NMI (arithmetic mean), ARI."""
     counts = _contingency(labels_N, clusters_N)
     rows, columns = linear_sum_assignment(-counts)
     truth, found = labels_N.cpu().numpy(), clusters_N.cpu().numpy()

@@ -36,12 +36,12 @@ class RunMonitor:
         self._progress: Progress | None = None
         self._stage = ""
         self._note = ""
-        self._steps = self._done = self._total = self._first = 0
+        self._done = self._total = self._first = 0
         self._began = self._shown = 0.0
 
     def start(self, stage: str, epochs: int, steps: int, done: int) -> None:
         self.finish()
-        self._stage, self._steps, self._total = stage, steps, epochs * steps
+        self._stage, self._total = stage, epochs * steps
         self._first = self._done = done
         self._began = self._shown = time.monotonic()
         self._note = ""

@@ -208,10 +208,10 @@ class _Run:
                 "boost-worse: the label-free score fell below that of Train, so the best state "
                 "was restored; a higher boost.confidence_threshold may help",
             )
-        p_NC = probabilities(self.context, stage.network)[:, 0]
         if self.worker.rank == 0:
             self._save_final("boost", stage.network)
-            self._save_assignments(p_NC)
+            assert stage.p_NC is not None
+            self._save_assignments(stage.p_NC)
         return figures
 
     def _can_continue(self, stage: StageName) -> bool:

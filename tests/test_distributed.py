@@ -45,9 +45,11 @@ def test_two_processes_have_the_gradients_of_one(
             torch.testing.assert_close(two["extra"]["queue"], one["extra"]["queue"])
 
 
-def test_shares_cover_all_rows() -> None:
+def test_shares_cover_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.share_of(7) == [7]
-    assert distributed.gather(torch.arange(3)).tolist() == [0, 1, 2]
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    assert distributed.share_of(7) == [3, 2, 2]
+    assert distributed.share_of(2) == [1, 1, 0]
 
 
 def test_a_run_under_torchrun_is_the_run_of_one(tmp_path: Path) -> None:

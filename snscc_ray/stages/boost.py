@@ -41,7 +41,7 @@ class Boost:
         self._start_score: float | None = None
         self._best_score = -1.0
         self._best_weights: dict[str, Tensor] = {}
-        self._p_NC: Tensor | None = None
+        self.p_NC: Tensor | None = None
 
     def views(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
         def view(kind: str) -> Tensor:
@@ -53,13 +53,13 @@ class Boost:
 
     def begin_epoch(self, epoch: int) -> None:
         """Select this epoch's pseudo-labels from a clean pass (Eq. 11)."""
-        if self._p_NC is None:
-            self._p_NC = probabilities(self.context, self.network)[:, 0]
+        if self.p_NC is None:
+            self.p_NC = probabilities(self.context, self.network)[:, 0]
         if self._start_score is None:
             self._start_score = self._measure()["health/score"]
             self._remember(self._start_score)
         self.labels_N = select_pseudo_labels(
-            self._p_NC, self.settings.confidence_threshold, self.settings.top_fraction
+            self.p_NC, self.settings.confidence_threshold, self.settings.top_fraction
         ).to(self.context.device)
 
     def step(
@@ -94,7 +94,7 @@ class Boost:
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         # Kept for the next epoch's selection: one clean pass serves both.
-        self._p_NC = probabilities(self.context, self.network)[:, 0]
+        self.p_NC = probabilities(self.context, self.network)[:, 0]
         figures = self._measure()
         if figures["health/score"] > self._best_score:
             self._remember(figures["health/score"])
@@ -102,20 +102,20 @@ class Boost:
 
     def finish(self) -> dict[str, float]:
         """Go back to the best state if the label-free score is worse than before Boost."""
-        if self._p_NC is None:
-            self._p_NC = probabilities(self.context, self.network)[:, 0]
+        if self.p_NC is None:
+            self.p_NC = probabilities(self.context, self.network)[:, 0]
         figures = self._measure()
         start = self._start_score
         if start is not None and figures["health/score"] < start - _TOLERANCE:
             self.network.load_state_dict(self._best_weights)
-            self._p_NC = probabilities(self.context, self.network)[:, 0]
+            self.p_NC = probabilities(self.context, self.network)[:, 0]
             self.restored = True
             figures = self._measure()
         return figures | {"health/restored": float(self.restored)}
 
     def _measure(self) -> dict[str, float]:
-        assert self._p_NC is not None
-        confidence_N, clusters_N = self._p_NC.max(1)
+        assert self.p_NC is not None
+        confidence_N, clusters_N = self.p_NC.max(1)
         return self.context.measure(clusters_N, self._health_NK, confidence_N)
 
     def _remember(self, score: float) -> None:
@@ -128,7 +128,7 @@ class Boost:
             "start_score": self._start_score,
             "best_score": self._best_score,
             "best_weights": self._best_weights,
-            "probabilities": self._p_NC,
+            "probabilities": self.p_NC,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -136,4 +136,4 @@ class Boost:
         self._start_score = state["start_score"]
         self._best_score = state["best_score"]
         self._best_weights = state["best_weights"]
-        self._p_NC = None if state["probabilities"] is None else state["probabilities"].cpu()
+        self.p_NC = None if state["probabilities"] is None else state["probabilities"].cpu()

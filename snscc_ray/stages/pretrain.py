@@ -31,7 +31,6 @@ class Pretrain:
         self.network = context.place(PretextNet(encoder, self.settings))
         self.momentum = _MomentumEncoder(self) if self.settings.method == "moco" else None
         self.mined: MinedNeighbors | None = None
-        self._spread = 0.0
         self._last: Tensor | None = None
 
     def views(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
@@ -122,9 +121,9 @@ class _MomentumEncoder:
 
     @torch.no_grad()
     def follow(self, network: nn.Module) -> None:
-        mine: list[Tensor] = list(self.network.parameters())
+        own: list[Tensor] = list(self.network.parameters())
         theirs: list[Tensor] = list(network.parameters())
-        torch._foreach_lerp_(mine, theirs, 1 - self.settings.key_momentum)
+        torch._foreach_lerp_(own, theirs, 1 - self.settings.key_momentum)
 
     def state(self) -> dict[str, Any]:
         return {

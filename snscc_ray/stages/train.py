@@ -26,11 +26,9 @@ class Train:
         """`pretext` is what Pretrain left; its encoder is trained further."""
         self.context = context
         self.settings = context.recipe.train
-        self.mined_NK = mined.neighbors_NK[:, : self.settings.num_neighbors]
-        self._chance_NK = _cumulative(mined.confidence_NK[:, : self.settings.num_neighbors]).to(
-            context.device
-        )
-        self._neighbors_NK = self.mined_NK.to(context.device).long()
+        nearest = slice(self.settings.num_neighbors)
+        self._chance_NK = _cumulative(mined.confidence_NK[:, nearest]).to(context.device)
+        self._neighbors_NK = mined.neighbors_NK[:, nearest].to(context.device).long()
         encoder = pretext.encoder
         assert isinstance(encoder, nn.Module)
         heads = ClusterHeads(
