@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -10,12 +11,13 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import nn
 
 from snscc_ray.errors import UserError
+from snscc_ray.paths import is_url
 
 FORMAT = 1
 
@@ -33,8 +35,16 @@ _UMASK = _umask()
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call `write` on a temporary neighbour of `path` and move it into place once it is on disk.
 
-    A kill or a full disk leaves the former file as it was. Raises UserError on a full disk.
+    A kill or a full disk leaves the former file as it was. An object store shows an object when
+    it is there whole. Raises UserError on a full disk.
     """
+    if is_url(path):
+        with tempfile.NamedTemporaryFile() as whole:
+            write(cast(IO[bytes], whole))
+            whole.flush()
+            store: Any = path
+            store.fs.put_file(whole.name, store.path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -90,7 +100,8 @@ def save(path: Path, payload: dict[str, Any]) -> None:
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read what `save` wrote. Raises UserError when it is truncated or foreign."""
     try:
-        payload = torch.load(path, map_location=device, weights_only=True)
+        held = io.BytesIO(path.read_bytes()) if is_url(path) else path
+        payload = torch.load(held, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:

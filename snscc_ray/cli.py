@@ -33,6 +33,7 @@ app = typer.Typer(
     """,
 )
 out = Console()
+_SCALE = "Scale out"  # a panel of the help
 
 # Older typers raise click's own usage error, newer ones that of the click inside them.
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -47,7 +48,7 @@ def run(
         str | None, typer.Option(help="folder of images, Parquet shards, or a torchvision copy")
     ] = None,
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="run folder  [default: runs/RECIPE]")
+        str | None, typer.Option("--out", help="run folder or URL  [default: runs/RECIPE]")
     ] = None,
     stages: Annotated[str, typer.Option(help="which stages to run")] = ",".join(STAGES),
     seed: Annotated[int | None, typer.Option(help="of everything random in the run")] = None,
@@ -62,6 +63,39 @@ def run(
     download: Annotated[
         bool, typer.Option("--download", help="let torchvision fetch CIFAR or STL-10 into --data")
     ] = False,
+    workers: Annotated[
+        str,
+        typer.Option(
+            help="Ray workers, or MIN:MAX; 0: this process, without Ray",
+            show_default=True,
+            rich_help_panel=_SCALE,
+        ),
+    ] = "0",
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="a GPU for each worker", rich_help_panel=_SCALE)
+    ] = False,
+    cpus_per_worker: Annotated[
+        float | None,
+        typer.Option(help="1 on a cluster; alone, an equal share", rich_help_panel=_SCALE),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="where runs live, such as s3://BUCKET/runs; --out is then STORAGE/RECIPE",
+            rich_help_panel=_SCALE,
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="the Ray cluster to join: auto, or HOST:PORT  [default: RAY_ADDRESS, or Ray is "
+            "started here for this run]",
+            rich_help_panel=_SCALE,
+        ),
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(help="seconds until the workers must be placed", rich_help_panel=_SCALE)
+    ] = 600.0,
 ) -> None:
     """Run a recipe: Pretrain → Train → Boost, into one folder.
 
@@ -76,10 +110,13 @@ def run(
         snscc run digits --set train.num_neighbors=20 --set boost.epochs=0
 
         snscc run --resume --out runs/c10
+
+        snscc run cifar10 --workers 8 --gpu --address auto --storage s3://bucket/runs
     """
     # Imported here: torch takes seconds, which --help and a misspelt recipe should not wait for.
     from snscc_ray.engine import Interrupted
     from snscc_ray.local import run_here
+    from snscc_ray.paths import as_path
 
     chosen_stages = _stages(stages)
     if recipe is None and not (resume and out_folder):
@@ -88,14 +125,28 @@ def run(
     if seed is not None:
         overrides.append(f"seed={seed}")
     if data is not None:
-        overrides.append(f"data.path={json.dumps(str(Path(data).expanduser()))}")
+        place = data if "://" in data else str(Path(data).expanduser())
+        overrides.append(f"data.path={json.dumps(place)}")
     if download:
         overrides.append("data.download=true")
-    folder = out_folder or Path("runs") / str(recipe)
+    if storage is not None and out_folder is not None:
+        raise UserError("--out is the run folder and --storage where run folders lie; give one")
+    folder = as_path(out_folder or f"{(storage or 'runs').rstrip('/')}/{recipe}")
+    what = (recipe, overrides, folder, chosen_stages, resume, overwrite, out)
+    counts = _workers(workers)
     try:
-        result = run_here(recipe, overrides, folder, chosen_stages, resume, overwrite, out)
+        if counts is None:
+            _refuse_alone(gpu=gpu, cpus_per_worker=cpus_per_worker, address=address)
+            result = run_here(*what)
+        else:
+            scale_out = _launcher()
+            scale = scale_out.Scale(counts, gpu, cpus_per_worker, address, wait)
+            result = scale_out.run_on_ray(*what, scale)
     except Interrupted:
         command = f"snscc run --resume --out {shlex.quote(str(folder))}"
+        if counts is not None:
+            command += f" --workers {workers}" + " --gpu" * gpu
+            command += f" --address {address}" if address else ""
         _fail(f"stopped; continue with: {command}", 130)
     if result is not None:
         _print_result(result.figures, result.folder)
@@ -122,6 +173,75 @@ def list_recipes(
     out.print(table)
 
 
+@app.command("pack")
+def pack_folder(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the images, nested or not")],
+    shards: Annotated[str, typer.Argument(metavar="OUT", help="folder for the shards")],
+    shard_mb: Annotated[int, typer.Option(min=1, max=2000, help="size of a shard, about")] = 64,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=4, max=1024, help="make larger images squares of this side, encoded anew"),
+    ] = None,
+    folders_are_labels: Annotated[
+        bool, typer.Option("--folders-are-labels", help="sub-folder names become labels")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=0, help="processes; 0: one per core")] = 0,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="leave out unreadable images, and list them")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the shards that a pack left in OUT")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="only check the finished shards in OUT")
+    ] = False,
+) -> None:
+    """Write a folder of images as Parquet shards; the same command again continues.
+
+    Examples:
+
+        snscc pack ~/photos shards/photos
+
+        snscc pack imagenet/train shards/imagenet --image-size 256 --folders-are-labels
+
+        snscc pack ~/photos shards/photos --verify
+    """
+    # Imported here: torch takes seconds, which --help should not wait for.
+    from snscc_ray.data import pack
+    from snscc_ray.paths import as_path
+
+    place = as_path(shards)
+    if verify and overwrite:
+        raise UserError("--verify checks shards and --overwrite replaces them; give one of them")
+    if verify:
+        found = pack.verify(place, jobs, out)
+    else:
+        options = pack.Options(shard_mb, image_size, folders_are_labels)
+        try:
+            found = pack.pack(
+                folder.expanduser(),
+                place,
+                options,
+                jobs=jobs,
+                skip_corrupt=skip_corrupt,
+                overwrite=overwrite,
+                console=out,
+            )
+        except KeyboardInterrupt:
+            _fail("stopped; the same command again keeps the finished shards", 130)
+    rate = f", {found.packed / found.seconds:,.0f} images/s" if found.packed else ""
+    lines = [
+        f"{'OK: ' * verify}{found.shards:,} shards, {found.rows:,} rows, "
+        f"{found.bytes / 1e6:,.1f} MB, {len(found.skipped):,} skipped{rate}"
+    ]
+    if found.skipped:
+        lines.append(f"Left out: {place / pack.SKIPPED}")
+    if not verify:
+        command = f"snscc run images --data {shlex.quote(str(place))} --set data.num_clusters=..."
+        lines.append(f"Next: {command}")
+    out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine offers and what a run would use.
@@ -136,6 +256,39 @@ def doctor() -> None:
     for name, finding in examine():
         table.add_row(name, finding)
     out.print(table)
+
+
+def _workers(text: str) -> tuple[int, int] | None:
+    """Fewest and most, or None for this process."""
+    try:
+        fewest, _, most = text.partition(":")
+        counts = int(fewest), int(most or fewest)
+    except ValueError:
+        counts = (-1, -1)
+    if counts == (0, 0):
+        return None
+    if not 1 <= counts[0] <= counts[1]:
+        raise UserError(f"--workers {text}: give a number, 0 for none, or MIN:MAX as in 2:8")
+    return counts
+
+
+def _launcher() -> Any:
+    try:
+        from snscc_ray import launch
+    except ImportError as error:
+        raise UserError(
+            f"--workers needs Ray ({error}); pip install 'ray[data,train,tune]', or leave "
+            "--workers out"
+        ) from error
+    return launch
+
+
+def _refuse_alone(**given: object) -> None:
+    """Options that mean nothing without workers are mistakes, not wishes to be ignored."""
+    for name, value in given.items():
+        if value:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} is for Ray workers; add --workers N")
 
 
 def _stages(text: str) -> tuple[StageName, ...]:

@@ -57,6 +57,13 @@ class DataSettings(Settings):
     folders_are_labels: bool = Field(False, description="sub-folder names become labels")
     skip_corrupt: bool = Field(False, description="count and leave out unreadable images")
     limit: Count | None = Field(None, description="keep only the first rows (a quick try)")
+    mode: Literal["auto", "resident", "stream"] = Field(
+        "auto", description="all in memory, or read again each epoch; auto: by size and memory"
+    )
+    memory_mb: Count = Field(1024, description="what a streamed set may hold, per worker")
+    augment_in: Literal["device", "data"] = Field(
+        "device", description="where a streamed set's views are made: data: where it is decoded"
+    )
 
     @model_validator(mode="after")
     def _channels_agree(self) -> DataSettings:
@@ -150,6 +157,11 @@ class TrainSettings(StageSettings):
     global_weight: NonNegative = Field(1.0, description="α2")
     cluster_weight: NonNegative = Field(1.0, description="of Eq. 7")
     mined_weight: NonNegative = Field(1.0, description="of neighbours mined over the whole set")
+    mined_from: Literal["images", "predictions"] = Field(
+        "images",
+        description="one mined neighbour's augmented image per row, with gradient; or what the "
+        "last clean pass said of all K, without (a third less work, and no random access)",
+    )
     temperature: Positive = Field(1.0, description="τ of Eq. 7")
     agreement: Literal["linear", "log"] = Field("linear", description="-O, or -log O")
     head: Literal["prototype", "linear"] = "prototype"
@@ -182,6 +194,9 @@ class RuntimeSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     decode_workers: Annotated[int, Field(ge=0)] = Field(0, description="0: one per CPU core")
     checkpoint_seconds: NonNegative = Field(30.0, description="at most this much work is lost")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        8, description="on Ray: how often lost workers are started again"
+    )
     checkpoint_steps: Count | None = Field(None, description="also after so many steps")
 
 

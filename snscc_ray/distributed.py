@@ -8,13 +8,16 @@ have exactly the gradients of one process over that batch.
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -27,18 +30,17 @@ def rank() -> int:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.share = rows.shape[0]
-        parts = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+    def forward(ctx: Any, rows: Tensor, total: int) -> Tensor:
+        ctx.own = own_share(total)
+        return _all_gather(rows, share_of(total))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total[rank() * ctx.share : (rank() + 1) * ctx.share]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        summed = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        begin, end = ctx.own
+        return summed[begin:end], None
 
 
 class _AllReduce(torch.autograd.Function):
@@ -56,26 +58,51 @@ class _AllReduce(torch.autograd.Function):
         return total
 
 
-def gather(rows: Tensor) -> Tensor:
-    """Rows of every process, in rank order, with gradients; every process holds equally many."""
-    return cast(Tensor, _Gather.apply(rows)) if world_size() > 1 else rows
-
-
-def gather_uneven(rows: Tensor, sizes: list[int]) -> Tensor:
-    """Rows of every process where process r holds `sizes[r]` of them; without gradients."""
-    if world_size() == 1:
-        return rows
-    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-    padded[: rows.shape[0]] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
+def _all_gather(rows: Tensor, sizes: list[int]) -> Tensor:
+    """Rows of every process in rank order, process r holding `sizes[r]` of them."""
+    rows = rows.contiguous()
+    if rows.shape[0] < max(sizes):  # collectives want one shape everywhere
+        rows = torch.cat([rows, rows.new_zeros(max(sizes) - rows.shape[0], *rows.shape[1:])])
+    parts = [torch.empty_like(rows) for _ in sizes]
+    dist.all_gather(parts, rows)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather(rows: Tensor, total: int) -> Tensor:
+    """All `total` rows in rank order, with gradients; each process brings its `own_share`."""
+    return cast(Tensor, _Gather.apply(rows, total)) if world_size() > 1 else rows
 
 
 def share_of(total: int) -> list[int]:
     """How many of `total` rows each process takes, in rank order (they differ by one at most)."""
     world = world_size()
     return [total // world + (r < total % world) for r in range(world)]
+
+
+def own_share(total: int) -> tuple[int, int]:
+    """Where this process's share of `total` rows begins and ends."""
+    shares = share_of(total)
+    begin = sum(shares[: rank()])
+    return begin, begin + shares[rank()]
+
+
+def from_first(compute: Callable[[], T]) -> T:
+    """What `compute` returns on the first process, on every process; the others do not call it.
+
+    An error there is raised everywhere: a process left waiting would wait for ever.
+    """
+    if world_size() == 1:
+        return compute()
+    held: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            held[0] = compute()
+        except Exception as error:
+            held[1] = error
+    dist.broadcast_object_list(held, src=0)
+    if held[1] is not None:
+        raise held[1]
+    return cast(T, held[0])
 
 
 def any_process(value: bool) -> bool:
@@ -105,15 +132,20 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             )
         dims = [0, *range(2, x.dim())]
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        count = x.numel() // x.shape[1] * world_size()
-        mean = cast(Tensor, _AllReduce.apply(x.sum(dims))) / count
+        # The count travels with the sums: processes may hold different numbers of rows.
+        count = x.new_full((1,), x.numel() // x.shape[1])
+        sums = cast(Tensor, _AllReduce.apply(torch.cat([x.sum(dims), count])))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
         centred = x - mean.view(shape)
         variance = cast(Tensor, _AllReduce.apply(centred.square().sum(dims))) / count
         with torch.no_grad():
             momentum = cast(float, self.momentum)
             cast(Tensor, self.num_batches_tracked).add_(1)
             cast(Tensor, self.running_mean).lerp_(mean, momentum)
-            cast(Tensor, self.running_var).lerp_(variance * (count / max(count - 1, 1)), momentum)
+            cast(Tensor, self.running_var).lerp_(
+                variance * (count / (count - 1).clamp_min(1)), momentum
+            )
         scale = self.weight * (variance + self.eps).rsqrt()
         return centred * scale.view(shape) + self.bias.view(shape)
 

@@ -24,6 +24,9 @@ from snscc_ray.schedules import build_optimizer, learning_rate
 from snscc_ray.stages.context import Context, Stage
 from snscc_ray.workers import Worker
 
+# Several processes compare clocks only so often: each time they wait for one another.
+_AGREE_STEPS = 10
+
 
 class Monitor(Protocol):
     """Where a stage's progress is shown and kept."""
@@ -98,8 +101,9 @@ class _Loop:
             figures = self._means()
             figures |= self.stage.end_epoch(self.epoch)
             figures["learning_rate"] = learning_rate(self.settings, self.epoch + 1)
-            images = (self.steps - first) * self.settings.batch_size
-            figures["images_per_second"] = images / seconds
+            figures["images_per_second"] = (
+                len(self.context.data) * (1 - first / self.steps) / seconds
+            )
             self.monitor.epoch(name, self.epoch, figures)
             self._warn(figures)
             self.epoch, self.step, self.totals = self.epoch + 1, 0, {}
@@ -116,23 +120,23 @@ class _Loop:
                 self.warned.add(name)
 
     def _train_epoch(self, stopped: threading.Event) -> None:
-        stage, worker = self.stage, self.worker
+        stage = self.stage
+        viewer = stage.viewer(self.epoch)
         batches = self.context.data.epoch(
             self.settings.batch_size,
             self.context.key(stage.name, self.epoch, "order"),
-            worker.rank,
-            worker.world_size,
             self.step,
+            viewer if self.context.recipe.data.augment_in == "data" else None,
         )
         for batch in batches:
             rate = learning_rate(self.settings, self.epoch + self.step / self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            views = stage.views(batch, self.epoch)
+            views = batch.views or viewer(batch.images_BCHW, batch.rows_B)
             if self.epoch == 0 and self.step == 0:
                 self.monitor.views(stage.name, views)
             with self.context.autocast():
-                terms = stage.step(self.forward, views, batch.rows_B)
+                terms = stage.step(self.forward, views, batch)
             loss = torch.stack(list(terms.values())).sum()
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -169,11 +173,9 @@ class _Loop:
 
     def _checkpoint(self, figures: dict[str, float], *, due: bool, stop: bool) -> None:
         """Save where it is due or time; where asked to stop, save and raise Interrupted."""
-        runtime = self.context.recipe.runtime
-        late = time.monotonic() - self.saved_at >= runtime.checkpoint_seconds
-        every = runtime.checkpoint_steps
+        every = self.context.recipe.runtime.checkpoint_steps
         position = self.epoch * self.steps + self.step
-        if not (due or stop or late or (every and position % every == 0)):
+        if not (due or stop or (every and position % every == 0) or self._late()):
             return
         if self.totals:
             self._means()  # a checkpoint of NaN weights would bury the last good one
@@ -182,6 +184,14 @@ class _Loop:
         self.saved_at = time.monotonic()
         if stop:
             raise Interrupted
+
+    def _late(self) -> bool:
+        """Whether it is long since the last checkpoint; the same answer on every process."""
+        late = time.monotonic() - self.saved_at >= self.context.recipe.runtime.checkpoint_seconds
+        if self.worker.world_size == 1:
+            return late
+        # Clocks differ, and reporting takes all of them: they agree, now and then.
+        return self.step % _AGREE_STEPS == 0 and distributed.any_process(late)
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -9,11 +9,11 @@ from typing import Any
 from snscc_ray.config import STAGES, Recipe, StageName
 
 # Raised whenever a change of this package changes what the same settings train.
-_VERSION = 1
+_VERSION = 2
 
 
-def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str) -> str:
-    """Of the stage's settings, the data's fingerprint, the seed, and the parent's identity.
+def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: str) -> str:
+    """Of the stage's settings, the data's fingerprint and order, the seed, and the parent's.
 
     Pretrain does not depend on the number of clusters, and nothing on `runtime` or on the path
     the images were read from.
@@ -23,8 +23,11 @@ def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str) -> str:
     determines: dict[str, Any] = {
         "version": _VERSION,
         "stage": stage,
+        "order": order,
         "settings": getattr(recipe, stage).model_dump(mode="json"),
-        "parent": stage_identity(recipe, STAGES[parent], fingerprint) if parent >= 0 else None,
+        "parent": stage_identity(recipe, STAGES[parent], fingerprint, order)
+        if parent >= 0
+        else None,
     }
     if parent < 0:
         determines |= {

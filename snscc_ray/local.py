@@ -8,20 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+import torch
 from rich.console import Console
 
 from snscc_ray import distributed, recipes
-from snscc_ray.config import StageName
-from snscc_ray.data.sources import load_images
+from snscc_ray.config import Recipe, StageName
+from snscc_ray.data.imageset import Catalog, assemble
+from snscc_ray.data.resident import Images, ResidentData
+from snscc_ray.data.sources import list_rows
+from snscc_ray.data.streamed import StreamedData, choose_mode, survey, threads_reader
 from snscc_ray.engine import Interrupted
-from snscc_ray.monitor import RunMonitor, Silent
-from snscc_ray.run import Result, check, execute
+from snscc_ray.monitor import Display, Journal, RunMonitor, Silent
+from snscc_ray.run import Result, check, check_streamed, execute, final_figures
 from snscc_ray.run_folder import prepare_folder, read_recipe
 from snscc_ray.workers import LocalWorker, choose_device, join_group, leave_group
 
 
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
+def terminated_like_interrupted() -> Iterator[None]:
     """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, wherever the loop is not waiting."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -33,7 +38,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-@_terminated_like_interrupted()
+@terminated_like_interrupted()
 def run_here(
     name: str | None,
     overrides: list[str],
@@ -55,33 +60,52 @@ def run_here(
     join_group(device)
     try:
         first = distributed.rank() == 0
-        images = load_images(recipe.data, workers=recipe.runtime.decode_workers)
-        check(recipe, len(images), distributed.world_size())
-        monitor: RunMonitor | Silent = RunMonitor(folder, console) if first else Silent()
-        if first:
-            console.print(
-                f"{recipe.name}: {len(images):,} images of {recipe.data.image_size} px, "
-                f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}",
-                highlight=False,
-            )
-            for identifier, reason in images.skipped:
-                # Not markup: a name may hold brackets.
-                line = f"left out {identifier}: {reason}"
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+        display = Display(console if first else Console(quiet=True))
+        catalog, data = _load(recipe, device, display)
+        display.line(
+            f"{recipe.name}: {len(catalog):,} images of {recipe.data.image_size} px, "
+            f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
+        )
+        for identifier, reason in catalog.skipped:
+            display.line(f"left out {identifier}: {reason}")
         worker = LocalWorker(folder, device)
+        monitor: RunMonitor | Silent = RunMonitor(Journal(folder), display) if first else Silent()
         try:
-            result = execute(recipe, images, folder, worker, monitor, stages, overwrite=overwrite)
+            result = execute(
+                recipe, catalog, data, folder, worker, monitor, stages, overwrite=overwrite
+            )
+            if isinstance(monitor, RunMonitor):
+                final = final_figures(result.figures)
+                monitor.journal.hyperparameters(recipe.model_dump(mode="json"), final)
         except KeyboardInterrupt as stop:  # between two stages' loops, or a second Ctrl-C
             raise Interrupted from stop
         finally:
             monitor.finish()
-        if isinstance(monitor, RunMonitor):
-            monitor.hyperparameters(recipe.model_dump(mode="json"), _final(result))
         return result if first else None
     finally:
         leave_group()
 
 
-def _final(result: Result) -> dict[str, float]:
-    stages = list(result.figures["stages"].values())
-    return {name: float(value) for name, value in stages[-1].items()} if stages else {}
+def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Catalog, Images]:
+    """The set, in memory or read as it is needed. Raises UserError."""
+    data, workers = recipe.data, recipe.runtime.decode_workers
+    rows = list_rows(data)
+    check(recipe, len(rows.ids), distributed.world_size())
+    progress = display.counting("reading", "images")
+    mode, why = choose_mode(data, len(rows.ids), _free_bytes(device), rows.streamable)
+    if mode == "stream":
+        check_streamed(recipe)
+        display.line(f"images streamed: {why}")
+        streamed = survey(rows, data, workers=workers, progress=progress)
+        display.finish()
+        reader = threads_reader(streamed, data.memory_mb, workers)
+        return streamed.catalog, StreamedData(streamed, device, reader)
+    images = assemble(rows, data, workers, progress)
+    display.finish()
+    check(recipe, len(images), distributed.world_size())
+    return images.catalog, ResidentData(images.images, device)
+
+
+def _free_bytes(device: torch.device) -> int:
+    host = psutil.virtual_memory().available // distributed.world_size()
+    return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host

@@ -1,11 +1,15 @@
-"""What a run shows and keeps as it goes: a progress bar, metrics.jsonl, TensorBoard."""
+"""What a run shows as it goes (`Display`) and what it keeps of it (`Journal`)."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import torch
 from rich.console import Console
@@ -20,43 +24,49 @@ from rich.progress import (
 from torch import Tensor
 
 from snscc_ray.checkpoints import write_whole
+from snscc_ray.paths import is_url
 
 # Seconds between lines where there is no terminal to draw a bar on.
 _LINE_SECONDS = 10.0
 _SHOWN_VIEWS = 16
 
 
-class RunMonitor:
-    """Writes to the run folder from rank 0; the other ranks use `Silent`."""
+class Screen(Protocol):
+    """Where a person looks: a `Display`, or what leads to one elsewhere."""
 
-    def __init__(self, folder: Path, console: Console) -> None:
-        self.folder, self.console = folder, console
-        self._lines = folder / "metrics.jsonl"
-        self._writer: Any = None
+    def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
+
+    def advance(self, steps: int = 1) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Display:
+    """A progress bar on a terminal, and a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self._progress: Progress | None = None
-        self._stage = ""
-        self._note = ""
+        self._stage = self._note = self._unit = ""
         self._done = self._total = self._first = 0
         self._began = self._shown = 0.0
 
-    def start(self, stage: str, epochs: int, steps: int, done: int) -> None:
+    def start(self, stage: str, epochs: int, steps: int, done: int, unit: str = "steps") -> None:
         self.finish()
-        self._stage, self._total = stage, epochs * steps
+        self._stage, self._total, self._unit = stage, epochs * steps, unit
         self._first = self._done = done
         self._began = self._shown = time.monotonic()
         self._note = ""
-        epoch = done // steps if steps else 0
-        self._forget(stage, epoch)
-        # Imported here: it takes a second, which `--help` and errors should not wait for.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(self.folder / "tensorboard" / stage), purge_step=epoch)
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.description:8}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("steps"),
+                TextColumn(unit),
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(compact=True),
@@ -66,21 +76,72 @@ class RunMonitor:
             self._progress.add_task(stage, total=self._total, completed=done, note="")
             self._progress.start()
 
-    def advance(self) -> None:
-        self._done += 1
+    def advance(self, steps: int = 1) -> None:
+        self._done += steps
         if self._progress is not None:
-            self._progress.advance(self._progress.task_ids[0])
+            self._progress.advance(self._progress.task_ids[0], steps)
         elif time.monotonic() - self._shown > _LINE_SECONDS:
             self._shown = time.monotonic()
             rate = (self._done - self._first) / (self._shown - self._began)
             eta = (self._total - self._done) / rate
             self.console.print(
-                f"{self._stage:8} {self._done}/{self._total} steps  "
+                f"{self._stage:8} {self._done}/{self._total} {self._unit}  "
                 f"ETA {int(eta) // 60}:{int(eta) % 60:02d}  {self._note}",
                 highlight=False,
             )
 
-    def views(self, stage: str, views: tuple[Tensor, ...]) -> None:
+    def note(self, text: str) -> None:
+        """What stands at the end of the bar."""
+        self._note = text
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], note=text)
+
+    def counting(self, task: str, unit: str) -> Callable[[int, int], None]:
+        """A function that is told (done, total) of a task, now and then."""
+
+        def tell(done: int, total: int) -> None:
+            if self._stage != task:
+                self.start(task, 1, total, 0, unit)
+            self.advance(done - self._done)
+
+        return tell
+
+    def line(self, text: str) -> None:
+        # Not markup: a name may hold brackets.
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class Journal:
+    """metrics.jsonl and TensorBoard's events, in the run folder.
+
+    Both are appended to, which an object store cannot do: there they are kept in a temporary
+    folder and put into the run folder whole, epoch by epoch.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._remote = is_url(folder)
+        self._local = Path(tempfile.mkdtemp(prefix="snscc")) if self._remote else folder
+        self._lines = self._local / "metrics.jsonl"
+        self._writer: Any = None
+        self._published: dict[Path, int] = {}
+        if self._remote and (folder / "metrics.jsonl").exists():
+            self._lines.write_bytes((folder / "metrics.jsonl").read_bytes())
+
+    def start(self, stage: str, epoch: int) -> None:
+        self.stop()
+        self._forget(stage, epoch)
+        # Imported here: it takes a second, which `--help` and errors should not wait for.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._local / "tensorboard" / stage), purge_step=epoch)
+
+    def views(self, views: tuple[Tensor, ...]) -> None:
         from torchvision.utils import make_grid
 
         for index, view in enumerate(views):
@@ -88,37 +149,48 @@ class RunMonitor:
             self._writer.add_image(f"views/{index}", grid, 0)
 
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
-        self._append({"stage": stage, "epoch": epoch, **figures})
         for name, value in figures.items():
             self._writer.add_scalar(name, value, epoch)
-        self._note = _summary(figures)
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], note=self._note)
-
-    def warn(self, stage: str, epoch: int, message: str) -> None:
-        self._append({"stage": stage, "epoch": epoch, "warning": message})
-        self.console.print(f"[yellow]warning[/] {stage} epoch {epoch}: {message}", highlight=False)
+        self.append({"stage": stage, "epoch": epoch, **figures})
 
     def hyperparameters(self, settings: dict[str, Any], figures: dict[str, float]) -> None:
         """Let TensorBoard's HPARAMS page compare runs."""
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(self.folder / "tensorboard")) as writer:
+        with SummaryWriter(str(self._local / "tensorboard")) as writer:
             writer.add_hparams(
                 _flat(settings), {f"final/{k}": v for k, v in figures.items()}, run_name="."
             )
+        self._publish()
 
-    def finish(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+    def append(self, line: dict[str, Any]) -> None:
+        with self._lines.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._publish()
+
+    def stop(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+            self._publish()
 
-    def _append(self, line: dict[str, Any]) -> None:
-        with self._lines.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    def finish(self) -> None:
+        self.stop()
+        if self._remote:
+            shutil.rmtree(self._local, ignore_errors=True)
+
+    def _publish(self) -> None:
+        if not self._remote:
+            return
+        if self._writer is not None:
+            self._writer.flush()
+        for path in self._local.rglob("*"):
+            if not path.is_file() or self._published.get(path) == path.stat().st_mtime_ns:
+                continue
+            self._published[path] = path.stat().st_mtime_ns
+            content = path.read_bytes()
+            place = self.folder / path.relative_to(self._local).as_posix()
+            write_whole(place, partial(_write, content))
 
     def _forget(self, stage: str, epoch: int) -> None:
         """Drop the lines of epochs that will be trained again."""
@@ -135,6 +207,35 @@ class RunMonitor:
         write_whole(self._lines, lambda file: file.write("".join(kept).encode()))
 
 
+class RunMonitor:
+    """What the engine tells, shown and kept; the ranks but the first use `Silent`."""
+
+    def __init__(self, journal: Journal, screen: Screen) -> None:
+        self.journal, self.screen = journal, screen
+
+    def start(self, stage: str, epochs: int, steps: int, done: int) -> None:
+        self.journal.start(stage, done // steps if steps else 0)
+        self.screen.start(stage, epochs, steps, done)
+
+    def advance(self) -> None:
+        self.screen.advance()
+
+    def views(self, stage: str, views: tuple[Tensor, ...]) -> None:
+        self.journal.views(views)
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        self.journal.epoch(stage, epoch, figures)
+        self.screen.note(_summary(figures))
+
+    def warn(self, stage: str, epoch: int, message: str) -> None:
+        self.journal.append({"stage": stage, "epoch": epoch, "warning": message})
+        self.screen.line(f"warning {stage} epoch {epoch}: {message}")
+
+    def finish(self) -> None:
+        self.journal.finish()
+        self.screen.finish()
+
+
 class Silent:
     """The monitor of every rank but the first."""
 
@@ -149,6 +250,10 @@ class Silent:
     def warn(self, stage: str, epoch: int, message: str) -> None: ...
 
     def finish(self) -> None: ...
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 def _summary(figures: dict[str, float]) -> str:

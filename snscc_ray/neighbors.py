@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from snscc_ray import distributed
 from snscc_ray.checkpoints import write_whole
 from snscc_ray.errors import UserError
 from snscc_ray.losses.neighbors import soft_confidence
@@ -89,16 +90,18 @@ def knn(
     k: int,
     *,
     queries: Tensor | None = None,
+    rows: tuple[int, int] | None = None,
     backend: Literal["auto", "faiss", "torch"] = "auto",
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of the set: (d_NK float32, idx_NK int64), nearest first, on its device.
 
-    For each row of `queries`, or of the set itself, no row then being its own neighbour (its
-    duplicates may be). Works in float32, through `chunk` queries at a time (None: up to 1,024, as
-    128 MB of scores allow), never on a matrix of N × N. `faiss` searches on the CPU; `auto` is
-    faiss for a set on the CPU if it is installed (faster on idle cores, benchmarks/mining.py),
-    and torch otherwise. Ties go to the lower index, unless more than k + 8 rows tie.
+    For each row of `queries`, or of the set itself (or of its `rows` first..last), no row then
+    being its own neighbour (its duplicates may be). Works in float32, through `chunk` queries at
+    a time (None: up to 1,024, as 128 MB of scores allow), never on a matrix of N × N. `faiss`
+    searches on the CPU; `auto` is faiss for a set on the CPU if it is installed (faster on idle
+    cores, benchmarks/mining.py), and torch otherwise. Ties go to the lower index, unless more
+    than k + 8 rows tie.
     Raises ValueError if k < 1 or a row has fewer than k others, or a feature is not finite;
     ImportError if faiss is asked for and absent.
     """
@@ -108,7 +111,8 @@ def knn(
     if others < k:
         raise ValueError(f"{k} neighbours asked for, but a row has {max(others, 0)} others")
     ref_MD = features_ND.float()
-    z_ND = ref_MD if queries is None else queries.float()
+    begin, end = rows or (0, others + 1)
+    z_ND = ref_MD[begin:end] if queries is None else queries.float()
     N, M, R = len(z_ND), len(ref_MD), min(k + _SPARE + not_self, len(ref_MD))
     chunk = chunk or min(max(_SCORES // M, 1), 1024)
     centre_D = _centre(ref_MD)
@@ -124,7 +128,7 @@ def knn(
     for row_B in torch.arange(N, device=ref_MD.device).split(chunk):
         z_BD = z_ND[row_B]
         idx_BR = search(z_BD - centre_D)
-        self_BR = idx_BR == (row_B[:, None] if not_self else -1)
+        self_BR = idx_BR == (begin + row_B[:, None] if not_self else -1)
         d_NK[row_B], idx_NK[row_B] = _nearest(z_BD, ref_MD, idx_BR, self_BR, k)
     return d_NK, idx_NK
 
@@ -152,7 +156,8 @@ class MinedNeighbors:
         """Read what `save` wrote. Raises UserError if it is missing, cut short or foreign."""
         mend = "delete it and the neighbours are mined again"
         try:
-            table = pq.ParquetFile(path).read()
+            with path.open("rb") as file:
+                table = pq.ParquetFile(file).read()
         except FileNotFoundError:
             raise UserError(f"no mined neighbours at {path}") from None
         except (OSError, pa.ArrowException) as error:
@@ -180,9 +185,12 @@ def _schema(K: int) -> dict[str, pa.DataType]:
 def mine(features_ND: Tensor, k: int) -> MinedNeighbors:
     """The k nearest rows of each row over the whole set, with the local radius (Def. 1, Eq. 2).
 
+    Every process holds all features and searches for its share of the rows; all get the whole.
     Raises ValueError if k < 1 or there are not more than k rows.
     """
-    d_NK, idx_NK = knn(features_ND, k)
+    N = len(features_ND)
+    found = knn(features_ND, k, rows=distributed.own_share(N))
+    d_NK, idx_NK = (distributed.gather(part, N) for part in found)
     s_NK = soft_confidence(d_NK, local_radius(d_NK))
     return MinedNeighbors(idx_NK.int().cpu(), d_NK.cpu(), s_NK.cpu())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -65,6 +65,7 @@ def digits() -> Recipe:
             learning_rate=1e-3,
             schedule="cosine",
             entropy_weight=10,
+            mined_from="predictions",
             view=view,
         ),
         boost=BoostSettings(epochs=20, batch_size=256, schedule="cosine", view=view),
@@ -82,6 +83,7 @@ def _paper(
     entropy_weight: float = 5.0,
     confidence_threshold: float = 0.99,
     pretrain: PretrainSettings | None = None,
+    mined_from: Literal["images", "predictions"] = "images",
 ) -> Recipe:
     """The paper's settings (Section IV-A-4); batch sizes and pretext are the released code's."""
     view = StrongView(cutout=cutout)
@@ -99,7 +101,11 @@ def _paper(
             temperature=0.1,
         ),
         train=TrainSettings(
-            epochs=500, batch_size=train_batch, entropy_weight=entropy_weight, view=view
+            epochs=500,
+            batch_size=train_batch,
+            entropy_weight=entropy_weight,
+            mined_from=mined_from,
+            view=view,
         ),
         boost=BoostSettings(
             epochs=200,
@@ -226,6 +232,7 @@ def images() -> Recipe:
         cutout=24,
         train_batch=256,
         boost_batch=256,
+        mined_from="predictions",  # the set may be too large for random access
     )
 
 

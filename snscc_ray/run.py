@@ -17,8 +17,9 @@ from torch import Tensor
 
 from snscc_ray import checkpoints, distributed
 from snscc_ray.config import STAGES, Recipe, StageName
-from snscc_ray.data.resident import ResidentData
-from snscc_ray.data.sources import ImageSet
+from snscc_ray.data.imageset import Catalog
+from snscc_ray.data.order import smallest_batch
+from snscc_ray.data.resident import Images, ResidentData
 from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
 from snscc_ray.engine import Monitor, fit
 from snscc_ray.errors import UserError
@@ -62,6 +63,13 @@ def check(recipe: Recipe, rows: int, world_size: int) -> None:
                 f"{field}={batch} is global and does not divide among {world_size} workers; "
                 f"use --set {field}={batch - batch % world_size or world_size}"
             )
+        # An epoch's batches are as even as can be, and so may be smaller than asked for.
+        least = smallest_batch(rows, batch)
+        if least < 2 * world_size:
+            raise UserError(
+                f"{field}={batch} leaves a batch of {least} of the {rows} images to {world_size} "
+                f"workers; use --set {field}={4 * world_size} or more"
+            )
     neighbors = {
         "pretrain.mined_neighbors": recipe.pretrain.mined_neighbors,
         "train.num_neighbors": recipe.train.num_neighbors,
@@ -72,9 +80,20 @@ def check(recipe: Recipe, rows: int, world_size: int) -> None:
             raise UserError(f"{field}={count} must be below the {rows} images there are")
 
 
+def check_streamed(recipe: Recipe) -> None:
+    """Refuse what needs images at random. Raises UserError naming the field."""
+    train = recipe.train
+    if train.mined_from == "images" and train.mined_weight and train.objective != "paper":
+        raise UserError(
+            "train.mined_from=images reads single images at random, which a streamed set cannot "
+            "give; use --set train.mined_from=predictions, or data.mode=resident"
+        )
+
+
 def execute(
     recipe: Recipe,
-    images: ImageSet,
+    catalog: Catalog,
+    data: Images,
     folder: Path,
     worker: Worker,
     monitor: Monitor,
@@ -86,7 +105,7 @@ def execute(
 
     Raises UserError when a stage's parent is neither in `stages` nor finished in the folder.
     """
-    run = _Run(recipe, images, folder, worker, monitor)
+    run = _Run(recipe, catalog, data, folder, worker, monitor)
     run.check_parents(stages, afresh=overwrite)
     if worker.rank == 0:
         remove_leftovers(folder)
@@ -103,8 +122,8 @@ def execute(
     result = {
         "recipe": recipe.name,
         "seed": recipe.seed,
-        "rows": len(images),
-        "skipped": len(images.skipped),
+        "rows": len(catalog),
+        "skipped": len(catalog.skipped),
         "baselines": run.baselines(),
         "stages": figures,
     }
@@ -115,20 +134,28 @@ def execute(
 
 class _Run:
     def __init__(
-        self, recipe: Recipe, images: ImageSet, folder: Path, worker: Worker, monitor: Monitor
+        self,
+        recipe: Recipe,
+        catalog: Catalog,
+        data: Images,
+        folder: Path,
+        worker: Worker,
+        monitor: Monitor,
     ) -> None:
-        self.recipe, self.images, self.folder = recipe, images, folder
+        self.recipe, self.catalog, self.folder = recipe, catalog, folder
         self.worker, self.monitor = worker, monitor
         self.context = Context(
             recipe,
-            ResidentData(images.images, worker.device),
-            images.labels,
-            normalisation(recipe, images.images),
+            data,
+            catalog.labels,
+            normalisation(recipe, catalog),
             worker.device,
         )
 
     def identity(self, stage: StageName) -> str:
-        return stage_identity(self.recipe, stage, self.images.fingerprint)
+        return stage_identity(
+            self.recipe, stage, self.catalog.fingerprint, self.context.data.order_name
+        )
 
     def finished(self, stage: StageName) -> dict[str, Any] | None:
         """The stage's figures when the folder holds it finished under this identity."""
@@ -156,7 +183,8 @@ class _Run:
         )
 
     def stage(self, name: StageName) -> dict[str, Any]:
-        figures = self.finished(name)
+        # One process looks, for all: on a shared file system some may see a file late.
+        figures = distributed.from_first(lambda: self.finished(name))
         if figures is None:
             began = time.monotonic()
             figures = {"pretrain": self._pretrain, "train": self._train, "boost": self._boost}[
@@ -226,7 +254,7 @@ class _Run:
 
     def _load_final(self, stage: StageName, wanted_by: StageName, into: torch.nn.Module) -> None:
         path = self.folder / stage / "final.pt"
-        if self.finished(stage) is None:
+        if distributed.from_first(lambda: self.finished(stage)) is None:
             raise self._unfinished(stage, wanted_by)
         checkpoints.load_weights(into, checkpoints.load(path, self.worker.device)["network"], path)
 
@@ -252,50 +280,51 @@ class _Run:
     def _save_assignments(self, p_NC: Tensor) -> None:
         confidence_N, clusters_N = p_NC.max(1)
         columns = {
-            "id": pa.array(self.images.ids),
+            "id": pa.array(self.catalog.ids),
             "cluster": pa.array(clusters_N.int().numpy()),
             "confidence": pa.array(confidence_N.numpy()),
         }
-        if self.images.labels is not None:
-            columns["label"] = pa.array(self.images.labels.int().numpy())
+        if self.catalog.labels is not None:
+            columns["label"] = pa.array(self.catalog.labels.int().numpy())
         table = pa.table(columns)
         checkpoints.write_whole(
             self.folder / "assignments.parquet", lambda file: pq.write_table(table, file)
         )
 
     def baselines(self) -> dict[str, dict[str, float]]:
-        """k-means on the raw pixels, where there are labels to measure it by."""
-        if self.images.labels is None:
+        """k-means on the raw pixels, where there are labels to measure it by and all are held."""
+        data = self.context.data
+        if self.catalog.labels is None or not isinstance(data, ResidentData):
             return {}
         path = self.folder / "baselines.json"
         if path.exists():
             return dict(checkpoints.read_json(path))
         began = time.monotonic()
-        pixels_ND = self.images.images.flatten(1).float()
         _, clusters_N = kmeans(
-            pixels_ND, self.recipe.data.num_clusters, self.context.key("kmeans", "pixels")
+            data.images_NCHW.flatten(1).float(),
+            self.recipe.data.num_clusters,
+            self.context.key("kmeans", "pixels"),
         )
-        figures = oracle(self.images.labels, clusters_N)
+        figures = oracle(self.catalog.labels, clusters_N)
         figures["seconds"] = round(time.monotonic() - began, 3)
         if self.worker.rank == 0:
             checkpoints.write_json(path, {"kmeans_pixels": figures})
         return {"kmeans_pixels": figures}
 
 
-def normalisation(recipe: Recipe, images_NCHW: Tensor) -> Normalize:
+def final_figures(figures: dict[str, Any]) -> dict[str, float]:
+    """Those of the last stage there is."""
+    stages = list(figures["stages"].values())
+    return {name: float(value) for name, value in stages[-1].items()} if stages else {}
+
+
+def normalisation(recipe: Recipe, catalog: Catalog) -> Normalize:
     """The recipe's mean and deviation, or those of the images."""
     data = recipe.data
-    if data.mean is not None and data.std is not None:
-        return Normalize(data.mean, data.std)
-    total = torch.zeros(images_NCHW.shape[1], dtype=torch.float64)
-    square = torch.zeros_like(total)
-    for part in images_NCHW.split(4096):
-        value = part.double().div_(255)
-        total += value.sum((0, 2, 3))
-        square += value.square().sum((0, 2, 3))
-    count = images_NCHW.numel() / images_NCHW.shape[1]
-    mean = total / count
-    std = (square / count - mean.square()).clamp_min(1e-6).sqrt()
+    share = catalog.values.double() / catalog.values.sum(1, keepdim=True)
+    value = torch.arange(256, dtype=torch.float64) / 255
+    mean = (share * value).sum(1)
+    std = (share * (value - mean[:, None]).square()).sum(1).clamp_min(1e-6).sqrt()
     return Normalize(data.mean or tuple(mean.tolist()), data.std or tuple(std.tolist()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from snscc_ray import checkpoints
 from snscc_ray.config import STAGES, Recipe
 from snscc_ray.errors import UserError
+from snscc_ray.paths import is_url
 from snscc_ray.recipes import validate
 
 # What a run leaves behind, beside TensorBoard's events: in its folder and in those of its stages.
@@ -27,11 +29,12 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
     path = folder / "recipe.json"
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise UserError(f"{there} is a file and no folder; use another --out")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{there} is not writable; use another --out")
+    if not is_url(folder):
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise UserError(f"{there} is a file and no folder; use another --out")
+        if not os.access(there, os.W_OK):
+            raise UserError(f"{there} is not writable; use another --out")
     if resume:
         if not path.exists():
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
@@ -91,9 +94,20 @@ def _files(folder: Path) -> list[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that a kill in mid-write left."""
+    if is_url(folder):
+        return  # an object is there whole or not at all
     for path in _files(folder):
         for left in path.parent.glob(f".{path.name}.????????"):
             left.unlink(missing_ok=True)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder of ours, if it is there, and all it holds."""
+    if not is_url(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        store: Any = folder
+        store.fs.rm(store.path, recursive=True)
 
 
 def remove_run(folder: Path) -> None:

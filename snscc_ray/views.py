@@ -80,6 +80,20 @@ def make_view(
     return apply_view(images_BCHW, draw_view(rows_B, key, view, height, width), normalize)
 
 
+def make_views(
+    images_BCHW: Tensor,
+    rows_B: Tensor,
+    views: tuple[SimclrView | StrongView | None, ...],
+    keys: tuple[int, ...],
+    normalize: Normalize,
+) -> tuple[Tensor, ...]:
+    """`make_view` for several views of the same images."""
+    return tuple(
+        make_view(images_BCHW, rows_B, view, key, normalize)
+        for view, key in zip(views, keys, strict=True)
+    )
+
+
 def draw_view(
     rows_B: Tensor, key: int, view: SimclrView | StrongView, height: int, width: int
 ) -> Draws:

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from snscc_ray import recipes
-from snscc_ray.config import Recipe
+from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.resident import ResidentData
 from snscc_ray.data.sources import load_images
-from snscc_ray.run import normalisation
+from snscc_ray.engine import Monitor
+from snscc_ray.run import Result, execute, normalisation
 from snscc_ray.stages.context import Context
+from snscc_ray.workers import Worker
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -45,6 +47,19 @@ def shards(name: str) -> Path:
     return folder
 
 
+def execute_on(
+    recipe: Recipe,
+    images: ImageSet,
+    folder: Path,
+    worker: Worker,
+    monitor: Monitor,
+    stages: tuple[StageName, ...] = STAGES,
+) -> Result:
+    """Run the stages on images in memory."""
+    data = ResidentData(images.images, worker.device)
+    return execute(recipe, images.catalog, data, folder, worker, monitor, stages)
+
+
 @pytest.fixture
 def tiny() -> Recipe:
     return recipes.override(recipes.get("digits"), TINY)
@@ -63,7 +78,9 @@ def context(tiny: Recipe, tiny_images: ImageSet) -> Context:
 def make_context(recipe: Recipe, images: ImageSet) -> Context:
     device = torch.device("cpu")
     data = ResidentData(images.images, device)
-    return Context(recipe, data, images.labels, normalisation(recipe, images.images), device)
+    return Context(
+        recipe, data, images.catalog.labels, normalisation(recipe, images.catalog), device
+    )
 
 
 def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -18,12 +18,11 @@ from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.engine import Interrupted, fit
 from snscc_ray.errors import TrainingError
-from snscc_ray.monitor import RunMonitor, Silent
-from snscc_ray.run import execute
+from snscc_ray.monitor import Display, Journal, RunMonitor, Silent
 from snscc_ray.schedules import learning_rate
 from snscc_ray.stages.pretrain import Pretrain
 from snscc_ray.workers import LocalWorker
-from tests.conftest import TINY, equal_states, make_context
+from tests.conftest import TINY, equal_states, execute_on, make_context
 
 CPU = torch.device("cpu")
 
@@ -49,7 +48,7 @@ def uninterrupted(
 ) -> dict[str, dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("whole")
     recipe = recipes.override(recipes.get("digits"), TINY)
-    execute(recipe, tiny_images, folder, LocalWorker(folder, CPU), Silent())
+    execute_on(recipe, tiny_images, folder, LocalWorker(folder, CPU), Silent())
     return finals(folder)
 
 
@@ -65,10 +64,10 @@ def test_stopping_at_any_epoch_boundary_changes_nothing(
 ) -> None:
     worker = LocalWorker(tmp_path, CPU)
     with pytest.raises(Interrupted):
-        execute(tiny, tiny_images, tmp_path, worker, StopAtEpochEnd(stage, epoch))
+        execute_on(tiny, tiny_images, tmp_path, worker, StopAtEpochEnd(stage, epoch))
     assert not (tmp_path / stage / "final.pt").exists()
     torch.manual_seed(1234)  # what a new process happens to start with must not matter
-    execute(tiny, tiny_images, tmp_path, worker, Silent())
+    execute_on(tiny, tiny_images, tmp_path, worker, Silent())
     resumed = finals(tmp_path)
     for name in STAGES:
         assert equal_states(resumed[name], uninterrupted[name]), name
@@ -82,8 +81,8 @@ import torch
 from snscc_ray import recipes
 from snscc_ray.data.sources import load_images
 from snscc_ray.monitor import Silent
-from snscc_ray.run import execute
 from snscc_ray.workers import LocalWorker
+from tests.conftest import execute_on
 
 folder, stage, step, *overrides = sys.argv[1:]
 recipe = recipes.override(recipes.get("digits"), overrides)
@@ -99,7 +98,7 @@ class Killer(Silent):
 
 torch.set_num_threads(int(os.environ["THREADS"]))
 worker = LocalWorker(Path(folder), torch.device("cpu"))
-execute(recipe, load_images(recipe.data), Path(folder), worker, Killer())
+execute_on(recipe, load_images(recipe.data), Path(folder), worker, Killer())
 """
 
 
@@ -107,7 +106,7 @@ execute(recipe, load_images(recipe.data), Path(folder), worker, Killer())
 def test_a_kill_in_mid_epoch_changes_nothing(
     stage: StageName, uninterrupted: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    # Six steps an epoch, a checkpoint every fourth: the kill at step 9 loses one step.
+    # Seven steps an epoch, a checkpoint every fourth: the kill at step 9 loses one step.
     overrides = [*TINY, "runtime.checkpoint_seconds=1000", "runtime.checkpoint_steps=4"]
     environment = {**os.environ, "THREADS": str(torch.get_num_threads())}
 
@@ -117,7 +116,7 @@ def test_a_kill_in_mid_epoch_changes_nothing(
 
     assert start(9) == -signal.SIGKILL
     latest = checkpoints.load(tmp_path / stage / "latest.pt")
-    assert (latest["epoch"], latest["step"]) == (1, 2)
+    assert (latest["epoch"], latest["step"]) == (1, 1)
     assert start(0) == 0
     resumed = finals(tmp_path)
     for name in STAGES:
@@ -128,10 +127,10 @@ def test_a_finished_stage_is_reused_and_a_changed_one_is_not(
     tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
     worker = LocalWorker(tmp_path, CPU)
-    execute(tiny, tiny_images, tmp_path, worker, Silent())
+    execute_on(tiny, tiny_images, tmp_path, worker, Silent())
     written = {s: (tmp_path / s / "final.pt").stat().st_mtime_ns for s in STAGES}
     changed = recipes.override(tiny, ["boost.top_fraction=0.5"])
-    execute(changed, tiny_images, tmp_path, worker, Silent())
+    execute_on(changed, tiny_images, tmp_path, worker, Silent())
     again = {s: (tmp_path / s / "final.pt").stat().st_mtime_ns for s in STAGES}
     assert [again[s] == written[s] for s in STAGES] == [True, True, False]
 
@@ -147,11 +146,11 @@ def test_metrics_lines_are_one_per_epoch_also_after_a_stop(
 
     worker, console = LocalWorker(tmp_path, CPU), Console(quiet=True)
     with pytest.raises(Interrupted):
-        execute(tiny, tiny_images, tmp_path, worker, Stopping(tmp_path, console))
+        execute_on(tiny, tiny_images, tmp_path, worker, Stopping(Journal(tmp_path), Display(console)))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "train", "epo')  # as a kill in mid-write leaves it
-    monitor = RunMonitor(tmp_path, console)
-    execute(tiny, tiny_images, tmp_path, worker, monitor)
+    monitor = RunMonitor(Journal(tmp_path), Display(console))
+    execute_on(tiny, tiny_images, tmp_path, worker, monitor)
     monitor.finish()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     places = [(line["stage"], line["epoch"]) for line in lines if "warning" not in line]
@@ -170,11 +169,11 @@ def test_tensorboard_holds_scalars_and_views(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monitor = RunMonitor(tmp_path, Console(quiet=True))
-    execute(tiny, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), monitor)
-    monitor.hyperparameters(tiny.model_dump(mode="json"), {"oracle/acc": 0.5})
+    monitor = RunMonitor(Journal(tmp_path), Display(Console(quiet=True)))
+    execute_on(tiny, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), monitor)
+    monitor.journal.hyperparameters(tiny.model_dump(mode="json"), {"oracle/acc": 0.5})
     monitor.finish()
-    for stage, views in (("pretrain", 2), ("train", 3), ("boost", 2)):
+    for stage, views in (("pretrain", 2), ("train", 2), ("boost", 2)):
         events = EventAccumulator(str(tmp_path / "tensorboard" / stage))
         events.Reload()
         assert [e.step for e in events.Scalars("loss/total")] == [0, 1, 2]
@@ -188,9 +187,14 @@ def test_a_nan_loss_stops_with_its_name_and_keeps_the_last_good_checkpoint(
     tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
     class Poisoned(Pretrain):
-        def views(self, batch, epoch):  # type: ignore[no-untyped-def]
-            first, second = super().views(batch, epoch)
-            return (first * math.nan, second) if epoch == 1 else (first, second)
+        def viewer(self, epoch):  # type: ignore[no-untyped-def]
+            sound = super().viewer(epoch)
+
+            def poisoned(images_BCHW: Tensor, rows_B: Tensor) -> tuple[Tensor, ...]:
+                first, second = sound(images_BCHW, rows_B)
+                return (first * math.nan, second) if epoch == 1 else (first, second)
+
+            return poisoned
 
     class Warnings(Silent):
         seen: list[tuple[str, int, str]]
@@ -224,7 +228,7 @@ def test_collapse_is_warned_of_within_an_epoch(
          "train.learning_rate=0.05", "train.agreement=log"],
     )  # fmt: skip
     monitor = Warnings()
-    execute(
+    execute_on(
         collapsing,
         tiny_images,
         tmp_path,
@@ -256,7 +260,7 @@ def test_methods_and_precisions_learn(
 
     monitor = Losses()
     worker = LocalWorker(tmp_path, CPU)
-    execute(recipe, tiny_images, tmp_path, worker, monitor, ("pretrain",))
+    execute_on(recipe, tiny_images, tmp_path, worker, monitor, ("pretrain",))
     assert min(monitor.values[-2:]) < monitor.values[1] - 0.05
 
 
@@ -265,12 +269,14 @@ def test_moco_resumes_its_queue_and_key_encoder(
 ) -> None:
     recipe = recipes.override(tiny, ["pretrain.method=moco", "pretrain.queue_size=64"])
     folders = tmp_path / "a", tmp_path / "b"
-    execute(recipe, tiny_images, folders[0], LocalWorker(folders[0], CPU), Silent(), ("pretrain",))
+    execute_on(
+        recipe, tiny_images, folders[0], LocalWorker(folders[0], CPU), Silent(), ("pretrain",)
+    )
     worker = LocalWorker(folders[1], CPU)
     with pytest.raises(Interrupted):
         stop = StopAtEpochEnd("pretrain", 1)
-        execute(recipe, tiny_images, folders[1], worker, stop, ("pretrain",))
-    execute(recipe, tiny_images, folders[1], worker, Silent(), ("pretrain",))
+        execute_on(recipe, tiny_images, folders[1], worker, stop, ("pretrain",))
+    execute_on(recipe, tiny_images, folders[1], worker, Silent(), ("pretrain",))
     a, b = (checkpoints.load(f / "pretrain" / "final.pt")["network"] for f in folders)
     assert equal_states(a, b)
 

@@ -85,16 +85,16 @@ def test_digits() -> None:
     assert found.images.shape == (1797, 1, 8, 8) and found.images.dtype == torch.uint8
     assert found.images.is_contiguous() and found.images.device.type == "cpu"
     assert found.images.min() == 0 and found.images.max() == 255
-    assert found.ids[0] == "digits/0000" and found.ids[-1] == "digits/1796"
-    assert len(found) == len(set(found.ids)) == 1797
-    assert found.labels is not None and found.labels.dtype == torch.int64
-    assert found.labels.bincount(minlength=10).min() > 100
-    assert found.class_names == tuple("0123456789") and found.skipped == ()
+    assert found.catalog.ids[0] == "digits/0000" and found.catalog.ids[-1] == "digits/1796"
+    assert len(found) == len(set(found.catalog.ids)) == 1797
+    assert found.catalog.labels is not None and found.catalog.labels.dtype == torch.int64
+    assert found.catalog.labels.bincount(minlength=10).min() > 100
+    assert found.catalog.class_names == tuple("0123456789") and found.catalog.skipped == ()
 
 
 def test_digits_resized_and_in_colour() -> None:
     found = load("digits", image_size=16, channels=3, limit=5)
-    assert found.images.shape == (5, 3, 16, 16) and len(found.labels) == 5  # type: ignore[arg-type]
+    assert found.images.shape == (5, 3, 16, 16) and len(found.catalog.labels) == 5  # type: ignore[arg-type]
     plain = load("digits", image_size=8, channels=1, limit=5).images[0, 0].numpy()
     expected = Image.fromarray(plain).resize((16, 16), Image.Resampling.BILINEAR)
     for channel in found.images[0]:
@@ -110,9 +110,9 @@ def test_folder_is_read_in_order_of_relative_paths(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not an image")
     write_images(tmp_path, ".hidden/1.png", "._b.png")
     found = load("folder", tmp_path)
-    assert found.ids == sorted(names)
-    assert found.labels is None and found.class_names is None
-    for row, name in enumerate(found.ids):
+    assert found.catalog.ids == sorted(names)
+    assert found.catalog.labels is None and found.catalog.class_names is None
+    for row, name in enumerate(found.catalog.ids):
         wanted = np.asarray(picture(names.index(name)), np.int16)
         # A GIF has 256 colours, JPEG and WebP are lossy.
         assert np.abs(found.images[row].numpy().transpose(1, 2, 0) - wanted).mean() < 12, name
@@ -121,11 +121,11 @@ def test_folder_is_read_in_order_of_relative_paths(tmp_path: Path) -> None:
 def test_folders_are_labels(tmp_path: Path) -> None:
     write_images(tmp_path, "dog/1.png", "cat/x/1.png", "cat/2.png")
     found = load("folder", tmp_path, folders_are_labels=True)
-    assert found.ids == ["cat/2.png", "cat/x/1.png", "dog/1.png"]
-    assert found.labels is not None and found.labels.tolist() == [0, 0, 1]
-    assert found.class_names == ("cat", "dog")
+    assert found.catalog.ids == ["cat/2.png", "cat/x/1.png", "dog/1.png"]
+    assert found.catalog.labels is not None and found.catalog.labels.tolist() == [0, 0, 1]
+    assert found.catalog.class_names == ("cat", "dog")
     limited = load("folder", tmp_path, folders_are_labels=True, limit=1)
-    assert limited.class_names == ("cat", "dog") and len(limited) == 1
+    assert limited.catalog.class_names == ("cat", "dog") and len(limited) == 1
     write_images(tmp_path, "loose.png")
     assert "loose.png" in refusal("folder", tmp_path, folders_are_labels=True)
 
@@ -135,7 +135,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> Non
     root = write_images(tmp_path / "root", "own/2.png")
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / "own" / "back").symlink_to(root)
-    assert load("folder", root).ids == ["linked/1.png", "own/2.png"]
+    assert load("folder", root).catalog.ids == ["linked/1.png", "own/2.png"]
 
 
 def test_a_name_that_is_not_utf8_gets_an_id_that_is(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_name_that_is_not_utf8_gets_an_id_that_is(tmp_path: Path) -> None:
         (tmp_path / "caf\udce9.png").write_bytes(PICTURES[0])
     except OSError:
         pytest.skip("this file system only takes UTF-8 names")
-    assert load("folder", tmp_path).ids == ["caf\\xe9.png"]
+    assert load("folder", tmp_path).catalog.ids == ["caf\\xe9.png"]
 
 
 def test_an_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,14 +159,17 @@ def test_an_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 def test_imagenet_keeps_the_named_classes_in_their_order(tmp_path: Path) -> None:
     write_images(tmp_path / "train", "n3/b.png", "n3/a.png", "n1/a.png", "n2/a.png")
     found = load("imagenet", tmp_path, classes=("n3", "n1"))
-    assert found.ids == ["n3/a.png", "n3/b.png", "n1/a.png"]
-    assert found.labels is not None and found.labels.tolist() == [0, 0, 1]
-    assert found.class_names == ("n3", "n1")
-    assert load("imagenet", tmp_path / "train", classes=("n2", "n1")).ids == [
+    assert found.catalog.ids == ["n3/a.png", "n3/b.png", "n1/a.png"]
+    assert found.catalog.labels is not None and found.catalog.labels.tolist() == [0, 0, 1]
+    assert found.catalog.class_names == ("n3", "n1")
+    assert load("imagenet", tmp_path / "train", classes=("n2", "n1")).catalog.ids == [
         "n2/a.png",
         "n1/a.png",
     ]
-    assert load("imagenet", tmp_path, classes=("n3", "n1"), limit=2).ids == found.ids[:2]
+    assert (
+        load("imagenet", tmp_path, classes=("n3", "n1"), limit=2).catalog.ids
+        == found.catalog.ids[:2]
+    )
 
 
 def test_imagenet_errors(tmp_path: Path) -> None:
@@ -188,9 +191,9 @@ def test_shards_with_every_column(tmp_path: Path) -> None:
     )
     for path in (file, tmp_path):
         found = load("shards", path)
-        assert found.ids == NAMES
-        assert found.labels is not None and found.labels.tolist() == labels
-        assert found.class_names == ("ant", "1", "owl")
+        assert found.catalog.ids == NAMES
+        assert found.catalog.labels is not None and found.catalog.labels.tolist() == labels
+        assert found.catalog.class_names == ("ant", "1", "owl")
         for row in range(7):
             wanted = np.asarray(picture(row))
             np.testing.assert_array_equal(found.images[row].permute(1, 2, 0), wanted)
@@ -201,8 +204,14 @@ def test_shards_without_ids_are_numbered_by_file(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", image=PICTURES[2:4])
     write_shard(tmp_path / "c.parquet", image=PICTURES[4:5], id=pa.array([None], pa.string()))
     found = load("shards", tmp_path)
-    assert found.ids == ["a.parquet:0", "a.parquet:1", "b.parquet:0", "b.parquet:1", "c.parquet:0"]
-    assert found.labels is None and found.class_names is None
+    assert found.catalog.ids == [
+        "a.parquet:0",
+        "a.parquet:1",
+        "b.parquet:0",
+        "b.parquet:1",
+        "c.parquet:0",
+    ]
+    assert found.catalog.labels is None and found.catalog.class_names is None
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
@@ -213,8 +222,8 @@ def test_huggingface_structs(tmp_path: Path, kind: Any) -> None:
     plain = write_shard(tmp_path / "plain", image=PICTURES, id=list(range(7)))
     plain.rename(tmp_path / "plain.parquet")
     structs, binary = (load("shards", tmp_path / f"{name}.parquet") for name in ("x", "plain"))
-    assert structs.ids == [str(row) for row in range(7)]
-    assert structs.fingerprint == binary.fingerprint
+    assert structs.catalog.ids == [str(row) for row in range(7)]
+    assert structs.catalog.fingerprint == binary.catalog.fingerprint
 
 
 def test_a_missing_image_counts_as_corrupt(tmp_path: Path) -> None:
@@ -222,7 +231,7 @@ def test_a_missing_image_counts_as_corrupt(tmp_path: Path) -> None:
     empty = pa.array([None, {"bytes": None, "path": "x"}, {"bytes": PICTURES[0]}], struct)
     write_shard(tmp_path / "x.parquet", image=empty)
     found = load("shards", tmp_path, skip_corrupt=True)
-    assert found.ids == ["x.parquet:2"] and len(found.skipped) == 2
+    assert found.catalog.ids == ["x.parquet:2"] and len(found.catalog.skipped) == 2
 
 
 def test_limit_takes_the_first_rows_and_reads_no_further(tmp_path: Path) -> None:
@@ -230,9 +239,11 @@ def test_limit_takes_the_first_rows_and_reads_no_further(tmp_path: Path) -> None
     write_shard(tmp_path / "b.parquet", image=[b"broken"] * 3, id=NAMES[4:], label=[4, 5, 6])
     for limit in (1, 3, 4):
         found = load("shards", tmp_path, limit=limit)
-        assert found.ids == NAMES[:limit] and len(found.images) == limit
-        assert found.labels is not None and found.labels.tolist() == list(range(limit))
-    assert load("shards", tmp_path, limit=6, skip_corrupt=True).ids == NAMES[:4]
+        assert found.catalog.ids == NAMES[:limit] and len(found.images) == limit
+        assert found.catalog.labels is not None and found.catalog.labels.tolist() == list(
+            range(limit)
+        )
+    assert load("shards", tmp_path, limit=6, skip_corrupt=True).catalog.ids == NAMES[:4]
 
 
 def test_shard_errors(tmp_path: Path) -> None:
@@ -337,17 +348,21 @@ def test_torchvision_archives(source: str, tmp_path: Path, monkeypatch: pytest.M
     size = images.shape[-1]
     found = load(source, tmp_path, image_size=size)
     np.testing.assert_array_equal(found.images, images)
-    assert found.labels is not None and found.labels.tolist() == labels
-    assert found.ids[0] == "train/00000" and found.ids[-1].startswith("test/")
-    assert len(set(found.ids)) == len(images)
-    assert found.class_names == (("airplane", "bird") if source == "stl10" else tuple("abcdefg"))
+    assert found.catalog.labels is not None and found.catalog.labels.tolist() == labels
+    assert found.catalog.ids[0] == "train/00000" and found.catalog.ids[-1].startswith("test/")
+    assert len(set(found.catalog.ids)) == len(images)
+    assert found.catalog.class_names == (
+        ("airplane", "bird") if source == "stl10" else tuple("abcdefg")
+    )
     inner = next(tmp_path.iterdir())
     for path in (tmp_path, inner):
         assert resolve_source(settings("auto", path)) == source
-        assert load("auto", path, image_size=size).fingerprint == found.fingerprint
+        assert load("auto", path, image_size=size).catalog.fingerprint == found.catalog.fingerprint
     for limit in (1, 3, 4):
         first = load(source, tmp_path, image_size=size, limit=limit)
-        assert first.ids == found.ids[:limit] and torch.equal(first.images, found.images[:limit])
+        assert first.catalog.ids == found.catalog.ids[:limit] and torch.equal(
+            first.images, found.images[:limit]
+        )
     grey = load(source, tmp_path, image_size=size // 2, channels=1)
     assert grey.images.shape == (len(images), 1, size // 2, size // 2)
 
@@ -440,11 +455,11 @@ def test_corrupt_images_are_named_or_left_out(tmp_path: Path) -> None:
     assert "'1.png'" in message and "truncated" in message
     assert "--set data.skip_corrupt=true" in message
     found = load("folder", tmp_path, skip_corrupt=True)
-    assert found.ids == ["0.png", "2.png", "3.png", "5.png"]
-    assert [name for name, _ in found.skipped] == ["1.png", "4.png", "9.jpg"]
-    assert all(reason and "\n" not in reason for _, reason in found.skipped)
+    assert found.catalog.ids == ["0.png", "2.png", "3.png", "5.png"]
+    assert [name for name, _ in found.catalog.skipped] == ["1.png", "4.png", "9.jpg"]
+    assert all(reason and "\n" not in reason for _, reason in found.catalog.skipped)
     assert found.images.is_contiguous() and len(found.images) == 4
-    for row, name in enumerate(found.ids):
+    for row, name in enumerate(found.catalog.ids):
         wanted = np.asarray(picture(int(name[0])))
         np.testing.assert_array_equal(found.images[row].permute(1, 2, 0), wanted)
 
@@ -453,7 +468,7 @@ def test_labels_stay_with_their_images(tmp_path: Path) -> None:
     contents = [PICTURES[0], b"junk", PICTURES[2]]
     write_shard(tmp_path / "x.parquet", image=contents, label=[0, 1, 2])
     found = load("shards", tmp_path, skip_corrupt=True)
-    assert found.labels is not None and found.labels.tolist() == [0, 2]
+    assert found.catalog.labels is not None and found.catalog.labels.tolist() == [0, 2]
 
 
 def test_nothing_left(tmp_path: Path) -> None:
@@ -605,9 +620,9 @@ def test_the_fingerprint_follows_pixels_ids_and_order(tmp_path: Path) -> None:
             write_shard(tmp_path / name / f"{number}.parquet", image=images, id=ids, **more)
         data = settings("shards", tmp_path / name)
         first, second = load_images(data, workers=1), load_images(data, workers=3)
-        assert first.fingerprint == second.fingerprint
+        assert first.catalog.fingerprint == second.catalog.fingerprint
         assert torch.equal(first.images, second.images)
-        return first.fingerprint
+        return first.catalog.fingerprint
 
     changed = np.asarray(picture()).copy()
     changed[3, 5, 1] ^= 1
@@ -651,18 +666,22 @@ def real(name: str) -> Path:
 
 def test_real_cifar10() -> None:
     found = load("cifar10", real("cifar10-jpeg"), image_size=32, limit=10_000)
-    assert found.images.shape == (10_000, 3, 32, 32) and len(set(found.ids)) == 10_000
-    assert found.labels is not None and found.labels.unique().tolist() == list(range(10))
-    assert found.class_names is not None
-    assert found.class_names[0] == "airplane" and found.class_names[9] == "truck"
-    for name, label in zip(found.ids[:100], found.labels.tolist(), strict=False):
-        assert name.split("/")[1] == found.class_names[label]
+    assert found.images.shape == (10_000, 3, 32, 32) and len(set(found.catalog.ids)) == 10_000
+    assert found.catalog.labels is not None and found.catalog.labels.unique().tolist() == list(
+        range(10)
+    )
+    assert found.catalog.class_names is not None
+    assert found.catalog.class_names[0] == "airplane" and found.catalog.class_names[9] == "truck"
+    for name, label in zip(found.catalog.ids[:100], found.catalog.labels.tolist(), strict=False):
+        assert name.split("/")[1] == found.catalog.class_names[label]
 
 
 def test_real_cifar20() -> None:
     found = load("cifar20", real("cifar100-jpeg"), image_size=32, limit=2_000)
-    assert found.images.shape == (2_000, 3, 32, 32) and found.class_names is None
-    assert found.labels is not None and found.labels.unique().tolist() == list(range(20))
+    assert found.images.shape == (2_000, 3, 32, 32) and found.catalog.class_names is None
+    assert found.catalog.labels is not None and found.catalog.labels.unique().tolist() == list(
+        range(20)
+    )
 
 
 @pytest.mark.parametrize(("name", "size"), [("cifar10-jpeg", 32), ("imagenette-96", 96)])
@@ -671,4 +690,7 @@ def test_both_decoders_agree_on_real_images(
 ) -> None:
     direct = load("shards", real(name), image_size=size, limit=500)
     monkeypatch.setattr(decode, "_jpeg_decoder", lambda: None)
-    assert load("shards", real(name), image_size=size, limit=500).fingerprint == direct.fingerprint
+    assert (
+        load("shards", real(name), image_size=size, limit=500).catalog.fingerprint
+        == direct.catalog.fingerprint
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from snscc_ray.kmeans import kmeans
 from snscc_ray.monitor import Silent
 from snscc_ray.neighbors import MinedNeighbors, mine
 from snscc_ray.pseudo_labels import select_pseudo_labels
-from snscc_ray.run import execute
 from snscc_ray.stages import context as context_module
 from snscc_ray.stages import train as train_module
 from snscc_ray.stages.boost import Boost
@@ -30,7 +30,7 @@ from snscc_ray.stages.pretrain import pretext_features
 from snscc_ray.stages.train import Train, probabilities
 from snscc_ray.views import clean_view
 from snscc_ray.workers import LocalWorker
-from tests.conftest import equal_states, make_context
+from tests.conftest import equal_states, execute_on, make_context
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,11 @@ def with_settings(recipe: Recipe, images: ImageSet, *assignments: str) -> Contex
 
 
 def batch_of(context: Context, rows_B: Tensor) -> Batch:
-    return Batch(context.data.take(rows_B), rows_B)
+    return Batch(context.data.take(rows_B), rows_B, len(rows_B))
+
+
+def with_labels(images: ImageSet, labels: Tensor | None) -> ImageSet:
+    return replace(images, catalog=replace(images.catalog, labels=labels))
 
 
 def copied(network: nn.Module) -> dict[str, Tensor]:
@@ -107,7 +111,7 @@ def test_the_head_with_the_best_label_free_score_is_kept(
     kind: str, best: int, tiny: Recipe, tiny_images: ImageSet
 ) -> None:
     # Labels that hold the collapsed heads for perfect must not matter.
-    images = replace(tiny_images, labels=torch.zeros(len(tiny_images), dtype=torch.int64))
+    images = with_labels(tiny_images, torch.zeros(len(tiny_images), dtype=torch.int64))
     context = with_settings(tiny, images, f"train.head={kind}")
     stage = train_stage(context)
     features_ND = pretext_features(context, stage.network)
@@ -135,15 +139,23 @@ def test_the_head_with_the_best_label_free_score_is_kept(
     ],
 )
 @pytest.mark.parametrize("head", ["prototype", "linear"])
+@pytest.mark.parametrize("mined_from", ["images", "predictions"])
 def test_every_objective_has_finite_terms_and_gradients(
-    objective: str, terms: set[str], head: str, tiny: Recipe, tiny_images: ImageSet
+    objective: str, terms: set[str], head: str, mined_from: str, tiny: Recipe, tiny_images: ImageSet
 ) -> None:
-    context = with_settings(tiny, tiny_images, f"train.objective={objective}", f"train.head={head}")
+    context = with_settings(
+        tiny,
+        tiny_images,
+        f"train.objective={objective}",
+        f"train.head={head}",
+        f"train.mined_from={mined_from}",
+    )
     stage = train_stage(context)
+    stage.begin_epoch(0)
     batch = batch_of(context, torch.arange(32))
-    views = stage.views(batch, 0)
-    assert len(views) == (2 if objective == "paper" else 3)
-    found = stage.step(stage.network, views, batch.rows_B)
+    views = stage.viewer(0)(batch.images_BCHW, batch.rows_B)
+    assert len(views) == (2 if objective == "paper" or mined_from == "predictions" else 3)
+    found = stage.step(stage.network, views, batch)
     assert found.keys() == terms
     assert all(value.isfinite() and value.dim() == 0 for value in found.values())
     torch.stack(list(found.values())).sum().backward()
@@ -156,15 +168,48 @@ def test_without_a_mined_weight_no_mined_view_is_made(tiny: Recipe, tiny_images:
     context = with_settings(tiny, tiny_images, "train.mined_weight=0")
     stage = train_stage(context)
     batch = batch_of(context, torch.arange(32))
-    views = stage.views(batch, 0)
+    views = stage.viewer(0)(batch.images_BCHW, batch.rows_B)
     assert len(views) == 2
-    assert "mined" not in stage.step(stage.network, views, batch.rows_B)
+    assert "mined" not in stage.step(stage.network, views, batch)
+
+
+@pytest.mark.parametrize("agreement", ["linear", "log"])
+def test_mined_predictions_are_the_mean_over_all_neighbours_by_confidence(
+    agreement: str, tiny: Recipe, tiny_images: ImageSet
+) -> None:
+    context = with_settings(
+        tiny, tiny_images, "train.mined_from=predictions", f"train.agreement={agreement}"
+    )
+    stage = train_stage(context)
+    network, mined = pretext(context)
+    stage.begin_epoch(0)
+    said_NHC = probabilities(context, stage.network)
+    batch = batch_of(context, torch.arange(7, 20))
+    views = stage.viewer(0)(batch.images_BCHW, batch.rows_B)
+    term = stage.step(stage.network, views, batch)["mined"]
+    p_HBC = stage.network(torch.cat(views))[1].softmax(2)[:, : len(batch.rows_B)]
+    losses = []
+    for place, row in enumerate(batch.rows_B.tolist()):
+        K = context.recipe.train.num_neighbors
+        s_K = mined.confidence_NK[row, :K]
+        for head in range(3):
+            target_C = sum(
+                s / s_K.sum() * said_NHC[n, head]
+                for s, n in zip(s_K, mined.neighbors_NK[row, :K].long(), strict=True)
+            )
+            o = float(p_HBC[head, place].detach().double() @ target_C.double())
+            losses.append(-o if agreement == "linear" else -math.log(o))
+    assert float(term.detach()) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    # They are what the clean pass before the epoch said, however far the network moves in it.
+    with torch.no_grad():
+        stage.network.heads.weight.neg_()
+    assert torch.equal(stage.state()["probabilities"], said_NHC)
 
 
 def test_mined_partners_are_drawn_by_confidence(
     tiny: Recipe, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = with_settings(tiny, tiny_images, "train.num_neighbors=5")
+    context = with_settings(tiny, tiny_images, "train.num_neighbors=5", "train.mined_from=images")
     N, K = 200, 8
     # The place k of a partner can be read off its row: row + 1 + 7 k.
     neighbors_NK = (torch.arange(N)[:, None] + 1 + 7 * torch.arange(K)) % N
@@ -182,8 +227,8 @@ def test_mined_partners_are_drawn_by_confidence(
     places = []
     for epoch in range(60):
         seen.clear()
-        stage.views(batch_of(context, rows_B), epoch)
-        images, partners_B = seen[2]
+        stage.viewer(epoch)(context.data.take(rows_B), rows_B)
+        images, partners_B = seen[0]
         assert torch.equal(images, context.data.take(partners_B))
         places.append((partners_B - rows_B - 1) % N / 7)
     place = torch.stack(places)
@@ -202,14 +247,15 @@ def test_mined_partners_are_drawn_by_confidence(
 
 
 def test_labels_only_measure(tiny: Recipe, tiny_images: ImageSet, tmp_path: Path) -> None:
-    assert tiny_images.labels is not None
+    assert tiny_images.catalog.labels is not None
     order = torch.randperm(200, generator=torch.Generator().manual_seed(3))
-    kinds = {"true": tiny_images.labels, "shuffled": tiny_images.labels[order], "none": None}
+    labels = tiny_images.catalog.labels
+    kinds = {"true": labels, "shuffled": labels[order], "none": None}
     found, measured = {}, {}
     for name, labels in kinds.items():
         folder = tmp_path / name
-        images = replace(tiny_images, labels=labels)
-        result = execute(tiny, images, folder, LocalWorker(folder, CPU), Silent())
+        images = with_labels(tiny_images, labels)
+        result = execute_on(tiny, images, folder, LocalWorker(folder, CPU), Silent())
         found[name] = finals(folder)
         measured[name] = result.figures["stages"]["train"]
     for name in ("shuffled", "none"):
@@ -249,7 +295,7 @@ def test_nothing_confident_enough_teaches_nothing(
     stage.begin_epoch(0)
     assert (stage.labels_N == -1).all()
     batch = batch_of(context, torch.arange(32))
-    terms = stage.step(stage.network, stage.views(batch, 0), batch.rows_B)
+    terms = stage.step(stage.network, stage.viewer(0)(batch.images_BCHW, batch.rows_B), batch)
     assert {name: term.item() for name, term in terms.items()} == {"soft": 0, "label": 0}
     torch.stack(list(terms.values())).sum().backward()
     gradients = [w.grad for w in stage.network.parameters() if w.grad is not None]
@@ -271,17 +317,17 @@ def test_selection_within_the_batch(tiny: Recipe, tiny_images: ImageSet, tmp_pat
     stage = boost_stage(context)
     stage.begin_epoch(0)
     batch = batch_of(context, torch.arange(32))
-    views = stage.views(batch, 0)
+    views = stage.viewer(0)(batch.images_BCHW, batch.rows_B)
     before = copied(stage.network)
-    terms = stage.step(stage.network, views, batch.rows_B)
+    terms = stage.step(stage.network, views, batch)
     stage.network.load_state_dict(before)
     stage.labels_N.fill_(-1)  # what the whole set would say has no say
-    again = stage.step(stage.network, views, batch.rows_B)
+    again = stage.step(stage.network, views, batch)
     assert all(torch.equal(terms[name], again[name]) for name in terms)
     assert terms["label"] > 0
     context = with_settings(tiny, tiny_images, "boost.confidence_threshold=0.11")
     other = boost_stage(context)
-    assert other.step(other.network, views, batch.rows_B)["label"] == 0  # begins with none
+    assert other.step(other.network, views, batch)["label"] == 0  # begins with none
     fit(stage, context, LocalWorker(tmp_path, CPU), Silent(), "x")
     assert all(bool(value.isfinite().all()) for value in stage.network.state_dict().values())
 
@@ -291,7 +337,7 @@ def test_boost_that_does_harm_is_undone_and_says_so(
 ) -> None:
     recipe = recipes.override(tiny, ["boost.learning_rate=3", "boost.confidence_threshold=0"])
     monitor = Warnings()
-    result = execute(recipe, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), monitor)
+    result = execute_on(recipe, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), monitor)
     train, boost = (result.figures["stages"][stage] for stage in ("train", "boost"))
     scores = [figures["health/score"] for figures in monitor.figures[-3:]]
     assert max(scores) < train["health/score"]  # the harm this test is about
@@ -318,7 +364,8 @@ def test_the_clean_pass_does_not_depend_on_its_batches(
 ) -> None:
     stage = train_stage(context)
     for batch in (0, 1):  # running statistics that are not those of any batch
-        views = stage.views(batch_of(context, torch.arange(32) + batch), 0)
+        rows_B = torch.arange(32) + batch
+        views = stage.viewer(0)(context.data.take(rows_B), rows_B)
         stage.network(torch.cat(views))
     whole = probabilities(context, stage.network)
     before = copied(stage.network)
@@ -333,8 +380,8 @@ def test_the_clean_pass_does_not_depend_on_its_batches(
 # ---------------------------------------------------------------------------------- identity
 
 
-def identities(recipe: Recipe, fingerprint: str = "f") -> dict[StageName, str]:
-    return {stage: stage_identity(recipe, stage, fingerprint) for stage in STAGES}
+def identities(recipe: Recipe, fingerprint: str = "f", order: str = "o") -> dict[StageName, str]:
+    return {stage: stage_identity(recipe, stage, fingerprint, order) for stage in STAGES}
 
 
 def changed(recipe: Recipe, other: Recipe) -> list[StageName]:
@@ -358,6 +405,7 @@ def changed(recipe: Recipe, other: Recipe) -> list[StageName]:
         ("name=other", ()),
         ("data.path=/elsewhere", ()),
         ("data.download=true", ()),
+        ("data.augment_in=data", ()),
         ("runtime.device=auto", ()),
         ("runtime.decode_workers=3", ()),
         ("runtime.checkpoint_seconds=5", ()),
@@ -387,6 +435,8 @@ def test_the_pixels_determine_every_stage_and_stages_differ(tiny: Recipe) -> Non
     assert not set(one.values()) & set(two.values())
     assert len(set(one.values())) == 3
     assert identities(tiny, "f") == one
+    # So does the order of the epochs: a streamed set has another than one in memory.
+    assert not set(one.values()) & set(identities(tiny, "f", order="another").values())
 
 
 def test_first_weights_come_from_the_seed_alone(
@@ -399,7 +449,7 @@ def test_first_weights_come_from_the_seed_alone(
     for number, folder in enumerate(folders):
         torch.manual_seed(number)
         worker = LocalWorker(folder, CPU)
-        execute(recipe, tiny_images, folder, worker, Silent(), ("pretrain",))
+        execute_on(recipe, tiny_images, folder, worker, Silent(), ("pretrain",))
         states.append(checkpoints.load(folder / "pretrain" / "final.pt")["network"])
     assert equal_states(*states)
     mined = [(folder / "pretrain" / "neighbors.parquet").read_bytes() for folder in folders]

@@ -33,11 +33,10 @@ def one_step(stage_name: str, overrides: list[str]) -> dict[str, Any]:
     if isinstance(stage, Pretrain) and stage.momentum is not None:
         stage.momentum.network.double()
         stage.momentum.queue_MD = stage.momentum.queue_MD.double()
-    rank, world = distributed.rank(), distributed.world_size()
-    batch = next(context.data.epoch(stage.settings.batch_size, 7, rank, world))
-    views = tuple(view.double() for view in stage.views(batch, 0))
+    *_, batch = context.data.epoch(stage.settings.batch_size, 7)
+    views = tuple(view.double() for view in stage.viewer(0)(batch.images_BCHW, batch.rows_B))
     forward = distributed.wrap(stage.network)  # held: a wrapper that is gone averages nothing
-    terms = stage.step(forward, views, batch.rows_B)
+    terms = stage.step(forward, views, batch)
     sum(terms.values(), torch.zeros(())).backward()
     return {
         "terms": {name: term.detach() for name, term in terms.items()},

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from snscc_ray.errors import UserError
+
 # A file's content, where it lies, an (H, W) or (H, W, 3) uint8 array, or None where a row is empty.
 Source = bytes | Path | np.ndarray | None
 
@@ -52,6 +54,7 @@ def decode_into(source: Source, out: np.ndarray) -> None:
 
     Raises:
         UnreadableImage: corrupt, truncated, empty, of an unknown format or far too large.
+        UserError: it lies in an object store that does not hand it over.
     """
     channels, size, _ = out.shape
     try:
@@ -59,6 +62,8 @@ def decode_into(source: Source, out: np.ndarray) -> None:
             raise UnreadableImage("there are no image bytes")
         if isinstance(source, Path):
             source = source.read_bytes()
+        elif not isinstance(source, bytes | np.ndarray):  # a URL, see paths.py
+            source = _fetch(source)
         if isinstance(source, bytes):
             if _decode_directly(source, out):
                 return
@@ -74,13 +79,27 @@ def decode_into(source: Source, out: np.ndarray) -> None:
             image = image.transpose(turn)
         pixels = np.asarray(_square(image, size))
         out[...] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-    except UnreadableImage:
+    except (UnreadableImage, UserError):
         raise
     except Image.UnidentifiedImageError:
         raise UnreadableImage("not an image in a known format") from None
     except Exception as error:  # what Pillow raises on broken files is open-ended
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(reason[:200]) from error
+
+
+def _fetch(url: Path) -> bytes:
+    """A file of an object store. That it cannot be had now does not make an image corrupt."""
+    try:
+        return url.read_bytes()
+    except FileNotFoundError:
+        raise UnreadableImage("No such file") from None
+    except Exception as error:  # what an object store's client raises is open-ended
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{url} cannot be read ({reason}): check the network and the credentials, then run "
+            "again"
+        ) from error
 
 
 def decode_all(

@@ -1,4 +1,4 @@
-"""A data set in memory: all images as one uint8 array, with their ids and, where known, labels."""
+"""What is known of a data set, and the set itself where all of it is in memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,22 +19,38 @@ from snscc_ray.config import DataSettings
 from snscc_ray.data.decode import Source, decode_all
 from snscc_ray.errors import UserError
 
+if TYPE_CHECKING:
+    from snscc_ray.data.shards import Shard
+
 # Rows decoded by one thread at a time: enough to make the hand-over cheap, few enough that the
 # encoded bytes under way stay small.
 BATCH = 128
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
-    images: Tensor  # uint8 (N, C, H, W), C-contiguous, on the CPU
+class Catalog:
+    """What is known of a set of N images besides their pixels."""
+
     ids: list[str]  # unique
     labels: Tensor | None  # int64 (N,)
     class_names: tuple[str, ...] | None
     skipped: tuple[tuple[str, str], ...]  # (id, reason) of corrupt images left out
     fingerprint: str  # of pixels, ids and order; labels do not enter
+    values: Tensor  # int64 (C, 256): how often each pixel value occurs in each channel
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """A set in memory."""
+
+    images: Tensor  # uint8 (N, C, H, W), C-contiguous, on the CPU
+    catalog: Catalog
+
+    def __len__(self) -> int:
+        return len(self.catalog)
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,13 @@ class Rows:
     batches: Iterable[Sequence[Source]]
     labels: np.ndarray | None = None  # int64 (N,)
     class_names: tuple[str, ...] | None = None
+    files: Sequence[Path] | None = None  # where each row is a file of its own
+    shards: Sequence[Shard] | None = None  # where the rows are those of Parquet files
+
+    @property
+    def streamable(self) -> bool:
+        """Whether any part can be read by itself, again in each epoch."""
+        return self.files is not None or self.shards is not None
 
 
 def in_batches(items: Sequence[Source] | np.ndarray) -> Iterator[list[Source]]:
@@ -61,46 +86,70 @@ def assemble(
             image (with `skip_corrupt`: only if no other is left).
     """
     total = len(rows.ids)
-    _check_ids(rows)
+    check_ids(rows)
     pixels = _allocate(total, data)
     failed: list[tuple[int, str]] = []
     done = 0
     with closing(decode_all(rows.batches, pixels, workers)) as batches:
         for done, unreadable in batches:
             if unreadable and not data.skip_corrupt:
-                row, reason = unreadable[0]
-                raise UserError(
-                    f"image {rows.ids[row]!r} in {rows.place} is corrupt ({reason}): repair or "
-                    "remove it, or leave out such images with --set data.skip_corrupt=true"
-                )
+                raise corrupt(rows, *unreadable[0])
             failed += unreadable
             if progress is not None:
                 progress(done, total)
     if done != total:
         raise UserError(f"{rows.place} changed while it was read: run again when it is at rest")
     if len(failed) == total:
-        row, reason = failed[0]
-        raise UserError(
-            f"all {total} images in {rows.place} are corrupt, the first ({rows.ids[row]!r}) by: "
-            f"{reason}; give a folder with readable images"
-        )
+        raise all_corrupt(rows, *failed[0])
     kept = np.setdiff1d(np.arange(total), [row for row, _ in failed])
     if failed:
         for new, old in enumerate(kept):  # row by row: a copy of all would double the memory
             pixels[new] = pixels[old]
     images = pixels[: len(kept)]
-    ids = [rows.ids[row] for row in kept]
     return ImageSet(
-        images=torch.from_numpy(images),
+        torch.from_numpy(images),
+        describe(rows, kept, failed, digests(images), value_counts(images), images.shape[1:]),
+    )
+
+
+def describe(
+    rows: Rows,
+    kept: np.ndarray,
+    failed: list[tuple[int, str]],
+    digests: bytes,
+    values: np.ndarray,
+    shape: tuple[int, ...],
+) -> Catalog:
+    """The catalog of the `kept` rows; `digests` and `values` are those of their pixels."""
+    ids = [rows.ids[row] for row in kept]
+    whole = hashlib.sha256(json.dumps([len(ids), *shape, ids]).encode() + digests)
+    return Catalog(
         ids=ids,
         labels=None if rows.labels is None else torch.from_numpy(rows.labels[kept]),
         class_names=rows.class_names,
         skipped=tuple((rows.ids[row], reason) for row, reason in failed),
-        fingerprint=_fingerprint(images, ids),
+        fingerprint=whole.hexdigest(),
+        values=torch.from_numpy(values),
     )
 
 
-def _check_ids(rows: Rows) -> None:
+def digests(images: np.ndarray) -> bytes:
+    """16 bytes for each image, so that parts of a set can be hashed apart and put together."""
+    return b"".join(hashlib.blake2b(image.data, digest_size=16).digest() for image in images)
+
+
+def value_counts(images: np.ndarray) -> np.ndarray:
+    """How often each value occurs in each channel, int64 (C, 256): means from it are exact."""
+    # A part at a time: bincount works on a copy eight times the size.
+    parts = np.array_split(images, max(images.nbytes >> 24, 1))
+    counts = np.zeros((images.shape[1], 256), np.int64)
+    for part in parts:
+        for channel in range(images.shape[1]):
+            counts[channel] += np.bincount(part[:, channel].reshape(-1), minlength=256)
+    return counts
+
+
+def check_ids(rows: Rows) -> None:
     if not rows.ids:
         raise UserError(f"no images in {rows.place}: give a folder or file that holds some")
     # Refused rather than renamed: a row could not be joined back to its image by a made-up id.
@@ -110,6 +159,20 @@ def _check_ids(rows: Rows) -> None:
             f"id {repeated!r} occurs {times} times in {rows.place}: make the ids unique, or leave "
             "them out to have the rows numbered"
         )
+
+
+def corrupt(rows: Rows, row: int, reason: str) -> UserError:
+    return UserError(
+        f"image {rows.ids[row]!r} in {rows.place} is corrupt ({reason}): repair or "
+        "remove it, or leave out such images with --set data.skip_corrupt=true"
+    )
+
+
+def all_corrupt(rows: Rows, row: int, reason: str) -> UserError:
+    return UserError(
+        f"all {len(rows.ids)} images in {rows.place} are corrupt, the first ({rows.ids[row]!r}) "
+        f"by: {reason}; give a folder with readable images"
+    )
 
 
 def _allocate(total: int, data: DataSettings) -> np.ndarray:
@@ -122,9 +185,3 @@ def _allocate(total: int, data: DataSettings) -> np.ndarray:
             f"{total} images of {data.image_size}×{data.image_size} take {gigabytes:.0f} GB, more "
             "than this machine has: lower data.image_size or data.limit"
         ) from None
-
-
-def _fingerprint(images: np.ndarray, ids: list[str]) -> str:
-    digest = hashlib.sha256(json.dumps([images.shape, ids]).encode())
-    digest.update(images.data)
-    return digest.hexdigest()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from snscc_ray import rng
+from snscc_ray import distributed
+from snscc_ray.data.order import batch_edges, shuffled, steps_of
+
+# From uint8 images (B, C, H, W) and their row numbers to normalised float views of them.
+Viewer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -17,38 +22,71 @@ class Batch:
 
     images_BCHW: Tensor
     rows_B: Tensor
+    size: int  # of the global batch
+    views: tuple[Tensor, ...] | None = None  # where they were made with the batch
+
+
+class Images(Protocol):
+    """A set as the stages see it, wherever its pixels are."""
+
+    order_name: str  # of its epochs: another order trains another network
+
+    def __len__(self) -> int: ...
+
+    def steps(self, batch_size: int) -> int:
+        """Steps of an epoch in which every row stands once."""
+        ...
+
+    def epoch(
+        self, batch_size: int, key: int, start: int = 0, viewer: Viewer | None = None
+    ) -> Iterator[Batch]:
+        """This worker's share of each batch of one epoch, from step `start` on.
+
+        batch_size: global; each worker takes its contiguous share of every global batch.
+        viewer: where given, each batch comes with its views; a streamed set makes them where it
+        decodes, and hands over no images.
+        """
+        ...
+
+    def slices(self, first: int, last: int, batch_size: int) -> Iterator[Tensor]:
+        """Images of rows first..last in order, uint8 on the device, for a clean pass."""
+        ...
 
 
 class ResidentData:
     """Images (N, C, H, W) uint8, held once; batches are index operations on their device."""
 
-    def __init__(self, images_NCHW: Tensor, device: torch.device) -> None:
+    order_name = "shuffled"
+
+    def __init__(
+        self,
+        images_NCHW: Tensor,
+        device: torch.device,
+        order: Callable[[int, int], Tensor] | None = None,
+    ) -> None:
+        """`order(key, batch_size)` is an epoch's order of rows; None: a shuffle of all of them."""
         self.images_NCHW = images_NCHW.to(device)
+        self._order = order or (lambda key, batch_size: shuffled(len(self), key))
 
     def __len__(self) -> int:
         return len(self.images_NCHW)
 
     def steps(self, batch_size: int) -> int:
-        """Steps of an epoch: whole batches only, so that every step has one shape."""
-        return len(self) // batch_size
+        return steps_of(len(self), batch_size)
 
     def epoch(
-        self, batch_size: int, key: int, rank: int, world_size: int, start: int = 0
+        self, batch_size: int, key: int, start: int = 0, viewer: Viewer | None = None
     ) -> Iterator[Batch]:
-        """Shuffled batches of one epoch, from step `start` on; the order depends on `key` alone.
-
-        batch_size: global. Each worker takes its contiguous share of every global batch.
-        """
-        order = torch.randperm(len(self), generator=rng.generator(key))
-        order = order.to(self.images_NCHW.device)
-        share = batch_size // world_size
-        for step in range(start, self.steps(batch_size)):
-            first = step * batch_size + rank * share
-            rows_B = order[first : first + share]
-            yield Batch(self.take(rows_B), rows_B)
+        order = self._order(key, batch_size).to(self.images_NCHW.device)
+        edges = batch_edges(len(self), batch_size).tolist()
+        for first, last in zip(edges[start:-1], edges[start + 1 :], strict=True):
+            begin, end = distributed.own_share(last - first)
+            rows_B = order[first + begin : first + end]
+            images_BCHW = self.images_NCHW.index_select(0, rows_B)
+            views = viewer(images_BCHW, rows_B) if viewer else None
+            yield Batch(images_BCHW, rows_B, last - first, views)
 
     def slices(self, first: int, last: int, batch_size: int) -> Iterator[Tensor]:
-        """Images of rows first..last in order, for a clean pass."""
         for start in range(first, last, batch_size):
             yield self.images_NCHW[start : min(start + batch_size, last)]
 

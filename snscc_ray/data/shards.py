@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,21 @@ import numpy as np
 
 from snscc_ray.data.imageset import BATCH, Rows
 from snscc_ray.errors import UserError
+from snscc_ray.paths import is_url
 
 MAX_CLASSES = 65_536
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A Parquet file and which of its columns there are."""
+
+    file: Path
+    rows: int  # how many to read, from the first
+    groups: tuple[int, ...]  # rows in each of its row groups
+    id: bool
+    label: bool
+    class_name: bool
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -60,16 +73,8 @@ def read_shards(path: Path, limit: int | None) -> Rows:
         batches=_images(used),
         labels=np.concatenate(labels) if labels else None,
         class_names=_name_all(names),
+        shards=used,
     )
-
-
-@dataclass(frozen=True)
-class _Shard:
-    file: Path
-    rows: int  # how many to read, from the first
-    id: bool
-    label: bool
-    class_name: bool
 
 
 @contextmanager
@@ -77,22 +82,30 @@ def _parquet(file: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # What an object store's client raises is open-ended.
+    broken = Exception if is_url(file) else (pa.ArrowException, OSError)
     try:
-        # The buffer makes it stream a row group instead of loading it whole.
-        with pq.ParquetFile(file, buffer_size=1 << 20, page_checksum_verification=True) as opened:
-            yield opened
-    except (pa.ArrowException, OSError) as error:
+        with ExitStack() as held:
+            source = held.enter_context(file.open("rb")) if is_url(file) else file
+            # The buffer makes it stream a row group instead of loading it whole.
+            yield held.enter_context(
+                pq.ParquetFile(source, buffer_size=1 << 20, page_checksum_verification=True)
+            )
+    except UserError:
+        raise
+    except broken as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{file} cannot be read as Parquet ({reason}): write or copy it again, or remove it"
         ) from error
 
 
-def _inspect(file: Path) -> _Shard:
+def _inspect(file: Path) -> Shard:
     import pyarrow as pa
 
     with _parquet(file) as opened:
-        schema, rows = opened.schema_arrow, opened.metadata.num_rows
+        schema, about = opened.schema_arrow, opened.metadata
+        groups = tuple(about.row_group(number).num_rows for number in range(about.num_row_groups))
     columns = set(schema.names)
     if "image" not in columns:
         raise UserError(
@@ -111,10 +124,12 @@ def _inspect(file: Path) -> _Shard:
             f"column `label` of {file} is {schema.field('label').type}: "
             "make it an integer, or drop it (labels only measure)"
         )
-    return _Shard(file, rows, "id" in columns, "label" in columns, "class_name" in columns)
+    return Shard(
+        file, sum(groups), groups, "id" in columns, "label" in columns, "class_name" in columns
+    )
 
 
-def _first_rows(shards: list[_Shard], limit: int | None) -> list[_Shard]:
+def _first_rows(shards: list[Shard], limit: int | None) -> list[Shard]:
     used = []
     left = sum(shard.rows for shard in shards) if limit is None else limit
     for shard in shards:
@@ -125,7 +140,7 @@ def _first_rows(shards: list[_Shard], limit: int | None) -> list[_Shard]:
     return used
 
 
-def _read_columns(shard: _Shard) -> Any:
+def _read_columns(shard: Shard) -> Any:
     """The columns other than the images, as an Arrow table of the shard's first rows."""
     import pyarrow as pa
 
@@ -140,7 +155,7 @@ def _read_columns(shard: _Shard) -> Any:
         return pa.Table.from_batches(batches) if batches else None
 
 
-def _ids(shard: _Shard, table: Any) -> list[str]:
+def _ids(shard: Shard, table: Any) -> list[str]:
     given = table["id"].to_pylist() if shard.id else [None] * shard.rows
     return [
         f"{shard.file.name}:{row}" if value is None else str(value)
@@ -148,7 +163,7 @@ def _ids(shard: _Shard, table: Any) -> list[str]:
     ]
 
 
-def _labels(shard: _Shard, column: Any) -> np.ndarray:
+def _labels(shard: Shard, column: Any) -> np.ndarray:
     values = column.to_pylist()
     for row, value in enumerate(values):
         if value is None or not 0 <= value < MAX_CLASSES:
@@ -159,7 +174,7 @@ def _labels(shard: _Shard, column: Any) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def _names(shard: _Shard, labels: np.ndarray, column: Any, known: dict[int, str]) -> dict[int, str]:
+def _names(shard: Shard, labels: np.ndarray, column: Any, known: dict[int, str]) -> dict[int, str]:
     names = dict(known)
     for label, name in set(zip(labels.tolist(), column.to_pylist(), strict=True)):
         if name is not None and names.setdefault(label, str(name)) != str(name):
@@ -175,18 +190,23 @@ def _name_all(names: dict[int, str]) -> tuple[str, ...] | None:
     return tuple(names.get(label, str(label)) for label in range(max(names) + 1)) if names else None
 
 
-def _images(shards: list[_Shard]) -> Iterator[list[bytes | None]]:
+def _images(shards: list[Shard]) -> Iterator[list[bytes | None]]:
+    for shard in shards:
+        yield from image_batches(shard.file, None, shard.rows)
+
+
+def image_batches(file: Path, group: int | None, rows: int) -> Iterator[list[bytes | None]]:
+    """The first `rows` images of a file, or of one of its row groups, a batch at a time."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    for shard in shards:
-        left = shard.rows
-        with _parquet(shard.file) as opened:
-            for batch in opened.iter_batches(BATCH, columns=["image"]):
-                column = batch.column("image").slice(0, left)
-                if pa.types.is_struct(column.type):
-                    column = pc.struct_field(column, "bytes")
-                left -= len(column)
-                yield column.to_pylist()
-                if not left:
-                    break
+    with _parquet(file) as opened:
+        groups = None if group is None else [group]
+        for batch in opened.iter_batches(BATCH, row_groups=groups, columns=["image"]):
+            column = batch.column("image").slice(0, rows)
+            if pa.types.is_struct(column.type):
+                column = pc.struct_field(column, "bytes")
+            rows -= len(column)
+            yield column.to_pylist()
+            if not rows:
+                break

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +15,9 @@ from snscc_ray.data.archives import ARCHIVES, archive_folder, read_archive
 from snscc_ray.data.imageset import ImageSet, Rows, assemble, in_batches
 from snscc_ray.data.shards import read_shards, shard_files
 from snscc_ray.errors import UserError
+from snscc_ray.paths import as_path, is_url
 
-__all__ = ["ImageSet", "load_images", "resolve_source"]
+__all__ = ["ImageSet", "list_rows", "load_images", "resolve_source"]
 
 EXTENSIONS = frozenset(
     [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"]
@@ -35,7 +38,7 @@ def load_images(
     Raises:
         UserError: what is wrong with the source and how to mend it, in one line.
     """
-    return assemble(_rows(data), data, workers, progress)
+    return assemble(list_rows(data), data, workers, progress)
 
 
 def resolve_source(data: DataSettings) -> str:
@@ -47,8 +50,13 @@ def resolve_source(data: DataSettings) -> str:
     Raises:
         UserError: `auto` without a path, or with one that is absent or holds nothing known.
     """
+    with _reaching(data.path):
+        return _resolve(data)
+
+
+def _resolve(data: DataSettings) -> str:
     if data.source in ARCHIVES:
-        held = data.path is not None and shard_files(Path(data.path).expanduser())
+        held = data.path is not None and shard_files(as_path(data.path))
         return "shards" if held else data.source
     if data.source != "auto":
         return data.source
@@ -58,7 +66,7 @@ def resolve_source(data: DataSettings) -> str:
     for source in ARCHIVES:
         if archive_folder(source, path).is_dir():
             return source
-    if path.is_dir() and next(_image_files(path), None) is not None:
+    if path.is_dir() and next(image_files(path), None) is not None:
         return "folder"
     known = ", ".join(archive.folder for archive in ARCHIVES.values())
     raise UserError(
@@ -67,15 +75,30 @@ def resolve_source(data: DataSettings) -> str:
     )
 
 
-def _rows(data: DataSettings) -> Rows:
-    source = resolve_source(data)
+def list_rows(data: DataSettings) -> Rows:
+    """What the source holds, by id; no image is decoded yet.
+
+    Raises:
+        UserError: what is wrong with the source and how to mend it, in one line.
+    """
+    with _reaching(data.path):
+        return _list(data)
+
+
+def _list(data: DataSettings) -> Rows:
+    source = _resolve(data)
     if source == "digits":
         return _digits(data.limit)
     if source in ARCHIVES and data.download and data.path is not None:
-        path = Path(data.path).expanduser()  # torchvision makes the folder
+        path = as_path(data.path)  # torchvision makes the folder
     else:
         path = _existing_path(data)
     if source in ARCHIVES:
+        if is_url(path):
+            raise UserError(
+                f"{path}: torchvision's copy of {source} must be a folder on this machine; give "
+                "one with --data PATH, or Parquet shards at that address"
+            )
         return read_archive(source, path, download=data.download, limit=data.limit)
     if source == "shards":
         return read_shards(path, data.limit)
@@ -90,13 +113,27 @@ def _existing_path(data: DataSettings) -> Path:
     if data.path is None:
         fetch = ", and --set data.download=true to fetch it there" * (data.source in ARCHIVES)
         raise UserError(f"source {data.source!r} needs a place to read: give --data PATH{fetch}")
-    path = Path(data.path).expanduser()
+    path = as_path(data.path)
     if not path.exists():
         fetch = ", or add --set data.download=true to fetch it" * (data.source in ARCHIVES)
         raise UserError(
             f"{path} does not exist: give an existing folder or file with --data PATH{fetch}"
         )
     return path
+
+
+@contextmanager
+def _reaching(place: str | None) -> Iterator[None]:
+    """What an object store's client raises, which is open-ended, becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        if place is None or not is_url(place) or isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{place} cannot be read ({reason}): check the address in --data and the credentials"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------ digits
@@ -121,7 +158,7 @@ def _digits(limit: int | None) -> Rows:
 
 def _folder(path: Path, folders_are_labels: bool, limit: int | None) -> Rows:
     """Every image below `path`, by relative path; the first sub-folder may be its class."""
-    files = sorted(_image_files(path))
+    files = sorted(image_files(path))
     if not files:
         raise UserError(
             f"no images found below {path} (looked for {' '.join(sorted(EXTENSIONS))}): "
@@ -155,7 +192,7 @@ def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
                 f"class folder {root / name} is missing: give the folder of ImageNet with "
                 "--data PATH, or leave the class out of data.classes"
             )
-        found = [f"{name}/{file}" for file in sorted(_image_files(root / name))]
+        found = [f"{name}/{file}" for file in sorted(image_files(root / name))]
         if not found:
             raise UserError(
                 f"class folder {root / name} holds no images: unpack it again, or leave the "
@@ -166,8 +203,11 @@ def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
     return _file_rows(root, files[:limit], np.array(labels[:limit], np.int64), classes)
 
 
-def _image_files(root: Path) -> Iterator[str]:
+def image_files(root: Path) -> Iterator[str]:
     """Relative POSIX paths of the images below `root`, hidden ones left out, in no set order."""
+    if is_url(root):
+        yield from _remote_image_files(root)
+        return
     seen: set[str] = set()  # links to folders are followed, but not in circles
     for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
         real = os.path.realpath(folder)
@@ -181,6 +221,15 @@ def _image_files(root: Path) -> Iterator[str]:
                 yield Path(folder, name).relative_to(root).as_posix()
 
 
+def _remote_image_files(root: Path) -> Iterator[str]:
+    url: Any = root
+    above = url.path.rstrip("/") + "/"
+    for name in url.fs.find(url.path):
+        file = PurePosixPath(name.removeprefix(above))
+        if file.suffix.lower() in EXTENSIONS and not any(p.startswith(".") for p in file.parts):
+            yield str(file)
+
+
 def _refuse(error: OSError) -> None:
     raise UserError(
         f"cannot list {error.filename} ({error.strerror}): make it readable, or give another "
@@ -191,11 +240,13 @@ def _refuse(error: OSError) -> None:
 def _file_rows(
     root: Path, files: list[str], labels: np.ndarray | None, classes: tuple[str, ...] | None
 ) -> Rows:
+    paths = [root / file for file in files]
     return Rows(
         place=str(root),
         # A name that is not UTF-8 gets an id that is, so that it can be written to any file.
         ids=[os.fsencode(file).decode("utf-8", "backslashreplace") for file in files],
-        batches=in_batches([root / file for file in files]),
+        batches=in_batches(paths),
         labels=labels,
         class_names=classes,
+        files=paths,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from snscc_ray.losses import (
 )
 from snscc_ray.neighbors import MinedNeighbors, batch_neighbors
 from snscc_ray.pseudo_labels import select_pseudo_labels
-from snscc_ray.stages.context import Context
+from snscc_ray.stages.context import Context, Viewer
 from snscc_ray.stages.train import probabilities
-from snscc_ray.views import make_view
+from snscc_ray.views import make_views
 
 # A label-free score that falls by less than this is noise, not harm.
 _TOLERANCE = 1e-3
@@ -43,13 +44,15 @@ class Boost:
         self._best_weights: dict[str, Tensor] = {}
         self.p_NC: Tensor | None = None
 
-    def views(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
-        def view(kind: str) -> Tensor:
-            chosen = self.settings.view if kind == "augmented" else None
-            key = self.context.key("boost", epoch, kind)
-            return make_view(batch.images_BCHW, batch.rows_B, chosen, key, self.context.normalize)
-
-        return view("original"), view("augmented")
+    def viewer(self, epoch: int) -> Viewer:
+        return partial(
+            make_views,
+            views=(None, self.settings.view),
+            keys=tuple(
+                self.context.key("boost", epoch, kind) for kind in ("original", "augmented")
+            ),
+            normalize=self.context.normalize,
+        )
 
     def begin_epoch(self, epoch: int) -> None:
         """Select this epoch's pseudo-labels from a clean pass (Eq. 11)."""
@@ -63,18 +66,18 @@ class Boost:
         ).to(self.context.device)
 
     def step(
-        self, forward: nn.Module, views: tuple[Tensor, ...], rows_B: Tensor
+        self, forward: nn.Module, views: tuple[Tensor, ...], batch: Batch
     ) -> dict[str, Tensor]:
         z, logits = forward(torch.cat(views))
-        z_BD = distributed.gather(z.chunk(2)[0]).detach()
-        original, augmented = (distributed.gather(part) for part in logits[0].chunk(2))
+        z_BD = distributed.gather(z.chunk(2)[0].detach(), batch.size)
+        original, augmented = (distributed.gather(part, batch.size) for part in logits[0].chunk(2))
         p_BC = original.softmax(1)
         if self.settings.selection == "batch":
             labels_B = select_pseudo_labels(
                 p_BC.detach(), self.settings.confidence_threshold, self.settings.top_fraction
             )
         else:
-            labels_B = self.labels_N[distributed.gather(rows_B)]
+            labels_B = self.labels_N[distributed.gather(batch.rows_B, batch.size)]
         near_BK, index_BK = batch_neighbors(
             z_BD,
             z_BD,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from snscc_ray import distributed, metrics, rng
 from snscc_ray.config import Recipe, StageName, StageSettings
-from snscc_ray.data.resident import Batch, ResidentData
+from snscc_ray.data.resident import Batch, Images, Viewer
 from snscc_ray.views import Normalize, clean_view
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -26,7 +26,7 @@ class Context:
     """The recipe, the data and the machine; labels are for measuring only."""
 
     recipe: Recipe
-    data: ResidentData
+    data: Images
     labels_N: Tensor | None
     normalize: Normalize
     device: torch.device
@@ -54,9 +54,7 @@ class Context:
 
         Each worker computes its share of the rows; all of them get the whole.
         """
-        shares = distributed.share_of(len(self.data))
-        first = sum(shares[: distributed.rank()])
-        last = first + shares[distributed.rank()]
+        first, last = distributed.own_share(len(self.data))
         network.eval()
         with self.autocast():
             parts = [
@@ -64,7 +62,7 @@ class Context:
                 for images in self.data.slices(first, last, _PASS_ROWS)
             ]
         network.train()
-        return distributed.gather_uneven(torch.cat(parts), shares)
+        return distributed.gather(torch.cat(parts), len(self.data))
 
     def measure(
         self, clusters_N: Tensor, neighbors_NK: Tensor, confidence_N: Tensor | None = None
@@ -93,14 +91,14 @@ class Stage(Protocol):
     @property
     def network(self) -> nn.Module: ...
 
-    def views(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
-        """The normalised views (B, C, H, W) one step looks at."""
+    def viewer(self, epoch: int) -> Viewer:
+        """What makes the views that the steps of an epoch look at."""
         ...
 
     def begin_epoch(self, epoch: int) -> None: ...
 
     def step(
-        self, forward: nn.Module, views: tuple[Tensor, ...], rows_B: Tensor
+        self, forward: nn.Module, views: tuple[Tensor, ...], batch: Batch
     ) -> dict[str, Tensor]:
         """Named loss terms whose sum is the objective; `forward` is the network, wrapped."""
         ...

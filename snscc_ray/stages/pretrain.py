@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snscc_ray import distributed
-from snscc_ray.config import StageName
+from snscc_ray.config import StageName, View
 from snscc_ray.data.resident import Batch
 from snscc_ray.encoders import PretextNet, build_encoder
 from snscc_ray.kmeans import kmeans
 from snscc_ray.losses import info_nce, nt_xent
 from snscc_ray.neighbors import MinedNeighbors, mine
-from snscc_ray.stages.context import Context
-from snscc_ray.views import make_view
+from snscc_ray.stages.context import Context, Viewer
+from snscc_ray.views import Normalize, make_view
 
 
 class Pretrain:
@@ -33,31 +34,30 @@ class Pretrain:
         self.mined: MinedNeighbors | None = None
         self._last: Tensor | None = None
 
-    def views(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
-        # Both views in one call: for small images the calls cost more than the pixels. Row r's
-        # second view is drawn as row N + r.
-        views = make_view(
-            batch.images_BCHW.repeat(2, 1, 1, 1),
-            torch.cat([batch.rows_B, batch.rows_B + len(self.context.data)]),
-            self.settings.view,
-            self.context.key("pretrain", epoch),
-            self.context.normalize,
+    def viewer(self, epoch: int) -> Viewer:
+        return partial(
+            _two_views,
+            view=self.settings.view,
+            key=self.context.key("pretrain", epoch),
+            rows=len(self.context.data),
+            normalize=self.context.normalize,
         )
-        return views.chunk(2)
 
     def begin_epoch(self, epoch: int) -> None:
         pass
 
     def step(
-        self, forward: nn.Module, views: tuple[Tensor, ...], rows_B: Tensor
+        self, forward: nn.Module, views: tuple[Tensor, ...], batch: Batch
     ) -> dict[str, Tensor]:
         if self.momentum is not None:
-            query_BD = distributed.gather(forward(views[0]))
-            loss = self.momentum.loss(query_BD, views[1])
+            query_BD = distributed.gather(forward(views[0]), batch.size)
+            loss = self.momentum.loss(query_BD, views[1], batch.size)
             self._last = query_BD.detach()
         else:
             # Gathered view by view, so that the rows keep the order one process would have.
-            first, second = (distributed.gather(z) for z in forward(torch.cat(views)).chunk(2))
+            first, second = (
+                distributed.gather(z, batch.size) for z in forward(torch.cat(views)).chunk(2)
+            )
             loss = nt_xent(first, second, self.settings.temperature)
             self._last = first.detach()
         return {"instance": loss}
@@ -79,7 +79,9 @@ class Pretrain:
         features_ND = pretext_features(context, self.network)
         self.mined = mine(features_ND, context.recipe.pretrain.mined_neighbors)
         clusters = context.recipe.data.num_clusters
-        _, assignment_N = kmeans(features_ND, clusters, context.key("kmeans"))
+        _, assignment_N = distributed.from_first(
+            lambda: kmeans(features_ND, clusters, context.key("kmeans"))
+        )
         return context.measure(assignment_N, self.mined.neighbors_NK.cpu())
 
     def state(self) -> dict[str, Any]:
@@ -88,6 +90,15 @@ class Pretrain:
     def load_state(self, state: dict[str, Any]) -> None:
         if self.momentum is not None:
             self.momentum.load_state(state)
+
+
+def _two_views(
+    images_BCHW: Tensor, rows_B: Tensor, view: View, key: int, rows: int, normalize: Normalize
+) -> tuple[Tensor, ...]:
+    # Both in one call: for small images the calls cost more than the pixels. Row r's second view
+    # is drawn as row N + r.
+    twice_B = torch.cat([rows_B, rows_B + rows])
+    return make_view(images_BCHW.repeat(2, 1, 1, 1), twice_B, view, key, normalize).chunk(2)
 
 
 def pretext_features(context: Context, network: nn.Module) -> Tensor:
@@ -109,14 +120,14 @@ class _MomentumEncoder:
         self.queue_MD = F.normalize(queue, dim=1).to(stage.context.device)
         self.position = 0
 
-    def loss(self, query_BD: Tensor, view_BCHW: Tensor) -> Tensor:
+    def loss(self, query_BD: Tensor, view_BCHW: Tensor, size: int) -> Tensor:
         with torch.no_grad():
-            key_BD = distributed.gather(self.network(view_BCHW))
+            key_BD = distributed.gather(self.network(view_BCHW), size)
         loss = info_nce(query_BD, key_BD, self.queue_MD.clone(), self.settings.temperature)
-        size = len(self.queue_MD)
-        places = (self.position + torch.arange(len(key_BD), device=key_BD.device)) % size
+        held = len(self.queue_MD)
+        places = (self.position + torch.arange(len(key_BD), device=key_BD.device)) % held
         self.queue_MD[places] = key_BD
-        self.position = (self.position + len(key_BD)) % size
+        self.position = (self.position + len(key_BD)) % held
         return loss
 
     @torch.no_grad()

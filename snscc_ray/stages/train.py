@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,14 +10,14 @@ from torch import Tensor, nn
 
 from snscc_ray import distributed, metrics, rng
 from snscc_ray.config import StageName
-from snscc_ray.data.resident import Batch
+from snscc_ray.data.resident import Batch, ResidentData
 from snscc_ray.encoders import ClusterHeads, ClusterNet, out_features
 from snscc_ray.kmeans import kmeans
 from snscc_ray.neighbors import MinedNeighbors
-from snscc_ray.stages.context import Context
+from snscc_ray.stages.context import Context, Viewer
 from snscc_ray.stages.objectives import OBJECTIVES, Predictions, neighborhood
 from snscc_ray.stages.pretrain import pretext_features
-from snscc_ray.views import make_view
+from snscc_ray.views import make_view, make_views
 
 
 class Train:
@@ -27,8 +28,11 @@ class Train:
         self.context = context
         self.settings = context.recipe.train
         nearest = slice(self.settings.num_neighbors)
-        self._chance_NK = _cumulative(mined.confidence_NK[:, nearest]).to(context.device)
+        confidence_NK = mined.confidence_NK[:, nearest].to(context.device)
+        # The nearest neighbour has confidence 1 by Def. 1, so the sum is never 0.
+        self._chance_NK = confidence_NK / confidence_NK.sum(1, keepdim=True)
         self._neighbors_NK = mined.neighbors_NK[:, nearest].to(context.device).long()
+        self._p_NHC: Tensor | None = None
         encoder = pretext.encoder
         assert isinstance(encoder, nn.Module)
         heads = ClusterHeads(
@@ -45,53 +49,75 @@ class Train:
         if self.settings.head == "prototype":
             features_ND = pretext_features(self.context, self.network)
             clusters = self.context.recipe.data.num_clusters
-            centres = [
-                kmeans(features_ND, clusters, self.context.key("kmeans", head))[0]
-                for head in range(self.settings.num_heads)
-            ]
-            self.network.heads.start_at(torch.stack(centres))
+            keys = [self.context.key("kmeans", head) for head in range(self.settings.num_heads)]
+            centres = distributed.from_first(
+                lambda: torch.stack([kmeans(features_ND, clusters, key)[0] for key in keys])
+            )
+            self.network.heads.start_at(centres)
 
-    def views(self, batch: Batch, epoch: int) -> tuple[Tensor, ...]:
-        context, settings = self.context, self.settings
-        rows_B = batch.rows_B
+    def viewer(self, epoch: int) -> Viewer:
+        original, augmented, mined = (
+            self.context.key("train", epoch, kind) for kind in ("original", "augmented", "mined")
+        )
+        two = partial(
+            make_views,
+            views=(self.settings.original_view, self.settings.view),
+            keys=(original, augmented),
+            normalize=self.context.normalize,
+        )
+        if self._mined_from != "images":
+            return two
 
-        def view(images: Tensor, rows: Tensor, kind: str) -> Tensor:
-            chosen = settings.view if kind == "augmented" else settings.original_view
-            key = context.key("train", epoch, kind)
-            return make_view(images, rows, chosen, key, context.normalize)
+        def three(images_BCHW: Tensor, rows_B: Tensor) -> tuple[Tensor, ...]:
+            data = self.context.data
+            assert isinstance(data, ResidentData)
+            partners_B = self._partners(rows_B, epoch)
+            view = self.settings.original_view
+            third = make_view(
+                data.take(partners_B), partners_B, view, mined, self.context.normalize
+            )
+            return *two(images_BCHW, rows_B), third
 
-        views = [
-            view(batch.images_BCHW, rows_B, "original"),
-            view(batch.images_BCHW, rows_B, "augmented"),
-        ]
-        if self._uses_mined:
-            draw_B1 = rng.uniform(rows_B, context.key("train", epoch, "partner"), 1)
-            place_B1 = torch.searchsorted(self._chance_NK[rows_B], draw_B1, right=True)
-            place_B1 = place_B1.clamp(max=self._neighbors_NK.shape[1] - 1)
-            partners_B = self._neighbors_NK[rows_B].gather(1, place_B1)[:, 0]
-            views.append(view(context.data.take(partners_B), partners_B, "mined"))
-        return tuple(views)
+        return three
+
+    def _partners(self, rows_B: Tensor, epoch: int) -> Tensor:
+        """One mined neighbour of each row, drawn by its confidence."""
+        draw_B1 = rng.uniform(rows_B, self.context.key("train", epoch, "partner"), 1)
+        place_B1 = torch.searchsorted(self._chance_NK[rows_B].cumsum(1), draw_B1, right=True)
+        place_B1 = place_B1.clamp(max=self._neighbors_NK.shape[1] - 1)
+        return self._neighbors_NK[rows_B].gather(1, place_B1)[:, 0]
 
     @property
-    def _uses_mined(self) -> bool:
-        return self.settings.mined_weight > 0 and self.settings.objective != "paper"
+    def _mined_from(self) -> str | None:
+        unused = self.settings.mined_weight == 0 or self.settings.objective == "paper"
+        return None if unused else self.settings.mined_from
 
     def begin_epoch(self, epoch: int) -> None:
-        pass
+        if self._mined_from == "predictions" and self._p_NHC is None:
+            self._p_NHC = probabilities(self.context, self.network).to(self.context.device)
 
     def step(
-        self, forward: nn.Module, views: tuple[Tensor, ...], rows_B: Tensor
+        self, forward: nn.Module, views: tuple[Tensor, ...], batch: Batch
     ) -> dict[str, Tensor]:
         z, logits = forward(torch.cat(views))
-        features = [distributed.gather(part) for part in z.chunk(len(views))]
+        features = [distributed.gather(part, batch.size) for part in z.chunk(len(views))]
         near = neighborhood(features[0], features[1], self.settings)
         # Rows first for the gather, heads first for the losses.
         p_views = [
-            distributed.gather(part.softmax(2).transpose(0, 1)).transpose(0, 1)
+            distributed.gather(part.softmax(2).transpose(0, 1), batch.size).transpose(0, 1)
             for part in logits.chunk(len(views), dim=1)
         ]
-        p = Predictions(p_views[0], p_views[1], p_views[2] if self._uses_mined else None)
+        p = Predictions(p_views[0], p_views[1], self._mined_HBC(p_views, batch))
         return OBJECTIVES[self.settings.objective](p, near, self.settings)
+
+    def _mined_HBC(self, p_views: list[Tensor], batch: Batch) -> Tensor | None:
+        """What each row is to agree with: one neighbour's view, or the mean over all K."""
+        if self._mined_from != "predictions":
+            return p_views[2] if self._mined_from else None
+        assert self._p_NHC is not None
+        rows_B = distributed.gather(batch.rows_B, batch.size)
+        p_BKHC = self._p_NHC[self._neighbors_NK[rows_B]]
+        return torch.einsum("bk,bkhc->hbc", self._chance_NK[rows_B], p_BKHC)
 
     def after_step(self) -> None:
         pass
@@ -108,6 +134,7 @@ class Train:
 
     def _measure_heads(self) -> tuple[dict[str, float], int]:
         p_NHC = probabilities(self.context, self.network)
+        self._p_NHC = p_NHC.to(self.context.device)
         scores = []
         for p_NC in p_NHC.unbind(1):
             clusters_N = p_NC.argmax(1)
@@ -118,19 +145,13 @@ class Train:
         return self.context.measure(clusters_N, self._health_NK, confidence_N), best
 
     def state(self) -> dict[str, Any]:
-        return {}
+        # Where it is trained on, it must be the one the epoch began with.
+        return {"probabilities": self._p_NHC if self._mined_from == "predictions" else None}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        pass
+        self._p_NHC = state["probabilities"]
 
 
 def probabilities(context: Context, network: nn.Module) -> Tensor:
     """Cluster probabilities of the clean images, (N, H, C), on the CPU."""
     return context.clean_pass(network, lambda x: network(x)[1].softmax(2).transpose(0, 1)).cpu()
-
-
-def _cumulative(confidence_NK: Tensor) -> Tensor:
-    """Cumulative chance of drawing each neighbour, in proportion to its confidence."""
-    total = confidence_NK.sum(1, keepdim=True)
-    # The nearest neighbour has confidence 1 by Def. 1, so the sum is never 0.
-    return (confidence_NK / total).cumsum(1)

@@ -1,0 +1,235 @@
+"""Ray Data reads a set: in full before the first epoch, and again in every epoch.
+
+What is read is planned elsewhere (see `slices` and `order`): Ray Data runs the plan on the cluster,
+in order and within a bound of memory. A task takes a few slices and gives back their bytes, or
+what is wrong with them: an error that a person can mend is handed over rather than raised, since
+Ray would print and repeat it.
+
+The tasks ask for no CPU and their number is bounded instead. The training workers hold theirs for
+as long as they run, and with all CPUs taken tasks that ask for some would never start.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from torch import Tensor
+
+from snscc_ray import distributed
+from snscc_ray.config import DataSettings
+from snscc_ray.data.imageset import Rows
+from snscc_ray.data.resident import Viewer
+from snscc_ray.data.slices import VIEWS_BYTES, Findings, Slice, examine, image_bytes
+from snscc_ray.data.streamed import Decoded, Reader, StreamedSet, conclude, decoded, plan
+from snscc_ray.errors import UserError
+
+logging.getLogger("ray.data").setLevel(logging.WARNING)
+# It warns that there will be no progress bars.
+logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+# Decoded bytes of one task, about: a tenth of a second of work and more, beside which its start
+# is cheap.
+_TASK_BYTES = 8 << 20
+# Memory for what a survey or the loading of a resident set has under way.
+_STORE_BYTES = 256 << 20
+
+
+def ray_survey(
+    rows: Rows, data: DataSettings, *, progress: Callable[[int, int], None] | None = None
+) -> StreamedSet:
+    """`survey` on the whole cluster; only digests and counts come back.
+
+    Raises:
+        UserError: as `survey` does.
+    """
+    slices = plan(rows, data)
+    work = partial(_survey, data=data)
+    dataset = _dataset(slices, image_bytes(data), work, _cpus(), _STORE_BYTES)
+    with closing(_rows_of(dataset)) as found:
+        return conclude(rows, data, slices, _findings(found), progress)
+
+
+def ray_resident(rows: Rows, data: DataSettings) -> tuple[ray.data.Dataset, StreamedSet]:
+    """Decode a whole set once, into the cluster's object store; workers call `resident_images`.
+
+    It stays there for as long as the first of the two is referred to.
+
+    Raises:
+        UserError: as `survey` does.
+    """
+    slices = plan(rows, data)
+    work = partial(_survey, data=data, keep=True)
+    held = _dataset(slices, image_bytes(data), work, _cpus(), _STORE_BYTES).materialize()
+    about = held.select_columns(["error", "findings"], num_cpus=0)
+    with closing(_rows_of(about)) as found:
+        return held, conclude(rows, data, slices, _findings(found))
+
+
+def resident_images(
+    dataset: ray.data.Dataset | ray.data.DataIterator, streamed: StreamedSet
+) -> Tensor:
+    """The whole set, uint8 (N, C, H, W) on the CPU, out of what `ray_resident` gave.
+
+    The dataset may come as it is or from `ray.train.get_dataset_shard`, if it was not split.
+    """
+    shape = (streamed.channels, streamed.size, streamed.size)
+    images = np.empty((len(streamed), *shape), np.uint8)
+    with closing(_rows_of(dataset)) as found:
+        for row in found:
+            piece = streamed.slices[row["number"].as_py()]
+            pixels = np.frombuffer(row["pixels"].as_buffer(), np.uint8)
+            images[piece.first : piece.first + len(piece)] = pixels.reshape(-1, *shape)
+    return torch.from_numpy(images)
+
+
+def ray_reader(streamed: StreamedSet, memory_mb: int) -> Reader:
+    """A reader whose slices are decoded by Ray Data on any node; for one training worker."""
+
+    def read(slices: Sequence[Slice], viewer: Viewer | None) -> Generator[Decoded]:
+        tasks = max(1, _cpus() // distributed.world_size())
+        work = partial(_decode, channels=streamed.channels, size=streamed.size, viewer=viewer)
+        row_bytes = streamed.channels * streamed.size**2 * (VIEWS_BYTES if viewer else 1)
+        dataset = _dataset(slices, row_bytes, work, tasks, memory_mb << 18)
+        with closing(_rows_of(dataset)) as found:
+            for piece, row in zip(slices, found, strict=True):
+                yield _arrays(row["decoded"].as_buffer(), len(piece), streamed, viewer)
+
+    return read
+
+
+def _cpus() -> int:
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _arrays(content: pa.Buffer, rows: int, streamed: StreamedSet, viewer: Viewer | None) -> Decoded:
+    side, channels = streamed.size, streamed.channels
+    if viewer is None:
+        return Decoded(np.frombuffer(content, np.uint8).reshape(rows, channels, side, side), None)
+    views = np.frombuffer(content, np.float32).reshape(-1, rows, side, side, channels)
+    return Decoded(None, tuple(views))
+
+
+# ------------------------------------------------------------------------------- the pipeline
+
+
+def _dataset(
+    slices: Sequence[Slice],
+    row_bytes: int,
+    work: Callable[[Sequence[Slice], int], pa.Table],
+    tasks: int,
+    store_bytes: int,
+) -> ray.data.Dataset:
+    """`work(slices, number of the first)` of all slices in order, `tasks` of them at a time."""
+    groups = _grouped(slices, row_bytes, min(_TASK_BYTES, store_bytes // (4 * tasks)))
+    items = [{"work": pickle.dumps(group)} for group in groups]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _run,
+        fn_args=(work,),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=min(tasks, len(items))),
+    )
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=store_bytes
+    )
+    return dataset
+
+
+def _grouped(
+    slices: Sequence[Slice], row_bytes: int, task_bytes: int
+) -> Iterator[tuple[int, list[Slice]]]:
+    """Consecutive slices that one task takes, with the number of the first."""
+    first, group, size = 0, list[Slice](), 0
+    for number, piece in enumerate(slices):
+        if group and size + len(piece) * row_bytes > task_bytes:
+            yield first, group
+            first, group, size = number, [], 0
+        group.append(piece)
+        size += len(piece) * row_bytes
+    if group:
+        yield first, group
+
+
+def _run(table: pa.Table, work: Callable[[Sequence[Slice], int], pa.Table]) -> pa.Table:
+    first, slices = pickle.loads(table["work"][0].as_py())
+    try:
+        return work(slices, first)
+    except UserError as error:
+        return pa.table({"error": [str(error)]})
+
+
+def _rows_of(
+    dataset: ray.data.Dataset | ray.data.DataIterator,
+) -> Generator[dict[str, pa.Scalar]]:
+    """The rows of a dataset in order. Raises UserError where a task met one."""
+    blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    with closing(blocks):
+        for block in blocks:
+            for error in block["error"].to_pylist():
+                if error is not None:
+                    raise UserError(error)
+            for row in range(block.num_rows):
+                yield {name: block[name][row] for name in block.column_names}
+
+
+def _findings(found: Iterable[dict[str, pa.Scalar]]) -> Iterator[Findings]:
+    for row in found:
+        yield Findings(*pickle.loads(row["findings"].as_py()))
+
+
+# ----------------------------------------------------------------------------- inside a task
+
+
+def _decode(
+    slices: Sequence[Slice], first: int, channels: int, size: int, viewer: Viewer | None
+) -> pa.Table:
+    contents: list[Sequence[np.ndarray]] = []
+    for piece in slices:
+        found = decoded(piece, channels, size, viewer)
+        contents.append(found.arrays())
+    return _table(decoded=_binary(contents))
+
+
+def _survey(
+    slices: Sequence[Slice], first: int, data: DataSettings, keep: bool = False
+) -> pa.Table:
+    findings: list[bytes] = []
+    contents: list[list[np.ndarray]] = []
+    for piece in slices:
+        found, pixels = examine(piece, data.channels, data.image_size)
+        findings.append(pickle.dumps(tuple(found)))
+        contents.append([pixels] if keep else [])
+    table = _table(findings=pa.array(findings, pa.binary()))
+    if keep:
+        numbers = pa.array(range(first, first + len(slices)), pa.int64())
+        table = table.append_column("number", numbers)
+        table = table.append_column("pixels", _binary(contents))
+    return table
+
+
+def _table(**columns: pa.Array) -> pa.Table:
+    rows = len(next(iter(columns.values())))
+    return pa.table({"error": pa.nulls(rows, pa.string()), **columns})
+
+
+def _binary(contents: Sequence[Sequence[np.ndarray]]) -> pa.Array:
+    """A value for each of the contents: the bytes of its arrays one after the other."""
+    sizes = [sum(array.nbytes for array in arrays) for arrays in contents]
+    offsets = np.cumsum([0, *sizes], dtype=np.int64)
+    content = np.concatenate([array.reshape(-1).view(np.uint8) for a in contents for array in a])
+    buffers: list[Any] = [None, pa.py_buffer(offsets), pa.py_buffer(content)]
+    return pa.Array.from_buffers(pa.large_binary(), len(sizes), buffers)

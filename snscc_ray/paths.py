@@ -1,0 +1,36 @@
+"""Paths on this machine and URLs of object stores, behind one interface: pathlib's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from snscc_ray.errors import UserError
+
+
+def as_path(text: str | Path) -> Path:
+    """A `Path`, or, for `s3://bucket/x` and other URLs fsspec knows, what behaves like one.
+
+    Raises UserError for a URL whose package is not installed.
+    """
+    if not is_url(text):
+        return Path(text).expanduser()
+    try:
+        # Imported here: a run on local files does without them.
+        from upath import UPath
+
+        path = UPath(str(text))
+        path.fs  # noqa: B018  (imports what the protocol needs)
+    except ImportError as error:
+        kind = str(text).partition(":")[0]
+        raise UserError(
+            f"{text}: reading {kind}:// needs another package ({error}); "
+            "pip install universal-pathlib and s3fs (S3) or gcsfs (Google Cloud)"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{text} is a URL of no kind known here ({error})") from error
+    return cast(Path, path)
+
+
+def is_url(path: str | Path) -> bool:
+    return "://" in str(path)
