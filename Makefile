@@ -27,6 +27,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.views
 	$(BIN)/python -m benchmarks.epoch
 	$(BIN)/python -m benchmarks.mining
+	$(BIN)/python -m benchmarks.ray
 
 setup: $(STAMP)
 

@@ -76,7 +76,9 @@ def run(
     ] = False,
     cpus_per_worker: Annotated[
         float | None,
-        typer.Option(help="1 on a cluster; alone, an equal share", rich_help_panel=_SCALE),
+        typer.Option(
+            min=0.01, help="1 on a cluster; alone, an equal share", rich_help_panel=_SCALE
+        ),
     ] = None,
     storage: Annotated[
         str | None,
@@ -94,7 +96,10 @@ def run(
         ),
     ] = None,
     wait: Annotated[
-        float, typer.Option(help="seconds until the workers must be placed", rich_help_panel=_SCALE)
+        float,
+        typer.Option(
+            min=0, help="seconds until the workers must be placed", rich_help_panel=_SCALE
+        ),
     ] = 600.0,
 ) -> None:
     """Run a recipe: Pretrain → Train → Boost, into one folder.
@@ -121,12 +126,7 @@ def run(
     chosen_stages = _stages(stages)
     if recipe is None and not (resume and out_folder):
         raise UserError("name a recipe (`snscc recipes` lists them), or give --resume --out DIR")
-    overrides = list(settings or [])
-    if seed is not None:
-        overrides.append(f"seed={seed}")
-    if data is not None:
-        place = data if "://" in data else str(Path(data).expanduser())
-        overrides.append(f"data.path={json.dumps(place)}")
+    overrides = _overrides(settings, seed, data)
     if download:
         overrides.append("data.download=true")
     if storage is not None and out_folder is not None:
@@ -150,6 +150,104 @@ def run(
         _fail(f"stopped; continue with: {command}", 130)
     if result is not None:
         _print_result(result.figures, result.folder)
+
+
+@app.command()
+def sweep(
+    space: Annotated[
+        str,
+        typer.Argument(
+            help="epsilon, gamma, sigma, neighbors, grid, ablation-train, ablation-boost, "
+            "train-longer, pretext, or FILE.py:FUNCTION"
+        ),
+    ],
+    recipe: Annotated[str, typer.Option(help="what the points override")] = "digits",
+    data: Annotated[str | None, typer.Option(help="folder of images or Parquet shards")] = None,
+    out_folder: Annotated[
+        str | None, typer.Option("--out", help="sweep folder  [default: runs/RECIPE-SPACE]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of every point, from --seed on")] = 3,
+    seed: Annotated[int | None, typer.Option(help="the first seed")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="override any field of the recipe"),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="only so many points, drawn at random")
+    ] = None,
+    scheduler: Annotated[
+        str, typer.Option(help="none, asha or median: stops trials that fall behind")
+    ] = "none",
+    metric: Annotated[
+        str, typer.Option(help="what is searched for; label-free unless you name oracle/acc")
+    ] = "health/score",
+    grace: Annotated[int, typer.Option(min=1, help="epochs before a trial may be stopped")] = 2,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the sweep in --out")
+    ] = False,
+    max_concurrent: Annotated[
+        int | None,
+        typer.Option(min=1, help="trials at a time, if fewer than fit", rich_help_panel=_SCALE),
+    ] = None,
+    cpus_per_trial: Annotated[
+        float, typer.Option(min=0.01, help="of each worker", rich_help_panel=_SCALE)
+    ] = 1.0,
+    gpus_per_trial: Annotated[
+        float, typer.Option(min=0, help="of each worker; .25 shares a GPU", rich_help_panel=_SCALE)
+    ] = 0.0,
+    workers_per_trial: Annotated[
+        int, typer.Option(min=1, help="Ray Train workers of each trial", rich_help_panel=_SCALE)
+    ] = 1,
+    address: Annotated[
+        str | None,
+        typer.Option(help="the Ray cluster to join: auto, or HOST:PORT", rich_help_panel=_SCALE),
+    ] = None,
+) -> None:
+    """Run a search space, sharing the stages that trials have in common; the same command resumes.
+
+    Examples:
+
+        snscc sweep epsilon
+
+        snscc sweep sigma --recipe cifar10 --data ~/cifar --gpus-per-trial .25
+
+        snscc sweep grid --scheduler asha --samples 40
+
+        snscc sweep my_space.py:space --recipe images --data ~/photos
+    """
+    from snscc_ray.engine import Interrupted
+    from snscc_ray.paths import as_path
+
+    if scheduler not in ("none", "asha", "median"):
+        raise UserError(f"--scheduler {scheduler}: use none, asha or median")
+    overrides = _overrides(settings, seed, data)
+    chosen = recipes.override(recipes.get(recipe), overrides)
+    label = space.replace(".py:", "-").replace("/", "-")
+    folder = as_path(out_folder or f"runs/{recipe}-{label}")
+    if metric.startswith("oracle/"):
+        out.print(f"Searching by {metric}, which reads the labels, as asked.", highlight=False)
+    try:
+        from snscc_ray.sweep_run import Options, run_sweep
+    except ImportError as error:
+        raise UserError(f"sweeps need Ray ({error}); pip install 'ray[data,train,tune]'") from error
+    options = Options(
+        scheduler=scheduler,  # type: ignore[arg-type]
+        metric=metric,
+        grace=grace,
+        workers_per_trial=workers_per_trial,
+        cpus_per_trial=cpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
+        max_concurrent=max_concurrent,
+        address=address,
+    )
+    try:
+        summary = run_sweep(
+            space, chosen, folder, options, out, seeds=seeds, samples=samples, overwrite=overwrite
+        )
+    except (Interrupted, KeyboardInterrupt):
+        _fail("stopped; the same command again goes on from here", 130)
+    out.print(summary.text, highlight=False, markup=False, soft_wrap=True)
+    out.print(f"\nSweep folder: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("recipes")
@@ -207,7 +305,7 @@ def pack_folder(
         snscc pack ~/photos shards/photos --verify
     """
     # Imported here: torch takes seconds, which --help should not wait for.
-    from snscc_ray.data import pack
+    from snscc_ray import pack
     from snscc_ray.paths import as_path
 
     place = as_path(shards)
@@ -256,6 +354,16 @@ def doctor() -> None:
     for name, finding in examine():
         table.add_row(name, finding)
     out.print(table)
+
+
+def _overrides(settings: list[str] | None, seed: int | None, data: str | None) -> list[str]:
+    found = list(settings or [])
+    if seed is not None:
+        found.append(f"seed={seed}")
+    if data is not None:
+        place = data if "://" in data else str(Path(data).expanduser())
+        found.append(f"data.path={json.dumps(place)}")
+    return found
 
 
 def _workers(text: str) -> tuple[int, int] | None:

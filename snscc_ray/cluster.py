@@ -12,12 +12,13 @@ import os
 import platform
 import secrets
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import ray
@@ -27,7 +28,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from snscc_ray.checkpoints import write_whole
 from snscc_ray.errors import UserError
-from snscc_ray.paths import as_path
+from snscc_ray.local import terminated_like_interrupted
+from snscc_ray.paths import as_path, is_url
 
 _PACKAGES = ("snscc-ray", "torch", "ray")
 _CONNECT_SECONDS = 5.0
@@ -69,16 +71,17 @@ def connected(scale: Scale) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         quiet["include_dashboard"] = False
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            with _stderr_into(said):
+                ray.init(address=address, **quiet)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            said.seek(0)
+            raise UserError(_why_not_joined(address, error, said.read())) from error
     try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(_why_not_joined(address, error)) from error
-    except Exception as error:
-        if not isinstance(error, ray.exceptions.RayError):
-            raise
-        raise UserError(_why_not_joined(address, error)) from error
-    try:
-        yield
+        # Ray has put its own handler of SIGTERM in place, which aborts with a dump of the stack.
+        with terminated_like_interrupted():
+            yield
     finally:
         ray.shutdown()
 
@@ -97,7 +100,20 @@ def _check_reachable(address: str) -> None:
         ) from error
 
 
-def _why_not_joined(address: str, error: BaseException) -> str:
+@contextmanager
+def _stderr_into(file: IO[str]) -> Iterator[None]:
+    """Have a file take what this process, Ray's C++ part included, writes to stderr."""
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _why_not_joined(address: str, error: BaseException, said: str) -> str:
+    """`said`: Ray's words on stderr, where its error does not tell the reason."""
     reason = " ".join(str(error).split())
     if "ersion mismatch" in reason:
         return (
@@ -105,7 +121,7 @@ def _why_not_joined(address: str, error: BaseException) -> str:
             f"(here: Ray {ray.__version__}, Python {platform.python_version()}): install the same "
             f"versions on both. Ray says: {reason[:300]}"
         )
-    if "uthenticat" in reason or "token" in reason.lower():
+    if "uthenticat" in reason + said or "token" in reason.lower():
         return (
             f"the cluster at {address} refused the token: set RAY_AUTH_MODE=token and put the "
             f"cluster's token where RAY_AUTH_TOKEN_PATH says. Ray says: {reason[:300]}"
@@ -248,6 +264,7 @@ def check_visible(folder: Path, files: Sequence[str]) -> None:
     placed anywhere.
     """
     marker, token = folder / f".seen-{secrets.token_hex(8)}", secrets.token_hex(8)
+    made = [] if is_url(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
     write_whole(marker, lambda file: file.write(token.encode()))
     try:
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
@@ -268,6 +285,8 @@ def check_visible(folder: Path, files: Sequence[str]) -> None:
     finally:
         with suppress(OSError):
             marker.unlink()
+            for place in made:  # what is refused leaves no folder behind
+                place.rmdir()
 
 
 def _see(marker: str, token: str, files: list[str]) -> str | None:

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from snscc_ray import checkpoints, distributed, recipes
@@ -32,7 +35,7 @@ from snscc_ray.data.stream import ray_reader, ray_resident, ray_survey, resident
 from snscc_ray.data.streamed import StreamedData, StreamedSet, choose_mode
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import TrainingError, UserError
-from snscc_ray.monitor import Display, Journal, RunMonitor, Silent
+from snscc_ray.monitor import Display, Journal, RunMonitor, Screen, Silent
 from snscc_ray.paths import as_path, is_url
 from snscc_ray.run import Result, check, check_streamed, execute, final_figures
 from snscc_ray.run_folder import prepare_folder, read_recipe, remove_tree
@@ -57,7 +60,7 @@ class _Data:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """All a worker needs to know; goes to it pickled."""
 
     recipe: Recipe
@@ -66,7 +69,7 @@ class _Job:
     overwrite: bool
     catalog: Any  # reference to a Catalog
     load: Callable[[torch.device], Images]
-    relay: Any  # handle of a _Relay
+    store: str | None = None  # of stages, see `execute`
 
 
 def run_on_ray(
@@ -92,6 +95,10 @@ def run_on_ray(
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     if recipe.runtime.device == "cuda" and not scale.gpu:
         raise UserError("runtime.device=cuda needs workers with a GPU each; add --gpu")
+    rows = list_rows(recipe.data)
+    counts = range(scale.workers[0], scale.workers[1] + 1)
+    for workers in counts:
+        check(recipe, len(rows.ids), workers)
     display = Display(console)
     began = time.monotonic()
     # A report waits for the controller to look, which by default is every two seconds.
@@ -100,11 +107,7 @@ def run_on_ray(
         with placed(scale, display.line) as probes:
             check_alike(probes, scale.gpu)
         where = folder if is_url(folder) else folder.absolute()
-        rows = list_rows(recipe.data)
-        check_visible(where, _some_files(rows))
-        counts = range(scale.workers[0], scale.workers[1] + 1)
-        for workers in counts:
-            check(recipe, len(rows.ids), workers)
+        check_visible(where, some_files(rows))
         data = _prepare(recipe, rows, probes, display)
         display.finish()
         for workers in counts:
@@ -112,21 +115,11 @@ def run_on_ray(
         display.line(_headline(recipe, data.catalog, scale))
         for identifier, reason in data.catalog.skipped:
             display.line(f"left out {identifier}: {reason}")
-        relay = ray.remote(_Relay).options(num_cpus=0, max_concurrency=16).remote()
-        job = _Job(recipe, str(where), stages, overwrite, ray.put(data.catalog), data.load, relay)
+        job = Job(recipe, str(where), stages, overwrite, ray.put(data.catalog), data.load)
         if overwrite:
             remove_tree(where / _RAY)
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={"job": job},
-            scaling_config=_scaling(scale),
-            run_config=_run_config(where, recipe, scale),
-            datasets=data.datasets,
-            dataset_config=ray.train.DataConfig(datasets_to_split=[]),
-        )
-        _fit(trainer, relay, display)
+        train_group(job, scale, data.datasets, display)
     figures = checkpoints.read_json(where / "metrics.json")
-    remove_tree(where / _RAY)
     journal = Journal(where)
     journal.hyperparameters(recipe.model_dump(mode="json"), final_figures(figures))
     journal.finish()
@@ -134,7 +127,33 @@ def run_on_ray(
     return Result(folder, figures)
 
 
-def _some_files(rows: Rows) -> list[str]:
+def train_group(job: Job, scale: Scale, datasets: dict[str, Any], screen: Screen) -> None:
+    """Train a job's stages by a group of workers, retries and all; returns once it is finished.
+
+    Raises UserError, TrainingError, or Interrupted.
+    """
+    folder = as_path(job.folder)
+    # On this node, as the others may be lost: Ray would put an actor that takes nothing anywhere.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    relay = (
+        ray.remote(_Relay)
+        .options(num_cpus=0, max_concurrency=16, scheduling_strategy=here)
+        .remote()
+    )
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": job, "relay": relay},
+        torch_config=_Torch(),
+        scaling_config=_scaling(scale),
+        run_config=_run_config(folder, job.recipe, scale),
+        datasets=datasets,
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+    )
+    _fit(trainer, relay, screen)
+    remove_tree(folder / _RAY)
+
+
+def some_files(rows: Rows) -> list[str]:
     """All shards, or the first and the last image file."""
     if rows.shards is not None:
         return [str(shard.file) for shard in rows.shards]
@@ -150,14 +169,14 @@ def _prepare(recipe: Recipe, rows: Rows, probes: Sequence[Probe], display: Displ
     if mode == "stream":
         check_streamed(recipe)
         streamed = ray_survey(rows, data, progress=progress)
-        load = partial(_load_streamed, ray.put(streamed), data.memory_mb)
+        load = partial(load_streamed, ray.put(streamed), data.memory_mb)
         return _Data(streamed.catalog, load, {})
     if rows.streamable:
         dataset, streamed = ray_resident(rows, data, progress=progress)
         load = partial(_load_dataset, ray.put(streamed))
         return _Data(streamed.catalog, load, {_IMAGES: dataset})
     images = assemble(rows, data, recipe.runtime.decode_workers, progress)
-    return _Data(images.catalog, partial(_load_array, ray.put(images.images.numpy())), {})
+    return _Data(images.catalog, partial(load_array, ray.put(images.images.numpy())), {})
 
 
 def _room(probes: Sequence[Probe]) -> int:
@@ -168,7 +187,7 @@ def _room(probes: Sequence[Probe]) -> int:
     return min([host, *(probe.gpu_memory for probe in probes if probe.gpu_memory is not None)])
 
 
-def _load_streamed(streamed: Any, memory_mb: int, device: torch.device) -> Images:
+def load_streamed(streamed: Any, memory_mb: int, device: torch.device) -> Images:
     held: StreamedSet = ray.get(streamed)
     return StreamedData(held, device, ray_reader(held, memory_mb))
 
@@ -178,12 +197,12 @@ def _load_dataset(streamed: Any, device: torch.device) -> Images:
     return ResidentData(resident_images(shard, ray.get(streamed)), device)
 
 
-def _load_array(images: Any, device: torch.device) -> Images:
+def load_array(images: Any, device: torch.device) -> Images:
     # A copy: what the object store holds may not be written to, which torch minds.
     return ResidentData(torch.from_numpy(np.array(ray.get(images))), device)
 
 
-def _fit(trainer: TorchTrainer, relay: Any, display: Display) -> None:
+def _fit(trainer: TorchTrainer, relay: Any, screen: Screen) -> None:
     """Run the trainer in a thread, and show here what its first worker tells.
 
     In a thread, because Ray would else take Ctrl-C for itself and end without a word.
@@ -201,13 +220,13 @@ def _fit(trainer: TorchTrainer, relay: Any, display: Display) -> None:
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
-            _show(ray.get(relay.drain.remote()), display)
-        _show(ray.get(relay.drain.remote()), display)
+            _show(ray.get(relay.drain.remote()), screen)
+        _show(ray.get(relay.drain.remote()), screen)
         fault = ray.get(relay.fault.remote())
     except KeyboardInterrupt as stop:
         raise Interrupted from stop
     finally:
-        display.finish()
+        screen.finish()
     if fault is not None:
         kind, message = fault
         raise (UserError if kind == "user" else TrainingError)(message)
@@ -215,9 +234,9 @@ def _fit(trainer: TorchTrainer, relay: Any, display: Display) -> None:
         raise TrainingError(_why_failed(failed[0])) from failed[0]
 
 
-def _show(events: list[tuple[str, tuple[Any, ...]]], display: Display) -> None:
+def _show(events: list[tuple[str, tuple[Any, ...]]], screen: Screen) -> None:
     for name, arguments in events:
-        getattr(display, name)(*arguments)
+        getattr(screen, name)(*arguments)
 
 
 def _why_failed(error: BaseException) -> str:
@@ -276,6 +295,31 @@ def _run_config(folder: Path, recipe: Recipe, scale: Scale) -> RunConfig:
 # ------------------------------------------------------------------------------ in the workers
 
 
+def _name_interface() -> None:
+    """Tell gloo which network to use: that of Ray.
+
+    By itself it takes the address that the host's name stands for, which on many a machine is its
+    own loopback, where no other host can reach it.
+    """
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+class _OwnInterface(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_name_interface)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class _Torch(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _OwnInterface
+
+
 class _Relay:
     """An actor that carries what the first worker tells to the process the person looks at."""
 
@@ -326,8 +370,8 @@ class _Telling:
         if time.monotonic() - self._told > _TELL_SECONDS:
             self._tell()
 
-    def note(self, text: str) -> None:
-        self._tell("note", text)
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        self._tell("epoch", stage, epoch, figures)
 
     def line(self, text: str) -> None:
         self._tell("line", text)
@@ -376,8 +420,8 @@ class RayWorker:
 
 def _work(config: dict[str, Any]) -> None:
     """What each worker runs, from its start or from where the group was lost."""
-    job: _Job = config["job"]
-    relay = job.relay
+    job: Job = config["job"]
+    relay = config["relay"]
     if ray.get(relay.fault.remote()) is not None:
         return  # a mistake is not mended by trying again
     device = get_device()
@@ -398,6 +442,7 @@ def _work(config: dict[str, Any]) -> None:
             monitor,
             job.stages,
             overwrite=job.overwrite and start == 1,
+            store=as_path(job.store) if job.store else None,
         )
     except (UserError, TrainingError) as error:
         kind = "user" if isinstance(error, UserError) else "training"

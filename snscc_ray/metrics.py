@@ -12,6 +12,8 @@ from torch import Tensor
 
 # A fixed number, whatever K a recipe trains with, so that runs compare.
 HEALTH_NEIGHBORS = 10
+# A fixed number as well, whatever γ is: Train, whose figure this also is, knows no γ.
+CONFIDENT = 0.99
 
 
 def oracle(labels_N: Tensor, clusters_N: Tensor) -> dict[str, float]:
@@ -49,7 +51,6 @@ def health(
     neighbors_NK: Tensor,
     num_clusters: int,
     confidence_N: Tensor | None = None,
-    threshold: float = 0.99,
 ) -> dict[str, float]:
     """Label-free figures of an assignment.
 
@@ -68,7 +69,7 @@ def health(
     }
     if confidence_N is not None:
         figures["health/confidence"] = float(confidence_N.double().mean())
-        figures["health/confident_share"] = float((confidence_N >= threshold).double().mean())
+        figures["health/confident_share"] = float((confidence_N >= CONFIDENT).double().mean())
     return figures
 
 

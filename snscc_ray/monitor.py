@@ -38,7 +38,7 @@ class Screen(Protocol):
 
     def advance(self, steps: int = 1) -> None: ...
 
-    def note(self, text: str) -> None: ...
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
 
     def line(self, text: str) -> None: ...
 
@@ -82,7 +82,7 @@ class Display:
             self._progress.advance(self._progress.task_ids[0], steps)
         elif time.monotonic() - self._shown > _LINE_SECONDS:
             self._shown = time.monotonic()
-            rate = (self._done - self._first) / (self._shown - self._began)
+            rate = max(self._done - self._first, 1e-3) / (self._shown - self._began)
             eta = (self._total - self._done) / rate
             self.console.print(
                 f"{self._stage:8} {self._done}/{self._total} {self._unit}  "
@@ -90,11 +90,10 @@ class Display:
                 highlight=False,
             )
 
-    def note(self, text: str) -> None:
-        """What stands at the end of the bar."""
-        self._note = text
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        self._note = _summary(figures)
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], note=text)
+            self._progress.update(self._progress.task_ids[0], note=self._note)
 
     def counting(self, task: str, unit: str) -> Callable[[int, int], None]:
         """A function that is told (done, total) of a task, now and then."""
@@ -225,7 +224,7 @@ class RunMonitor:
 
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
         self.journal.epoch(stage, epoch, figures)
-        self.screen.note(_summary(figures))
+        self.screen.epoch(stage, epoch, figures)
 
     def warn(self, stage: str, epoch: int, message: str) -> None:
         self.journal.append({"stage": stage, "epoch": epoch, "warning": message})

@@ -100,12 +100,14 @@ def execute(
     stages: tuple[StageName, ...] = STAGES,
     *,
     overwrite: bool = False,
+    store: Path | None = None,
 ) -> Result:
     """Run the stages, reusing those of the same identity that `folder` holds finished.
 
+    With a `store`, which several runs share, each stage has the run folder `home` names there.
     Raises UserError when a stage's parent is neither in `stages` nor finished in the folder.
     """
-    run = _Run(recipe, catalog, data, folder, worker, monitor)
+    run = _Run(recipe, catalog, data, folder, worker, monitor, store)
     run.check_parents(stages, afresh=overwrite)
     if worker.rank == 0:
         remove_leftovers(folder)
@@ -141,8 +143,9 @@ class _Run:
         folder: Path,
         worker: Worker,
         monitor: Monitor,
+        store: Path | None,
     ) -> None:
-        self.recipe, self.catalog, self.folder = recipe, catalog, folder
+        self.recipe, self.catalog, self.folder, self.store = recipe, catalog, folder, store
         self.worker, self.monitor = worker, monitor
         self.context = Context(
             recipe,
@@ -157,16 +160,15 @@ class _Run:
             self.recipe, stage, self.catalog.fingerprint, self.context.data.order_name
         )
 
+    def place(self, stage: StageName) -> Path:
+        """Where the stage's files are."""
+        if self.store is None:
+            return self.folder / stage
+        return home(self.store, stage, self.identity(stage)) / stage
+
     def finished(self, stage: StageName) -> dict[str, Any] | None:
-        """The stage's figures when the folder holds it finished under this identity."""
-        path = self.folder / stage / "stage.json"
-        needed = ["final.pt", "neighbors.parquet"] if stage == "pretrain" else ["final.pt"]
-        if not path.exists() or not all((path.parent / name).exists() for name in needed):
-            return None
-        record = checkpoints.read_json(path)
-        if record["identity"] != self.identity(stage):
-            return None
-        return dict(record["figures"])
+        """The stage's figures when it lies finished in its place under this identity."""
+        return finished(self.place(stage), stage, self.identity(stage))
 
     def check_parents(self, stages: tuple[StageName, ...], *, afresh: bool) -> None:
         """Raises UserError for a stage whose parent is neither asked for nor finished."""
@@ -194,8 +196,8 @@ class _Run:
             figures["seconds"] = round(time.monotonic() - began, 3)
             if self.worker.rank == 0:
                 record = {"identity": self.identity(name), "figures": figures}
-                checkpoints.write_json(self.folder / name / "stage.json", record)
-                (self.folder / name / "latest.pt").unlink(missing_ok=True)
+                checkpoints.write_json(self.place(name) / "stage.json", record)
+                (self.place(name) / "latest.pt").unlink(missing_ok=True)
             distributed.barrier()
         return figures
 
@@ -206,7 +208,7 @@ class _Run:
         figures: dict[str, Any] = stage.finish()
         if self.worker.rank == 0:
             assert stage.mined is not None
-            stage.mined.save(self.folder / "pretrain" / "neighbors.parquet")
+            stage.mined.save(self.place("pretrain") / "neighbors.parquet")
             self._save_final("pretrain", stage.network)
         return figures
 
@@ -248,12 +250,12 @@ class _Run:
 
     def _save_final(self, stage: StageName, network: torch.nn.Module) -> None:
         checkpoints.save(
-            self.folder / stage / "final.pt",
+            self.place(stage) / "final.pt",
             {"identity": self.identity(stage), "network": network.state_dict()},
         )
 
     def _load_final(self, stage: StageName, wanted_by: StageName, into: torch.nn.Module) -> None:
-        path = self.folder / stage / "final.pt"
+        path = self.place(stage) / "final.pt"
         if distributed.from_first(lambda: self.finished(stage)) is None:
             raise self._unfinished(stage, wanted_by)
         checkpoints.load_weights(into, checkpoints.load(path, self.worker.device)["network"], path)
@@ -265,7 +267,7 @@ class _Run:
         return network
 
     def _mined(self) -> MinedNeighbors:
-        return MinedNeighbors.load(self.folder / "pretrain" / "neighbors.parquet")
+        return MinedNeighbors.load(self.place("pretrain") / "neighbors.parquet")
 
     def _clusters(self) -> ClusterNet:
         encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
@@ -294,7 +296,7 @@ class _Run:
     def baselines(self) -> dict[str, dict[str, float]]:
         """k-means on the raw pixels, where there are labels to measure it by and all are held."""
         data = self.context.data
-        if self.catalog.labels is None or not isinstance(data, ResidentData):
+        if self.catalog.labels is None or self.store or not isinstance(data, ResidentData):
             return {}
         path = self.folder / "baselines.json"
         if path.exists():
@@ -310,6 +312,21 @@ class _Run:
         if self.worker.rank == 0:
             checkpoints.write_json(path, {"kmeans_pixels": figures})
         return {"kmeans_pixels": figures}
+
+
+def home(store: Path, stage: StageName, identity: str) -> Path:
+    """The run folder of one stage in a store of stages, found again by what determines it."""
+    return store / f"{stage}-{identity[:16]}"
+
+
+def finished(place: Path, stage: StageName, identity: str) -> dict[str, Any] | None:
+    """The figures of the stage that lies in `place`, if it is finished and of that identity."""
+    path = place / "stage.json"
+    needed = ["final.pt", "neighbors.parquet"] if stage == "pretrain" else ["final.pt"]
+    if not path.exists() or not all((place / name).exists() for name in needed):
+        return None
+    record = checkpoints.read_json(path)
+    return dict(record["figures"]) if record["identity"] == identity else None
 
 
 def final_figures(figures: dict[str, Any]) -> dict[str, float]:

@@ -146,7 +146,9 @@ def test_metrics_lines_are_one_per_epoch_also_after_a_stop(
 
     worker, console = LocalWorker(tmp_path, CPU), Console(quiet=True)
     with pytest.raises(Interrupted):
-        execute_on(tiny, tiny_images, tmp_path, worker, Stopping(Journal(tmp_path), Display(console)))
+        execute_on(
+            tiny, tiny_images, tmp_path, worker, Stopping(Journal(tmp_path), Display(console))
+        )
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "train", "epo')  # as a kill in mid-write leaves it
     monitor = RunMonitor(Journal(tmp_path), Display(console))

@@ -37,7 +37,7 @@ def test_health_by_hand() -> None:
     clusters = torch.tensor([0, 0, 1, 1])
     neighbors = torch.tensor([[1, 2], [0, 3], [3, 0], [2, 1]])
     confidence = torch.tensor([1.0, 0.5, 0.995, 0.1])
-    figures = metrics.health(clusters, neighbors, 2, confidence, threshold=0.99)
+    figures = metrics.health(clusters, neighbors, 2, confidence)
     assert figures["health/neighbor_agreement"] == 0.5
     assert figures["health/balance"] == pytest.approx(1)
     assert figures["health/score"] == pytest.approx(0.5)

@@ -181,7 +181,7 @@ def test_mined_predictions_are_the_mean_over_all_neighbours_by_confidence(
         tiny, tiny_images, "train.mined_from=predictions", f"train.agreement={agreement}"
     )
     stage = train_stage(context)
-    network, mined = pretext(context)
+    _, mined = pretext(context)
     stage.begin_epoch(0)
     said_NHC = probabilities(context, stage.network)
     batch = batch_of(context, torch.arange(7, 20))

@@ -164,19 +164,22 @@ def _folder(path: Path, folders_are_labels: bool, limit: int | None) -> Rows:
             f"no images found below {path} (looked for {' '.join(sorted(EXTENSIONS))}): "
             "give a folder that holds some with --data PATH"
         )
-    labels, classes = None, None
-    if folders_are_labels:
-        loose = next((file for file in files if "/" not in file), None)
-        if loose is not None:
-            raise UserError(
-                f"{path / loose} lies in no sub-folder to take its label from: move it into one, "
-                "or set data.folders_are_labels=false"
-            )
-        folders = [file.split("/", 1)[0] for file in files]
-        classes = tuple(sorted(set(folders)))
-        numbers = {name: number for number, name in enumerate(classes)}
-        labels = np.array([numbers[name] for name in folders[:limit]], np.int64)
-    return _file_rows(path, files[:limit], labels, classes)
+    if not folders_are_labels:
+        return _file_rows(path, files[:limit], None, None)
+    classes = folder_classes(path, files, "set data.folders_are_labels=false")
+    labels = np.array([classes[file.split("/", 1)[0]] for file in files[:limit]], np.int64)
+    return _file_rows(path, files[:limit], labels, tuple(classes))
+
+
+def folder_classes(root: Path, files: list[str], remedy: str) -> dict[str, int]:
+    """The label of each sub-folder of `root`. Raises UserError for a file that lies in none."""
+    loose = next((file for file in files if "/" not in file), None)
+    if loose is not None:
+        raise UserError(
+            f"{root / loose} lies in no sub-folder to take its label from: move it into one, or "
+            f"{remedy}"
+        )
+    return {name: label for label, name in enumerate(sorted({f.split("/", 1)[0] for f in files}))}
 
 
 def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
@@ -221,6 +224,11 @@ def image_files(root: Path) -> Iterator[str]:
                 yield Path(folder, name).relative_to(root).as_posix()
 
 
+def image_id(file: str) -> str:
+    """The name, made UTF-8 if it is not, so that it can be written to any file."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
+
+
 def _remote_image_files(root: Path) -> Iterator[str]:
     url: Any = root
     above = url.path.rstrip("/") + "/"
@@ -232,8 +240,7 @@ def _remote_image_files(root: Path) -> Iterator[str]:
 
 def _refuse(error: OSError) -> None:
     raise UserError(
-        f"cannot list {error.filename} ({error.strerror}): make it readable, or give another "
-        "folder with --data PATH"
+        f"cannot list {error.filename} ({error.strerror}): make it readable, or give another folder"
     )
 
 
@@ -243,8 +250,7 @@ def _file_rows(
     paths = [root / file for file in files]
     return Rows(
         place=str(root),
-        # A name that is not UTF-8 gets an id that is, so that it can be written to any file.
-        ids=[os.fsencode(file).decode("utf-8", "backslashreplace") for file in files],
+        ids=[image_id(file) for file in files],
         batches=in_batches(paths),
         labels=labels,
         class_names=classes,

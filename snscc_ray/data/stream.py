@@ -15,7 +15,7 @@ import logging
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,9 @@ def ray_survey(
         return conclude(rows, data, slices, _findings(found), progress)
 
 
-def ray_resident(rows: Rows, data: DataSettings) -> tuple[ray.data.Dataset, StreamedSet]:
+def ray_resident(
+    rows: Rows, data: DataSettings, *, progress: Callable[[int, int], None] | None = None
+) -> tuple[ray.data.Dataset, StreamedSet]:
     """Decode a whole set once, into the cluster's object store; workers call `resident_images`.
 
     It stays there for as long as the first of the two is referred to.
@@ -72,7 +74,7 @@ def ray_resident(rows: Rows, data: DataSettings) -> tuple[ray.data.Dataset, Stre
     held = _dataset(slices, image_bytes(data), work, _cpus(), _STORE_BYTES).materialize()
     about = held.select_columns(["error", "findings"], num_cpus=0)
     with closing(_rows_of(about)) as found:
-        return held, conclude(rows, data, slices, _findings(found))
+        return held, conclude(rows, data, slices, _findings(found), progress)
 
 
 def resident_images(
@@ -164,12 +166,23 @@ def _grouped(
         yield first, group
 
 
+@cache
+def _stay() -> Any:
+    """Keep this process for the tasks of later epochs: it took seconds of imports to start.
+
+    Ray ends idle processes where no CPU is free, as is the rule beside training workers, but none
+    that owns an object. They end with the job.
+    """
+    return ray.put(None)
+
+
 def _run(table: pa.Table, work: Callable[[Sequence[Slice], int], pa.Table]) -> pa.Table:
+    _stay()
     first, slices = pickle.loads(table["work"][0].as_py())
     try:
         return work(slices, first)
     except UserError as error:
-        return pa.table({"error": [str(error)]})
+        return pa.table({"error": [str(error)], "findings": pa.nulls(1, pa.binary())})
 
 
 def _rows_of(

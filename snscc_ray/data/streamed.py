@@ -325,7 +325,8 @@ class StreamedData:
         return out.to(self._device, non_blocking=True)
 
     def _batch(self, rows_B: Tensor, parts: list[Tensor], viewer: Viewer | None) -> Batch:
-        rows_B = rows_B.to(self._device)
+        if self._device.type == "cuda":
+            rows_B = rows_B.pin_memory().to(self._device, non_blocking=True)
         if viewer is None:
             return Batch(parts[0], rows_B, len(rows_B))
         none = torch.empty(0, self.streamed.channels, 1, 1, dtype=torch.uint8)

@@ -73,7 +73,6 @@ class Context:
             neighbors_NK,
             self.recipe.data.num_clusters,
             confidence_N,
-            self.recipe.boost.confidence_threshold,
         )
         if self.labels_N is not None:
             figures |= metrics.oracle(self.labels_N, clusters_N)

@@ -1,0 +1,416 @@
+"""Sweeps on Ray Tune: each distinct stage is one trial of Tune, trained once for all who need it.
+
+Nothing but the folder of stages says what has been done: the same command finds what is finished
+by its identity, continues what was begun, and trains the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import psutil
+import ray
+import torch
+from ray import tune
+from ray.tune.logger import TBXLoggerCallback
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+from rich.console import Console
+
+from snscc_ray import recipes
+from snscc_ray.cluster import Scale, check_visible
+from snscc_ray.config import STAGES, Recipe, StageName
+from snscc_ray.data.imageset import Catalog, Rows, assemble
+from snscc_ray.data.resident import Images, ResidentData
+from snscc_ray.data.sources import list_rows
+from snscc_ray.data.stream import ray_survey
+from snscc_ray.data.streamed import choose_mode
+from snscc_ray.engine import Interrupted
+from snscc_ray.errors import UserError
+from snscc_ray.launch import Job as GroupJob
+from snscc_ray.launch import load_array, load_streamed, some_files, train_group
+from snscc_ray.monitor import Display, Journal, RunMonitor
+from snscc_ray.paths import is_url
+from snscc_ray.run import check, check_streamed, execute
+from snscc_ray.sweep_plan import Job, Ledger, searched
+from snscc_ray.workers import LocalWorker, choose_device
+
+# Tune's own reports on every trial; ours are a bar and a table.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+Scheduler = Literal["none", "asha", "median"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a sweep is searched, and what each of its trials takes."""
+
+    scheduler: Scheduler = "none"
+    metric: str = "health/score"
+    grace: int = 1  # epochs before ASHA may stop a trial
+    reduction: float = 3.0  # ASHA keeps one in so many at each rung
+    workers_per_trial: int = 1
+    cpus_per_trial: float = 1.0  # of each worker
+    gpus_per_trial: float = 0.0
+    max_concurrent: int | None = None
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What every trial needs; lies in the object store."""
+
+    catalog: Catalog
+    load: Callable[[torch.device], Images]
+    ledger: Ledger
+    options: Options
+
+
+class Session:
+    """Ray and the images of a sweep, ready for its trials."""
+
+    def __init__(self, recipe: Recipe, folder: Path, options: Options, console: Console) -> None:
+        self.recipe, self.options, self.display = recipe, options, Display(console)
+        self.folder = folder if is_url(folder) else folder.absolute()
+        # Beside the sweep: what one has trained, the next one finds.
+        self.ledger = Ledger(self.folder.parent / "stages", self.folder)
+        rows = list_rows(recipe.data)
+        check(recipe, len(rows.ids), 1)
+        check_visible(self.folder, some_files(rows))
+        self.concurrent = _places(options)
+        self.catalog, self.load = self._read(rows)
+        self.display.finish()
+        # Once, here, for what the order of the epochs is called.
+        self.order_name = self.load(torch.device("cpu")).order_name
+        self._shared = ray.put(_Shared(self.catalog, self.load, self.ledger, options))
+
+    def _read(self, rows: Rows) -> tuple[Catalog, Callable[[torch.device], Images]]:
+        data = self.recipe.data
+        # Each trial holds the set, and the object store holds it once.
+        free = psutil.virtual_memory().available // (self.concurrent + 1)
+        mode, why = choose_mode(data, len(rows.ids), free, rows.streamable)
+        progress = self.display.counting("reading", "images")
+        if mode == "stream":
+            self.display.line(f"images streamed: {why}")
+            check_streamed(self.recipe)
+            streamed = ray_survey(rows, data, progress=progress)
+            return streamed.catalog, partial(load_streamed, ray.put(streamed), data.memory_mb)
+        images = assemble(rows, data, self.recipe.runtime.decode_workers, progress)
+        return images.catalog, partial(load_array, ray.put(images.images.numpy()))
+
+    def train(self, stage: StageName, jobs: Sequence[Job]) -> None:
+        """Train a level of stages whose parents are finished. Raises Interrupted on Ctrl-C.
+
+        A job that fails is tried again once, and then recorded in its home with the reason.
+        """
+        open_jobs = [job for job in jobs if not self.ledger.ended(job)]
+        if not open_jobs:
+            return
+        for job in open_jobs:
+            self.ledger.forget("failed", job.identity)
+        epochs = {job.identity: getattr(job.recipe, stage).epochs for job in open_jobs}
+        began = [len(self.ledger.lines(stage, job.identity)) for job in open_jobs]
+        self.display.start(stage, 1, sum(epochs.values()), sum(began), "epochs")
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(_trainable, given=self._shared, jobs=list(open_jobs)),
+                self._resources(),
+            ),
+            param_space={
+                "trial": tune.grid_search(
+                    [
+                        {"job": number, "seed": job.seed, **job.overrides}
+                        for number, job in enumerate(open_jobs)
+                    ]
+                )
+            },
+            tune_config=tune.TuneConfig(
+                scheduler=self._scheduler(stage, jobs, open_jobs),
+                max_concurrent_trials=self.concurrent,
+                reuse_actors=self.options.workers_per_trial == 1,
+            ),
+            run_config=self._run_config(stage),
+        )
+        results = tuner.fit()
+        self.display.finish()
+        errors = {
+            open_jobs[result.config["trial"]["job"]].identity: result.error
+            for result in results
+            if result.error is not None and result.config
+        }
+        left = []
+        for job in open_jobs:
+            if self.ledger.ended(job):
+                continue
+            if job.identity in errors:
+                reason = _reason(errors[job.identity])
+                self.ledger.write("failed", job.identity, {"reason": reason})
+                self.display.line(f"failed: {stage} of {job.overrides}, seed {job.seed}: {reason}")
+            else:
+                left.append(job)
+        if left:
+            raise Interrupted
+
+    def measure(self) -> dict[StageName, tuple[float, float]]:
+        """Seconds of each stage: for what is done once, and for an epoch; from a few real steps.
+
+        Measured where a trial would run. Empty for a streamed set.
+        """
+        if self.order_name != ResidentData.order_name:
+            return {}
+        task = ray.remote(_measure).options(
+            num_cpus=self.options.cpus_per_trial, num_gpus=self.options.gpus_per_trial
+        )
+        return dict(ray.get(task.remote(self._shared, self.recipe)))
+
+    def _resources(self) -> dict[str, float]:
+        if self.options.workers_per_trial > 1:
+            return {"CPU": 0}  # the trial itself only waits for its workers
+        found = {"CPU": self.options.cpus_per_trial}
+        return found | ({"GPU": self.options.gpus_per_trial} if self.options.gpus_per_trial else {})
+
+    def _scheduler(
+        self, stage: StageName, jobs: Sequence[Job], open_jobs: Sequence[Job]
+    ) -> TrialScheduler:
+        options = self.options
+        epochs = max(getattr(job.recipe, stage).epochs for job in jobs)
+        makers: dict[str, Callable[[], TrialScheduler]] = {
+            "asha": lambda: AsyncHyperBandScheduler(
+                time_attr="epoch",
+                metric=options.metric,
+                mode="max",
+                max_t=max(epochs, 1),
+                grace_period=min(options.grace, max(epochs, 1)),
+                reduction_factor=options.reduction,
+                stop_last_trials=False,  # the last epoch is not the end: the stage is finished then
+            ),
+            "median": lambda: MedianStoppingRule(
+                time_attr="epoch", metric=options.metric, mode="max", grace_period=options.grace
+            ),
+        }
+        make = makers.get(options.scheduler)
+        if make is None or not searched(jobs):
+            return FIFOScheduler()
+        return _PerSeed(make, jobs, open_jobs, self.ledger)
+
+    def _run_config(self, stage: StageName) -> tune.RunConfig:
+        filesystem, storage = None, str(self.folder / "tune")
+        if is_url(self.folder):
+            from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+            place: Any = self.folder / "tune"
+            filesystem, storage = PyFileSystem(FSSpecHandler(place.fs)), place.path
+        return tune.RunConfig(
+            name=f"{stage}-{int(time.time())}",
+            storage_path=storage,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=[TBXLoggerCallback(), _Progress(self.display)],
+            verbose=0,
+        )
+
+
+class _PerSeed(FIFOScheduler):
+    """One scheduler for each seed: a trial is compared with those of its own start only.
+
+    Writes each decision to stop down at once; it is final, also for a sweep that is continued.
+    What ended before the sweep was continued is told to the schedulers first.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], TrialScheduler],
+        jobs: Sequence[Job],
+        open_jobs: Sequence[Job],
+        ledger: Ledger,
+    ) -> None:
+        super().__init__()
+        self._schedulers = {job.seed: make() for job in jobs}
+        self._jobs, self._ledger = open_jobs, ledger
+        for job in jobs:
+            if job not in open_jobs:
+                self._replay(job)
+
+    def _replay(self, job: Job) -> None:
+        trial: Any = SimpleNamespace(trial_id=job.identity)
+        scheduler = self._schedulers[job.seed]
+        scheduler.on_trial_add(None, trial)
+        for line in self._ledger.lines(job.stage, job.identity):
+            scheduler.on_trial_result(None, trial, line | {"epoch": line["epoch"] + 1})
+
+    def _of(self, trial: Any) -> TrialScheduler:
+        return self._schedulers[trial.config["trial"]["seed"]]
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = self._of(trial).on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            job = self._jobs[trial.config["trial"]["job"]]
+            figures = {name: result[name] for name in result if name.startswith(_KEPT)}
+            record = {"epoch": result["epoch"], "figures": figures}
+            self._ledger.write("stopped", job.identity, record)
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
+        self._of(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_error(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_remove(tune_controller, trial)
+
+
+_KEPT = ("health/", "oracle/", "loss/")
+
+
+class _Progress(tune.Callback):
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes down its callbacks to restore them, which we never do
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._display.advance()
+
+
+def _places(options: Options) -> int:
+    """How many trials fit at a time. Raises UserError when not even one does."""
+    there = ray.cluster_resources()
+    wanted = {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial}
+    fits = [
+        int(there.get(kind, 0) / (amount * options.workers_per_trial) + 1e-6)
+        for kind, amount in wanted.items()
+        if amount
+    ]
+    places = min(fits, default=1)
+    if places < 1:
+        have = " and ".join(f"{there.get(kind, 0):g} {kind}" for kind in wanted)
+        need = " and ".join(
+            f"{amount * options.workers_per_trial:g} {kind}" for kind, amount in wanted.items()
+        )
+        raise UserError(
+            f"a trial takes {need} and there are {have} in all: lower --workers-per-trial, "
+            "--cpus-per-trial or --gpus-per-trial"
+        )
+    return min(places, options.max_concurrent or places)
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of a trial's error, which says what happened."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return said[-1][:300] if said else type(error).__name__
+
+
+# -------------------------------------------------------------------------------- in the trials
+
+# Steps of each stage that the time of a sweep is estimated from.
+_MEASURED_STEPS = 4
+
+
+def _measure(shared: _Shared, recipe: Recipe) -> dict[StageName, tuple[float, float]]:
+    """Run all stages for one epoch of a few batches, and scale up."""
+    device = choose_device("cuda" if shared.options.gpus_per_trial else "cpu")
+    largest = max(getattr(recipe, stage).batch_size for stage in STAGES)
+    rows = len(shared.catalog)
+    few = min(rows, _MEASURED_STEPS * largest)
+    held = shared.load(torch.device("cpu"))
+    assert isinstance(held, ResidentData)
+    catalog = replace(
+        shared.catalog,
+        ids=shared.catalog.ids[:few],
+        labels=None if shared.catalog.labels is None else shared.catalog.labels[:few],
+    )
+    short = recipes.override(recipe, [f"{stage}.epochs=1" for stage in STAGES])
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        monitor = RunMonitor(Journal(folder), _Nowhere())
+        data = ResidentData(held.images_NCHW[:few], device)
+        result = execute(short, catalog, data, folder, LocalWorker(folder, device), monitor)
+        monitor.finish()
+        speed = {
+            line["stage"]: line["images_per_second"]
+            for text in (folder / "metrics.jsonl").read_text().splitlines()
+            if "images_per_second" in (line := json.loads(text))
+        }
+    found: dict[StageName, tuple[float, float]] = {}
+    for stage in STAGES:
+        epoch = few / speed[stage]
+        fixed = max(result.figures["stages"][stage]["seconds"] - epoch, 0)
+        found[stage] = fixed * rows / few, epoch * rows / few
+    return found
+
+
+class _Nowhere:
+    """A `Screen` nobody looks at."""
+
+    def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
+
+    def advance(self, steps: int = 1) -> None: ...
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class _Telling(_Nowhere):
+    """A `Screen` whose figures go to Tune, which may stop the trial for them."""
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        tune.report({**figures, "epoch": epoch + 1})
+
+
+def _trainable(config: dict[str, Any], given: _Shared, jobs: Sequence[Job]) -> None:
+    """Train one stage, from its beginning or from where it was left."""
+    job = jobs[config["trial"]["job"]]
+    store = given.ledger.store
+    if given.ledger.finished(job):
+        return  # tried again after it had been written
+    folder, options = given.ledger.home(job), given.options
+    if options.workers_per_trial > 1:
+        scale = Scale(
+            (options.workers_per_trial, options.workers_per_trial),
+            gpu=options.gpus_per_trial > 0,
+            cpus=options.cpus_per_trial,
+        )
+        group = GroupJob(
+            job.recipe, str(folder), (job.stage,), False, ray.put(given.catalog), given.load,
+            str(store),
+        )  # fmt: skip
+        train_group(group, scale, {}, _Telling())
+        return
+    device = choose_device("cuda" if options.gpus_per_trial else "cpu")
+    monitor = RunMonitor(Journal(folder), _Telling())
+    try:
+        execute(
+            job.recipe,
+            given.catalog,
+            given.load(device),
+            folder,
+            LocalWorker(folder, device),
+            monitor,
+            (job.stage,),
+            store=store,
+        )
+    finally:
+        monitor.finish()

@@ -1,0 +1,266 @@
+"""`snscc sweep` from its space to its table, figure and verdicts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from snscc_ray import checkpoints, sweep_results
+from snscc_ray.cluster import Scale, connected
+from snscc_ray.config import STAGES, Recipe, StageName
+from snscc_ray.errors import UserError
+from snscc_ray.figures import draw
+from snscc_ray.identity import stage_identity
+from snscc_ray.monitor import Journal
+from snscc_ray.run_folder import remove_tree
+from snscc_ray.sweep import Options, Session
+from snscc_ray.sweep_plan import (
+    Job,
+    Ledger,
+    Trial,
+    jobs_of,
+    row_of,
+    trials_of,
+)
+from tune_spaces import load
+from tune_spaces.space import Space
+
+_PLAN, _NOTES = "sweep.json", "results.md"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a sweep found."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    text: str
+
+
+def run_sweep(
+    name: str,
+    recipe: Recipe,
+    folder: Path,
+    options: Options,
+    console: Console,
+    *,
+    seeds: int = 3,
+    samples: int | None = None,
+    overwrite: bool = False,
+) -> Summary:
+    """Run every trial of a space, sharing the stages they have in common.
+
+    The same call again goes on where it was left. Raises UserError, or Interrupted.
+    """
+    space = load(name)(recipe)
+    began = time.monotonic()
+    _prepare_folder(folder, recipe, space, seeds, samples, overwrite=overwrite)
+    with connected(Scale((1, 1), address=options.address)):
+        session = Session(recipe, folder, options, console)
+
+        def identity(own: Recipe, stage: StageName) -> str:
+            return stage_identity(own, stage, session.catalog.fingerprint, session.order_name)
+
+        trials = trials_of(space, recipe, seeds, identity, samples)
+        jobs = jobs_of(trials)
+        _say_plan(console, session, jobs, len(trials))
+        for stage in STAGES:
+            ready = [
+                job
+                for job in jobs[stage]
+                if job.parent is None or _parent_finished(job, session.ledger)
+            ]
+            session.train(stage, ready)
+        rows = [row_of(trial, space, session.ledger) for trial in trials]
+        curves = _curves(trials, session.ledger)
+        _write_hyperparameters(trials, rows, session.folder)
+    text = "\n\n".join(
+        [
+            *_findings(space, rows, options.metric, session.folder, curves),
+            _cost(trials, jobs, session.ledger),
+            f"This call took {time.monotonic() - began:.0f} s.",
+        ]
+    )
+    whole = f"{sweep_results.markdown(space, rows)}\n\n{text}\n"
+    checkpoints.write_whole(session.folder / _NOTES, lambda file: file.write(whole.encode()))
+    return Summary(folder, rows, text)
+
+
+def _prepare_folder(
+    folder: Path, recipe: Recipe, space: Space, seeds: int, samples: int | None, *, overwrite: bool
+) -> None:
+    """Refuse a folder that holds another sweep. Raises UserError."""
+    path = folder / _PLAN
+    described = {
+        "space": space.name,
+        "points": [dict(point.overrides) for point in space.points],
+        "seeds": seeds,
+        "samples": samples,
+        "recipe": recipe.model_dump(mode="json", exclude={"runtime"}),
+    }
+    described = json.loads(json.dumps(described))
+    if overwrite:
+        for ours in ("stopped", "failed", "tune", "tensorboard"):
+            remove_tree(folder / ours)
+    elif path.exists():
+        held = checkpoints.read_json(path)
+        for name, value in described.items():
+            if held.get(name) != value:
+                raise UserError(
+                    f"{folder} holds a sweep with another {name}; use another --out, or "
+                    "--overwrite to replace it"
+                )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} already holds files that are no sweep; use another --out")
+    checkpoints.write_json(path, described)
+
+
+def _parent_finished(job: Job, ledger: Ledger) -> bool:
+    before = STAGES[STAGES.index(job.stage) - 1]
+    return job.parent is not None and ledger.figures(before, job.parent) is not None
+
+
+# ------------------------------------------------------------------------------------ the plan
+
+
+def _say_plan(
+    console: Console, session: Session, jobs: dict[StageName, list[Job]], trials: int
+) -> None:
+    ledger = session.ledger
+    left = {stage: [job for job in jobs[stage] if not ledger.ended(job)] for stage in STAGES}
+    seconds = session.measure() if any(left.values()) else {}
+    table = Table("stage", "to train", "reused", "already there", "epochs", "minutes", box=None)
+    total = 0.0
+    for stage in STAGES:
+        if not jobs[stage]:
+            continue
+        epochs = sum(
+            getattr(job.recipe, stage).epochs - len(ledger.lines(stage, job.identity))
+            for job in left[stage]
+        )
+        minutes = 0.0
+        if seconds:
+            fixed, per_epoch = seconds[stage]
+            minutes = (fixed * len(left[stage]) + per_epoch * epochs) / 60
+        total += minutes
+        table.add_row(
+            stage,
+            str(len(left[stage])),
+            str(trials - len(jobs[stage])) if stage in jobs else "0",
+            str(len(jobs[stage]) - len(left[stage])),
+            str(epochs),
+            f"{minutes:.1f}" if seconds else "-",
+        )
+    console.print(f"{trials} trials, {session.concurrent} at a time:", highlight=False)
+    console.print(table)
+    if seconds:
+        about = total / session.concurrent
+        console.print(
+            f"about {about:.1f} minutes, from steps measured just now "
+            f"(from scratch, one after the other: {_scratch(jobs, trials, seconds):.1f})",
+            highlight=False,
+        )
+
+
+def _scratch(
+    jobs: dict[StageName, list[Job]], trials: int, seconds: dict[StageName, tuple[float, float]]
+) -> float:
+    """Minutes that the trials would take if each trained all of its stages itself."""
+    total = 0.0
+    for stage, found in jobs.items():
+        if found:
+            fixed, per_epoch = seconds[stage]
+            mean = sum(getattr(job.recipe, stage).epochs for job in found) / len(found)
+            total += trials * (fixed + per_epoch * mean)
+    return total / 60
+
+
+def _cost(trials: Sequence[Trial], jobs: dict[StageName, list[Job]], ledger: Ledger) -> str:
+    """What sharing stages saved, in stages and in measured seconds."""
+    shared = sum(len(found) for found in jobs.values())
+    apart = sum(len(trial.chain) for trial in trials)
+    spent = {
+        job.identity: (ledger.figures(stage, job.identity) or {"seconds": 0.0})["seconds"]
+        for stage, found in jobs.items()
+        for job in found
+    }
+    seconds = sum(spent.values())
+    scratch = sum(spent[identity] for trial in trials for identity in trial.chain.values())
+    share = seconds / scratch if scratch else 1.0
+    return (
+        f"{shared} stages trained for {apart} that the trials consist of: {seconds:.0f} s of "
+        f"training in place of {scratch:.0f} s ({share:.2f} of retraining each)."
+    )
+
+
+# ---------------------------------------------------------------------------------- the result
+
+
+def _findings(
+    space: Space,
+    rows: list[dict[str, Any]],
+    metric: str,
+    folder: Path,
+    curves: dict[str, dict[int, list[dict[str, Any]]]] | None,
+) -> list[str]:
+    """Write the table and the figure; what they say, in sentences."""
+    sweep_results.write_table(rows, folder)
+    figures = draw(space, rows, folder, curves)
+    last = space.stages[-1]
+    truth = sweep_results.shown_metrics(rows)[0]
+    said = [_best_line(space, sweep_results.best_setting(rows, metric, last), metric)]
+    said += [sweep_results.judge(claim, rows, truth).text for claim in space.claims]
+    said += sweep_results.shortfalls(space, rows)
+    found = sweep_results.rank_correlation(rows, metric, stage=last)
+    if found.pooled is not None and metric != truth:
+        seeds = ", ".join("-" if r is None else f"{r:.2f}" for r in found.per_seed.values())
+        said.append(
+            f"{metric} ranks the {found.trials} trials as ACC does by {found.pooled:.2f} "
+            f"(Spearman; seed by seed {seeds})."
+        )
+    return [*said, "Figures: " + ", ".join(str(path) for path in figures)]
+
+
+def _best_line(space: Space, best: sweep_results.Best | None, metric: str) -> str:
+    if best is None:
+        return f"No trial has {metric}: there is no best setting."
+    one = "one seed, no interval"
+    spread = one if best.interval is None else f"± {best.interval:.3f}, 95 %, {best.seeds} seeds"
+    return f"Best by {metric}: {space.axis} {best.label}, {best.mean:.3f} ({spread})."
+
+
+def _curves(trials: Sequence[Trial], ledger: Ledger) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """The figures of every epoch of each trial, for figures that are drawn over epochs."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for trial in trials:
+        epochs = [
+            line
+            for stage, identity in trial.chain.items()
+            if stage != "pretrain"
+            for line in ledger.lines(stage, identity)
+        ]
+        found.setdefault(trial.point.label, {})[trial.seed] = epochs
+    return found
+
+
+def _write_hyperparameters(
+    trials: Sequence[Trial], rows: list[dict[str, Any]], folder: Path
+) -> None:
+    """A line of TensorBoard's HPARAMS page for each trial."""
+    for trial, row in zip(trials, rows, strict=True):
+        figures = {
+            name: float(value)
+            for name, value in row.items()
+            if name.split("/")[0] in STAGES and isinstance(value, int | float)
+        }
+        name = f"{trial.point.label}-seed{trial.seed}".replace("/", "-").replace(" ", "")
+        journal = Journal(folder / "tensorboard" / name)
+        journal.hyperparameters(dict(trial.point.overrides) | {"seed": trial.seed}, figures)
+        journal.finish()
