@@ -34,6 +34,10 @@ app = typer.Typer(
 )
 out = Console()
 _SCALE = "Scale out"  # a panel of the help
+_METRICS = (
+    "health/score", "health/neighbor_agreement", "health/balance", "health/confidence",
+    "oracle/acc", "oracle/nmi", "oracle/ari",
+)  # fmt: skip
 
 # Older typers raise click's own usage error, newer ones that of the click inside them.
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -220,6 +224,8 @@ def sweep(
 
     if scheduler not in ("none", "asha", "median"):
         raise UserError(f"--scheduler {scheduler}: use none, asha or median")
+    if metric not in _METRICS:
+        raise UserError(f"--metric {metric}: use one of {', '.join(_METRICS)}")
     overrides = _overrides(settings, seed, data)
     chosen = recipes.override(recipes.get(recipe), overrides)
     label = space.replace(".py:", "-").replace("/", "-")

@@ -166,7 +166,8 @@ def _check_fits(bundle: dict[str, float], fewest: int) -> None:
     for kind, amount in bundle.items():
         fit = math.floor(there.get(kind, 0) / amount) if amount else fewest
         if fit < fewest:
-            mend = f"use --workers {fit}" if fit else "leave --gpu out"
+            without = "leave --gpu out" if kind == "GPU" else "ask for fewer --cpus-per-worker"
+            mend = f"use --workers {fit}" if fit else without
             raise UserError(
                 f"--workers {fewest} of {_amount(bundle)} each do not fit on this machine: "
                 f"{_free()}; {mend}, or join a cluster with --address"

@@ -61,9 +61,15 @@ def run_sweep(
     """
     space = load(name)(recipe)
     began = time.monotonic()
-    _prepare_folder(folder, recipe, space, seeds, samples, overwrite=overwrite)
+    described = _describe(recipe, space, seeds, samples)
+    if not overwrite:
+        _refuse_another(folder, described)
     with connected(Scale((1, 1), address=options.address)):
         session = Session(recipe, folder, options, console)
+        if overwrite:  # the table and what was stopped or lost; finished stages stay what they are
+            for ours in ("stopped", "failed", "tune", "tensorboard"):
+                remove_tree(session.folder / ours)
+        checkpoints.write_json(session.folder / _PLAN, described)
 
         def identity(own: Recipe, stage: StageName) -> str:
             return stage_identity(own, stage, session.catalog.fingerprint, session.order_name)
@@ -93,11 +99,8 @@ def run_sweep(
     return Summary(folder, rows, text)
 
 
-def _prepare_folder(
-    folder: Path, recipe: Recipe, space: Space, seeds: int, samples: int | None, *, overwrite: bool
-) -> None:
-    """Refuse a folder that holds another sweep. Raises UserError."""
-    path = folder / _PLAN
+def _describe(recipe: Recipe, space: Space, seeds: int, samples: int | None) -> dict[str, Any]:
+    """What makes a sweep this one and no other, as JSON holds it."""
     described = {
         "space": space.name,
         "points": [dict(point.overrides) for point in space.points],
@@ -105,21 +108,22 @@ def _prepare_folder(
         "samples": samples,
         "recipe": recipe.model_dump(mode="json", exclude={"runtime"}),
     }
-    described = json.loads(json.dumps(described))
-    if overwrite:
-        for ours in ("stopped", "failed", "tune", "tensorboard"):
-            remove_tree(folder / ours)
-    elif path.exists():
-        held = checkpoints.read_json(path)
-        for name, value in described.items():
-            if held.get(name) != value:
-                raise UserError(
-                    f"{folder} holds a sweep with another {name}; use another --out, or "
-                    "--overwrite to replace it"
-                )
-    elif folder.exists() and any(folder.iterdir()):
+    return dict(json.loads(json.dumps(described)))
+
+
+def _refuse_another(folder: Path, described: dict[str, Any]) -> None:
+    """Refuse a folder that holds another sweep, or something else. Raises UserError."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / _PLAN).exists():
         raise UserError(f"{folder} already holds files that are no sweep; use another --out")
-    checkpoints.write_json(path, described)
+    held = checkpoints.read_json(folder / _PLAN)
+    for name, value in described.items():
+        if held.get(name) != value:
+            raise UserError(
+                f"{folder} holds a sweep with another {name}; use another --out, or --overwrite "
+                "to replace it"
+            )
 
 
 def _parent_finished(job: Job, ledger: Ledger) -> bool:

@@ -1,0 +1,205 @@
+"""Sweeps as a person runs them: real trials, real kills."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.ray_tools import FEW_CHECKPOINTS, Ray, own_ray, refused, sets
+
+SPACE = '''
+from tune_spaces.space import Claim, Point, Space
+
+def space(recipe):
+    """Two settings of Train times two of Boost."""
+    points = tuple(
+        Point(f"K {k}, γ {g}", {"train.num_neighbors": k, "boost.confidence_threshold": g})
+        for k in (3, 5) for g in (0.2, 0.3)
+    )
+    claim = Claim("K 5, γ 0.3", "boost", "the last is the best", "nowhere")
+    return Space("mine", "Mine", points, "K and γ", ("train", "boost"), claims=(claim,))
+
+def broken(recipe):
+    points = (Point("sound", {}), Point("wild", {"train.learning_rate": 1e30}))
+    return Space("broken", "Broken", points, "rate", ("train",))
+'''
+# What a sweep measures of time, and what it says of the stages it found finished.
+TIMES = ("seconds", "images_per_second")
+
+
+@pytest.fixture(scope="module")
+def spaces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("spaces") / "my_space.py"
+    file.write_text(SPACE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Ray]:
+    with own_ray() as started:
+        yield started
+
+
+def command(spaces: Path, folder: Path, *more: object, name: str = "space") -> list[object]:
+    few = sets(*FEW_CHECKPOINTS)
+    return ["sweep", f"{spaces}:{name}", *few, "--seeds", 2, "--out", folder, *more]
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    return [
+        {name: value for name, value in row.items() if name.split("/")[-1] not in TIMES}
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(ray: Ray, spaces: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A sweep that nothing happens to, and what it said."""
+    folder = tmp_path_factory.mktemp("whole") / "sweep"
+    done = ray.snscc(*command(spaces, folder)).wait()
+    return folder, done.out
+
+
+def test_a_sweep_leaves_a_table_a_figure_and_verdicts(whole: tuple[Path, str]) -> None:
+    folder, said = whole
+    rows = table(folder)
+    assert len(rows) == 8 and {row["status"] for row in rows} == {"finished"}
+    assert {row["seed"] for row in rows} == {0, 1}
+    assert {row["train.num_neighbors"] for row in rows} == {3, 5}
+    assert all(0 < row["boost/oracle/acc"] <= 1 and row["boost/epochs"] == 3 for row in rows)
+    assert Image.open(folder / "mine.png").width > 300 and (folder / "mine.svg").exists()
+    assert (folder / "results.csv").read_text().count("\n") == 9
+    assert "| K 5, γ 0.3 |" in (folder / "results.md").read_text()
+    assert "8 trials" in said and "about" in said
+    assert "Best by health/score" in said and "the last is the best (nowhere)" in said
+    # Two of Pretrain, four of Train, eight of Boost; and as many in the store.
+    assert "14 stages trained for 24" in said
+    stages = sorted(path.name.split("-")[0] for path in (folder.parent / "stages").iterdir())
+    assert stages == ["boost"] * 8 + ["pretrain"] * 2 + ["train"] * 4
+
+
+def test_tensorboard_can_compare_the_trials(whole: tuple[Path, str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs = sorted((whole[0] / "tensorboard").iterdir())
+    assert len(runs) == 8
+    events = EventAccumulator(str(runs[0]))
+    events.Reload()
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"train.num_neighbors" in start and b"seed" in start
+
+
+def test_the_same_command_again_trains_nothing(
+    ray: Ray, spaces: Path, whole: tuple[Path, str]
+) -> None:
+    folder, _ = whole
+    stages = folder.parent / "stages"
+    before = {path: path.stat().st_mtime_ns for path in stages.rglob("*") if path.is_file()}
+    rows = table(folder)
+    ray.snscc(*command(spaces, folder)).wait()
+    assert {p: p.stat().st_mtime_ns for p in stages.rglob("*") if p.is_file()} == before
+    assert table(folder) == rows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_sweep_killed_at_random_moments_ends_with_the_same_table(
+    ray: Ray, spaces: Path, whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder, kills, draw = tmp_path / "sweep", 0, random.Random(0)
+    while kills < 10:
+        running = ray.snscc(*command(spaces, folder))
+        # From before the first trial to the last stage, further on as more is done.
+        time.sleep(draw.uniform(5, 25))
+        if running.process.poll() is not None:
+            break
+        running.send(signal.SIGKILL)
+        running.wait(-signal.SIGKILL)
+        kills += 1
+        for left in ray.processes():
+            left.kill()
+    assert kills >= 3
+    ray.snscc(*command(spaces, folder)).wait()
+    assert table(folder) == table(whole[0])
+
+
+def test_a_trial_that_fails_is_said_and_the_others_end(
+    ray: Ray, spaces: Path, whole: tuple[Path, str]
+) -> None:
+    folder = whole[0].parent / "broken"  # beside the first, whose Pretrain it finds
+    done = ray.snscc(*command(spaces, folder, name="broken")).wait()
+    rows = table(folder)
+    by_point = {(row["point"], row["seed"]): row for row in rows}
+    for seed in (0, 1):
+        assert by_point["sound", seed]["status"] == "finished"
+        lost = by_point["wild", seed]
+        assert lost["status"] == "failed" and "nan-loss" in lost["reason"]
+    assert "wild" in done.out and "nan-loss" in done.out
+    names = [path.name for path in (folder.parent / "stages").iterdir()]
+    assert sum(name.startswith("pretrain") for name in names) == 2
+
+
+def test_asha_stops_trials_that_fall_behind(
+    ray: Ray, spaces: Path, whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "asha"
+    more = ["--scheduler", "asha", "--grace", 1, "--max-concurrent", 1]
+    done = ray.snscc(*command(spaces, folder, *more)).wait()
+    rows = table(folder)
+    stopped = [row for row in rows if row["status"] == "stopped"]
+    assert stopped and len(stopped) < len(rows)
+    assert all(row["stopped_at"].split()[0] in ("train", "boost") for row in stopped)
+    assert "stopped" in done.out
+    full = {(row["point"], row["seed"]): row for row in table(whole[0])}
+    for row in rows:
+        if row["status"] == "finished":  # the same stages as in the full sweep
+            assert row == full[row["point"], row["seed"]]
+
+
+@pytest.mark.slow
+def test_a_trial_of_two_workers_is_that_of_one(
+    ray: Ray, spaces: Path, whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "two"
+    more = ["--workers-per-trial", 2, "--cpus-per-trial", 0.5, "--samples", 1]
+    ray.snscc(*command(spaces, folder, *more)).wait()
+    full = {(row["point"], row["seed"]): row for row in table(whole[0])}
+    rows = table(folder)
+    assert len(rows) == 2
+    for row in rows:
+        one = full[row["point"], row["seed"]]
+        assert row["pretrain/oracle/acc"] == pytest.approx(one["pretrain/oracle/acc"], abs=0.02)
+        assert row["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--cpus-per-trial", 999], ["a trial takes 999 CPU", "--cpus-per-trial"]),
+        (["--gpus-per-trial", 1], ["1 GPU", "--gpus-per-trial"]),
+        (["--scheduler", "best"], ["--scheduler best", "asha"]),
+        (["--metric", "accuracy"], ["--metric accuracy", "health/score"]),
+        (["--seeds", 3], ["another seeds", "--overwrite"]),
+        (["--set", "train.epochs=2"], ["another recipe", "--overwrite"]),
+    ],
+)
+def test_mistakes_are_one_line(
+    ray: Ray, spaces: Path, whole: tuple[Path, str], more: list[object], says: list[str]
+) -> None:
+    running = ray.snscc(*command(spaces, whole[0], *more)).wait(2)
+    refused(running, *says)
+
+
+def test_an_unknown_space_is_refused_with_the_nearest(ray: Ray, tmp_path: Path) -> None:
+    refused(ray.snscc("sweep", "epsilom", "--out", tmp_path / "x").wait(2), "epsilon")
+    assert not (tmp_path / "x").exists()
