@@ -30,6 +30,7 @@ from snscc_ray.checkpoints import write_whole
 from snscc_ray.errors import UserError
 from snscc_ray.local import terminated_like_interrupted
 from snscc_ray.paths import as_path, is_url
+from snscc_ray.run_folder import SEEN
 
 _PACKAGES = ("snscc-ray", "torch", "ray")
 _CONNECT_SECONDS = 5.0
@@ -264,7 +265,7 @@ def check_visible(folder: Path, files: Sequence[str]) -> None:
     One task on every node that is up, wherever workers will be placed: after a loss they may be
     placed anywhere.
     """
-    marker, token = folder / f".seen-{secrets.token_hex(8)}", secrets.token_hex(8)
+    marker, token = folder / f"{SEEN}{secrets.token_hex(8)}", secrets.token_hex(8)
     made = [] if is_url(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
     write_whole(marker, lambda file: file.write(token.encode()))
     try:

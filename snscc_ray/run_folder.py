@@ -20,6 +20,7 @@ from snscc_ray.recipes import validate
 _RUN_FILES = (
     "recipe.json", "metrics.json", "metrics.jsonl", "baselines.json", "assignments.parquet",
 )  # fmt: skip
+SEEN = ".seen-"
 _STAGE_FILES = ("final.pt", "latest.pt", "stage.json", "neighbors.parquet")
 _PACKAGES = ("snscc_ray", "torch", "torchvision", "numpy", "scikit-learn", "pyarrow")
 
@@ -46,7 +47,7 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
                 f"--resume: {folder} was made by another recipe ({difference}); "
                 "use another --out, or --overwrite"
             )
-    elif not overwrite and folder.exists() and any(folder.iterdir()):
+    elif not overwrite and holds_something(folder):
         if not path.exists():
             raise UserError(
                 f"{folder} already holds files that are no run; use another --out, or --overwrite "
@@ -57,6 +58,11 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
             f"{folder} already holds {what}; use --resume to continue it, --overwrite to replace "
             "it, or another --out"
         )
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether there is anything in the folder, but for the mark of a look that a kill cut short."""
+    return folder.exists() and any(not p.name.startswith(SEEN) for p in folder.iterdir())
 
 
 def read_recipe(folder: Path) -> Recipe:

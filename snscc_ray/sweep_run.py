@@ -19,7 +19,7 @@ from snscc_ray.errors import UserError
 from snscc_ray.figures import draw
 from snscc_ray.identity import stage_identity
 from snscc_ray.monitor import Journal
-from snscc_ray.run_folder import remove_tree
+from snscc_ray.run_folder import holds_something, remove_tree
 from snscc_ray.sweep import Options, Session
 from snscc_ray.sweep_plan import (
     Job,
@@ -113,7 +113,7 @@ def _describe(recipe: Recipe, space: Space, seeds: int, samples: int | None) -> 
 
 def _refuse_another(folder: Path, described: dict[str, Any]) -> None:
     """Refuse a folder that holds another sweep, or something else. Raises UserError."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not holds_something(folder):
         return
     if not (folder / _PLAN).exists():
         raise UserError(f"{folder} already holds files that are no sweep; use another --out")

@@ -109,7 +109,8 @@ def run(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
 
 def test_what_reads_images_at_random_is_refused(digits_shards: Path, tmp_path: Path) -> None:
     done = run(
-        tmp_path / "run", f"data.path={digits_shards}", "data.mode=stream", "train.mined_from=images",
+        tmp_path / "run", f"data.path={digits_shards}", "data.mode=stream",
+        "train.mined_from=images",
         "data.num_clusters=3", "data.image_size=8", "pretrain.batch_size=32",
         "train.batch_size=32", "boost.batch_size=32",
     )  # fmt: skip
