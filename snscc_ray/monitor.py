@@ -154,12 +154,7 @@ class Journal:
 
     def hyperparameters(self, settings: dict[str, Any], figures: dict[str, float]) -> None:
         """Let TensorBoard's HPARAMS page compare runs."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(self._local / "tensorboard")) as writer:
-            writer.add_hparams(
-                _flat(settings), {f"final/{k}": v for k, v in figures.items()}, run_name="."
-            )
+        write_hyperparameters(self._local / "tensorboard", settings, figures)
         self._publish()
 
     def append(self, line: dict[str, Any]) -> None:
@@ -249,6 +244,17 @@ class Silent:
     def warn(self, stage: str, epoch: int, message: str) -> None: ...
 
     def finish(self) -> None: ...
+
+
+def write_hyperparameters(
+    folder: Path, settings: dict[str, Any], figures: dict[str, float]
+) -> None:
+    """One line of TensorBoard's HPARAMS page, into a folder of events on this machine."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        finals = {f"final/{name}": value for name, value in figures.items()}
+        writer.add_hparams(_flat(settings), finals, run_name=".")
 
 
 def _write(content: bytes, file: IO[bytes]) -> None:

@@ -18,7 +18,8 @@ from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.errors import UserError
 from snscc_ray.figures import draw
 from snscc_ray.identity import stage_identity
-from snscc_ray.monitor import Journal
+from snscc_ray.monitor import write_hyperparameters
+from snscc_ray.paths import is_url
 from snscc_ray.run_folder import holds_something, remove_tree
 from snscc_ray.sweep import Options, Session
 from snscc_ray.sweep_plan import (
@@ -265,6 +266,6 @@ def _write_hyperparameters(
             if name.split("/")[0] in STAGES and isinstance(value, int | float)
         }
         name = f"{trial.point.label}-seed{trial.seed}".replace("/", "-").replace(" ", "")
-        journal = Journal(folder / "tensorboard" / name)
-        journal.hyperparameters(dict(trial.point.overrides) | {"seed": trial.seed}, figures)
-        journal.finish()
+        settings = dict(trial.point.overrides) | {"seed": trial.seed}
+        if not is_url(folder):  # events are appended to, which an object store cannot do
+            write_hyperparameters(folder / "tensorboard" / name, settings, figures)
