@@ -33,7 +33,8 @@ from snscc_ray.config import DataSettings, SimclrView
 from snscc_ray.data.resident import Images
 from snscc_ray.data.slices import decode_slice
 from snscc_ray.data.sources import list_rows
-from snscc_ray.data.streamed import StreamedData, StreamedSet, survey, threads_reader
+from snscc_ray.data.streamed import StreamedData, threads_reader
+from snscc_ray.data.survey import StreamedSet, survey
 from snscc_ray.views import Normalize, make_view
 
 WORKERS = 2

@@ -1,7 +1,6 @@
-"""The Ray cluster a run goes to: joining it, finding room in it, and looking at where it will run.
+"""What a run asks of a cluster, and what is refused before training starts; needs no Ray.
 
-Ray raises its errors late and many lines long; what can be known before training starts is found
-out here and said in one.
+Ray raises its errors late and many lines long; what can be known early is said in one.
 """
 
 from __future__ import annotations
@@ -10,31 +9,19 @@ import importlib.metadata
 import math
 import os
 import platform
-import secrets
 import socket
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
 
 import psutil
-import ray
 import torch
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from snscc_ray.checkpoints import write_whole
 from snscc_ray.errors import UserError
-from snscc_ray.local import terminated_like_interrupted
-from snscc_ray.paths import as_path, is_url
-from snscc_ray.run_folder import SEEN
+from snscc_ray.paths import as_path
 
 _PACKAGES = ("snscc-ray", "torch", "ray")
 _CONNECT_SECONDS = 5.0
-_LINE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,14 +34,14 @@ class Scale:
     address: str | None = None  # of the cluster; None: RAY_ADDRESS, or this machine alone
     wait: float = 600.0  # seconds until the workers must be placed
 
-    def bundle(self) -> dict[str, float]:
-        """What one worker takes. Called once Ray is there."""
+    def bundle(self, cluster_cpus: float) -> dict[str, float]:
+        """What one worker takes of a cluster with so many CPUs."""
         if self.cpus is not None:
             cpus = self.cpus
         elif self.gpu or not self.alone:
             cpus = 1.0
         else:
-            cpus = max(1.0, ray.cluster_resources().get("CPU", 1) // self.workers[1])
+            cpus = max(1.0, cluster_cpus // self.workers[1])
         return {"CPU": cpus, "GPU": 1.0} if self.gpu else {"CPU": cpus}
 
     @property
@@ -63,32 +50,8 @@ class Scale:
         return not self.address and not os.environ.get("RAY_ADDRESS")
 
 
-@contextmanager
-def connected(scale: Scale) -> Iterator[None]:
-    """Join the cluster, or start Ray on this machine. Raises UserError when that fails."""
-    address = scale.address or os.environ.get("RAY_ADDRESS") or "local"
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _check_reachable(address)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address == "local":
-        quiet["include_dashboard"] = False
-    with tempfile.TemporaryFile("w+") as said:
-        try:
-            with _stderr_into(said):
-                ray.init(address=address, **quiet)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            said.seek(0)
-            raise UserError(_why_not_joined(address, error, said.read())) from error
-    try:
-        # Ray has put its own handler of SIGTERM in place, which aborts with a dump of the stack.
-        with terminated_like_interrupted():
-            yield
-    finally:
-        ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """Ray would try for minutes to reach an address where nobody listens."""
+def check_reachable(address: str) -> None:
+    """Raises UserError for an address where nobody listens: Ray would try for minutes."""
     host, colon, port = address.rpartition(":")
     if not colon or "/" in host or not port.isdigit():
         return  # auto, local or ray://: Ray's own business
@@ -101,26 +64,15 @@ def _check_reachable(address: str) -> None:
         ) from error
 
 
-@contextmanager
-def _stderr_into(file: IO[str]) -> Iterator[None]:
-    """Have a file take what this process, Ray's C++ part included, writes to stderr."""
-    kept = os.dup(2)
-    os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def _why_not_joined(address: str, error: BaseException, said: str) -> str:
+def why_not_joined(address: str, error: BaseException, said: str) -> str:
     """`said`: Ray's words on stderr, where its error does not tell the reason."""
     reason = " ".join(str(error).split())
     if "ersion mismatch" in reason:
         return (
             f"the cluster at {address} runs another Ray or Python than this machine "
-            f"(here: Ray {ray.__version__}, Python {platform.python_version()}): install the same "
-            f"versions on both. Ray says: {reason[:300]}"
+            f"(here: Ray {importlib.metadata.version('ray')}, Python "
+            f"{platform.python_version()}): install the same versions on both. "
+            f"Ray says: {reason[:300]}"
         )
     if "uthenticat" in reason + said or "token" in reason.lower():
         return (
@@ -130,62 +82,31 @@ def _why_not_joined(address: str, error: BaseException, said: str) -> str:
     return f"cannot join a Ray cluster at {address}: {reason[:300]}; is `ray start` running there?"
 
 
-@contextmanager
-def placed(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
-    """Reserve the fewest workers asked for, probe where they stand, and let go of them after.
-
-    Raises UserError when they cannot be placed: at once on this machine alone, which does not
-    grow, and after `scale.wait` seconds on a cluster, saying what is free.
-    """
-    bundle, fewest = scale.bundle(), scale.workers[0]
-    if scale.alone:
-        _check_fits(bundle, fewest)
-    group = placement_group([bundle] * fewest, strategy="PACK")
-    try:
-        give_up, shown = time.monotonic() + scale.wait, time.monotonic()
-        while not group.wait(1):
-            if time.monotonic() > give_up:
-                raise UserError(
-                    f"{fewest} workers of {_amount(bundle)} could not be placed within "
-                    f"{scale.wait:g} s: {_free()}; use fewer --workers, wait longer with --wait, "
-                    "or see why nodes do not come with `ray status`"
-                )
-            if time.monotonic() - shown > _LINE_SECONDS:
-                shown = time.monotonic()
-                left = give_up - shown
-                say(
-                    f"waiting for {fewest} workers of {_amount(bundle)} each: {_free()}; "
-                    f"giving up in {left:.0f} s"
-                )
-        yield _probe(group, bundle, fewest)
-    finally:
-        remove_placement_group(group)
-
-
-def _check_fits(bundle: dict[str, float], fewest: int) -> None:
-    there = ray.cluster_resources()
+def check_fits(
+    bundle: Mapping[str, float], fewest: int, free: Mapping[str, float], there: Mapping[str, float]
+) -> None:
+    """Raises UserError when a cluster that does not grow cannot hold the workers."""
     for kind, amount in bundle.items():
-        fit = math.floor(there.get(kind, 0) / amount) if amount else fewest
+        fit = math.floor(there.get(kind, 0) / amount)
         if fit < fewest:
             without = "leave --gpu out" if kind == "GPU" else "ask for fewer --cpus-per-worker"
             mend = f"use --workers {fit}" if fit else without
             raise UserError(
-                f"--workers {fewest} of {_amount(bundle)} each do not fit on this machine: "
-                f"{_free()}; {mend}, or join a cluster with --address"
+                f"--workers {fewest} of {amounts(bundle)} each do not fit on this machine: "
+                f"{free_of(free, there)}; {mend}, or join a cluster with --address"
             )
 
 
-def _amount(bundle: dict[str, float]) -> str:
+def amounts(bundle: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
 
 
-def _free() -> str:
-    free, there = ray.available_resources(), ray.cluster_resources()
+def free_of(free: Mapping[str, float], there: Mapping[str, float]) -> str:
     kinds = [kind for kind in ("CPU", "GPU") if there.get(kind)]
     return " and ".join(f"{free.get(k, 0):g} of {there[k]:g} {k} free" for k in kinds) or "no CPU"
 
 
-# ----------------------------------------------------------------------------- probing nodes
+# ------------------------------------------------------------------------ what a node looks like
 
 
 @dataclass(frozen=True)
@@ -198,48 +119,18 @@ class Probe:
     gpu_memory: int | None  # bytes free, of the worker's GPU
 
 
-def _probe(group: Any, bundle: dict[str, float], workers: int) -> list[Probe]:
-    return _on_each(group, bundle, workers, _look)
-
-
-def _on_each(
-    group: Any, bundle: dict[str, float], workers: int, task: Callable[..., Any], *arguments: Any
-) -> list[Any]:
-    """Run a task in each worker's place."""
-    remote = ray.remote(task)
-    results = [
-        remote.options(
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
-            max_retries=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=group, placement_group_bundle_index=index
-            ),
-        ).remote(*arguments)
-        for index in range(workers)
-    ]
-    try:
-        return ray.get(results)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, BaseException) else error
-        if isinstance(cause, UserError):
-            raise UserError(str(cause)) from error
-        if isinstance(cause, ImportError):
-            raise UserError(
-                f"a node of the cluster lacks a package ({cause}): install snscc_ray on every "
-                "node, as cluster.yaml does in its setup_commands"
-            ) from error
-        raise
-
-
-def _look() -> Probe:
-    cuda = torch.cuda.is_available()
+def look(address: str) -> Probe:
+    """This node, whose address in the cluster it is."""
     return Probe(
-        node=f"{socket.gethostname()} ({ray.util.get_node_ip_address()})",
+        node=_called(address),
         versions={package: importlib.metadata.version(package) for package in _PACKAGES},
         memory=psutil.virtual_memory().available,
-        gpu_memory=torch.cuda.mem_get_info()[0] if cuda else None,
+        gpu_memory=torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None,
     )
+
+
+def _called(address: str) -> str:
+    return f"{socket.gethostname()} ({address})"
 
 
 def check_alike(probes: Sequence[Probe], gpu: bool) -> None:
@@ -259,40 +150,17 @@ def check_alike(probes: Sequence[Probe], gpu: bool) -> None:
             )
 
 
-def check_visible(folder: Path, files: Sequence[str]) -> None:
-    """Refuse a run folder or shards that some node cannot see. Raises UserError naming both.
-
-    One task on every node that is up, wherever workers will be placed: after a loss they may be
-    placed anywhere.
-    """
-    marker, token = folder / f"{SEEN}{secrets.token_hex(8)}", secrets.token_hex(8)
-    made = [] if is_url(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
-    write_whole(marker, lambda file: file.write(token.encode()))
-    try:
-        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-        look = ray.remote(_see)
-        checks = [
-            look.options(
-                num_cpus=0,
-                max_retries=0,
-                scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-                    node, soft=False
-                ),
-            ).remote(str(marker), token, list(files))
-            for node in nodes
-        ]
-        for problem in ray.get(checks):
-            if problem is not None:
-                raise UserError(problem)
-    finally:
-        with suppress(OSError):
-            marker.unlink()
-            for place in made:  # what is refused leaves no folder behind
-                place.rmdir()
+def room(probes: Sequence[Probe]) -> int:
+    """Bytes that each worker could hold images in."""
+    on_node = Counter(probe.node for probe in probes)
+    # On a node, each worker holds the set, and the object store holds it once.
+    host = min(probe.memory // (on_node[probe.node] + 1) for probe in probes)
+    return min([host, *(probe.gpu_memory for probe in probes if probe.gpu_memory is not None)])
 
 
-def _see(marker: str, token: str, files: list[str]) -> str | None:
-    node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+def unseen(address: str, marker: str, token: str, files: list[str]) -> str | None:
+    """What this node cannot see of a run folder's marker and of the shards; None: it sees all."""
+    node = _called(address)
     path = as_path(marker)
     if not path.exists() or path.read_text() != token:
         return (

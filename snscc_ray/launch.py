@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import psutil
 import ray
 import ray.train
@@ -22,41 +21,47 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 from rich.console import Console
 
-from snscc_ray import checkpoints, distributed, recipes
-from snscc_ray.cluster import Probe, Scale, check_alike, check_visible, connected, placed
+from snscc_ray import checkpoints, distributed
+from snscc_ray.checkpoints import write_whole
+from snscc_ray.cluster import (
+    Probe,
+    Scale,
+    amounts,
+    check_alike,
+    check_fits,
+    check_reachable,
+    free_of,
+    look,
+    room,
+    unseen,
+    why_not_joined,
+)
 from snscc_ray.config import Recipe, StageName
-from snscc_ray.data.imageset import Catalog, Rows, assemble
-from snscc_ray.data.resident import Images, ResidentData
+from snscc_ray.data.imageset import Catalog, Rows
 from snscc_ray.data.sources import list_rows
-from snscc_ray.data.stream import ray_reader, ray_resident, ray_survey, resident_images
-from snscc_ray.data.streamed import StreamedData, StreamedSet, choose_mode
+from snscc_ray.data.stream import Load, share_images
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import TrainingError, UserError
+from snscc_ray.local import terminated_like_interrupted
 from snscc_ray.monitor import Display, Journal, RunMonitor, Screen, Silent
-from snscc_ray.paths import as_path, is_url
-from snscc_ray.run import Result, check, check_streamed, execute, final_figures
-from snscc_ray.run_folder import prepare_folder, read_recipe, remove_tree
+from snscc_ray.paths import arrow_storage, as_path, is_url
+from snscc_ray.relay import Relay, Telling, show
+from snscc_ray.run import Request, Result, check, execute, final_figures
+from snscc_ray.run_folder import SEEN, prepare_folder, remove_tree
 
 # Ray Train's own folder within the run folder; it is removed once the run is finished.
 _RAY = "ray"
-_IMAGES = "images"
 _POLL_SECONDS = 0.2
-# Progress is told this often: a call per step would cost more than small steps themselves.
-_TELL_SECONDS = 0.5
+_LINE_SECONDS = 10.0
 # How often a worker group is put together again when nodes are missing: Ray tries once a minute.
 _START_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class _Data:
-    """What is known of the set, and how a worker comes by its images."""
-
-    catalog: Catalog
-    load: Callable[[torch.device], Images]
-    datasets: dict[str, Any]  # Ray Data sets that Ray Train hands to every worker
 
 
 @dataclass(frozen=True)
@@ -68,30 +73,158 @@ class Job:
     stages: tuple[StageName, ...]
     overwrite: bool
     catalog: Any  # reference to a Catalog
-    load: Callable[[torch.device], Images]
+    load: Load
     store: str | None = None  # of stages, see `execute`
 
 
-def run_on_ray(
-    name: str | None,
-    overrides: list[str],
-    folder: Path,
-    stages: tuple[StageName, ...],
-    resume: bool,
-    overwrite: bool,
-    console: Console,
-    scale: Scale,
-) -> Result:
-    """Run a recipe on the workers of a cluster, or of Ray on this machine.
+# ---------------------------------------------------------------------------------- the cluster
 
-    An unfinished run of the same recipe in `folder` is continued. Workers that are lost are
+
+@contextmanager
+def connected(scale: Scale) -> Iterator[None]:
+    """Join the cluster, or start Ray on this machine. Raises UserError when that fails."""
+    address = scale.address or os.environ.get("RAY_ADDRESS") or "local"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    check_reachable(address)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        quiet["include_dashboard"] = False
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            with _stderr_into(said):
+                ray.init(address=address, **quiet)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            said.seek(0)
+            raise UserError(why_not_joined(address, error, said.read())) from error
+    try:
+        # Ray has put its own handler of SIGTERM in place, which aborts with a dump of the stack.
+        with terminated_like_interrupted():
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _stderr_into(file: IO[str]) -> Iterator[None]:
+    """Have a file take what this process, Ray's C++ part included, writes to stderr."""
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
+def placed(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
+    """Reserve the fewest workers asked for, probe where they stand, and let go of them after.
+
+    Raises UserError when they cannot be placed: at once on this machine alone, which does not
+    grow, and after `scale.wait` seconds on a cluster, saying what is free.
+    """
+    bundle, fewest = _bundle(scale), scale.workers[0]
+    if scale.alone:
+        check_fits(bundle, fewest, ray.available_resources(), ray.cluster_resources())
+    group = placement_group([bundle] * fewest, strategy="PACK")
+    try:
+        give_up, shown = time.monotonic() + scale.wait, time.monotonic()
+        while not group.wait(1):
+            if time.monotonic() > give_up:
+                raise UserError(
+                    f"{fewest} workers of {amounts(bundle)} could not be placed within "
+                    f"{scale.wait:g} s: {_free()}; use fewer --workers, wait longer with --wait, "
+                    "or see why nodes do not come with `ray status`"
+                )
+            if time.monotonic() - shown > _LINE_SECONDS:
+                shown = time.monotonic()
+                left = give_up - shown
+                say(
+                    f"waiting for {fewest} workers of {amounts(bundle)} each: {_free()}; "
+                    f"giving up in {left:.0f} s"
+                )
+        yield _probe(group, bundle, fewest)
+    finally:
+        remove_placement_group(group)
+
+
+def _bundle(scale: Scale) -> dict[str, float]:
+    return scale.bundle(ray.cluster_resources().get("CPU", 1))
+
+
+def _free() -> str:
+    return free_of(ray.available_resources(), ray.cluster_resources())
+
+
+def _probe(group: Any, bundle: dict[str, float], workers: int) -> list[Probe]:
+    """What each worker's place offers, looked at from there."""
+    task = ray.remote(lambda: look(ray.util.get_node_ip_address()))
+    results = [
+        task.options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_retries=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=index
+            ),
+        ).remote()
+        for index in range(workers)
+    ]
+    try:
+        return ray.get(results)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        if isinstance(cause, ImportError):
+            raise UserError(
+                f"a node of the cluster lacks a package ({cause}): install snscc_ray on every "
+                "node, as cluster.yaml does in its setup_commands"
+            ) from error
+        raise
+
+
+def check_visible(folder: Path, files: Sequence[str]) -> None:
+    """Refuse a run folder or shards that some node cannot see. Raises UserError naming both.
+
+    One task on every node that is up, wherever workers will be placed: after a loss they may be
+    placed anywhere.
+    """
+    marker, token = folder / f"{SEEN}{secrets.token_hex(8)}", secrets.token_hex(8)
+    made = [] if is_url(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
+    write_whole(marker, lambda file: file.write(token.encode()))
+    try:
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        task = ray.remote(lambda *what: unseen(ray.util.get_node_ip_address(), *what))
+        checks = [
+            task.options(
+                num_cpus=0,
+                max_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            ).remote(str(marker), token, list(files))
+            for node in nodes
+        ]
+        for problem in ray.get(checks):
+            if problem is not None:
+                raise UserError(problem)
+    finally:
+        with suppress(OSError):
+            marker.unlink()
+            for place in made:  # what is refused leaves no folder behind
+                place.rmdir()
+
+
+# -------------------------------------------------------------------------------------- the run
+
+
+def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
+    """Run what is asked for on the workers of a cluster, or of Ray on this machine.
+
+    An unfinished run of the same recipe in its folder is continued. Workers that are lost are
     started again from the last checkpoint, up to `runtime.max_failures` times.
     Raises UserError, TrainingError, or Interrupted once there is a run to resume.
     """
-    recipe = recipes.get(name) if name else read_recipe(folder)
-    recipe = recipes.override(recipe, overrides)
+    recipe, folder, overwrite = request.recipe(), request.folder, request.overwrite
     unfinished = (folder / "recipe.json").exists() and not (folder / "metrics.json").exists()
-    resume = resume or (unfinished and not overwrite)
+    resume = request.resume or (unfinished and not overwrite)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     if recipe.runtime.device == "cuda" and not scale.gpu:
         raise UserError("runtime.device=cuda needs workers with a GPU each; add --gpu")
@@ -100,7 +233,6 @@ def run_on_ray(
     for workers in counts:
         check(recipe, len(rows.ids), workers)
     display = Display(console)
-    began = time.monotonic()
     # A report waits for the controller to look, which by default is every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(scale):
@@ -108,26 +240,24 @@ def run_on_ray(
             check_alike(probes, scale.gpu)
         where = folder if is_url(folder) else folder.absolute()
         check_visible(where, some_files(rows))
-        data = _prepare(recipe, rows, probes, display)
-        display.finish()
+        data = share_images(recipe, rows, room(probes), display)
         for workers in counts:
             check(recipe, len(data.catalog), workers)
         display.line(_headline(recipe, data.catalog, scale))
         for identifier, reason in data.catalog.skipped:
             display.line(f"left out {identifier}: {reason}")
-        job = Job(recipe, str(where), stages, overwrite, ray.put(data.catalog), data.load)
+        job = Job(recipe, str(where), request.stages, overwrite, ray.put(data.catalog), data.load)
         if overwrite:
             remove_tree(where / _RAY)
-        train_group(job, scale, data.datasets, display)
+        train_group(job, scale, display)
     figures = checkpoints.read_json(where / "metrics.json")
     journal = Journal(where)
     journal.hyperparameters(recipe.model_dump(mode="json"), final_figures(figures))
     journal.finish()
-    figures["seconds_in_all"] = round(time.monotonic() - began, 3)
     return Result(folder, figures)
 
 
-def train_group(job: Job, scale: Scale, datasets: dict[str, Any], screen: Screen) -> None:
+def train_group(job: Job, scale: Scale, screen: Screen) -> None:
     """Train a job's stages by a group of workers, retries and all; returns once it is finished.
 
     Raises UserError, TrainingError, or Interrupted.
@@ -136,9 +266,7 @@ def train_group(job: Job, scale: Scale, datasets: dict[str, Any], screen: Screen
     # On this node, as the others may be lost: Ray would put an actor that takes nothing anywhere.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     relay = (
-        ray.remote(_Relay)
-        .options(num_cpus=0, max_concurrency=16, scheduling_strategy=here)
-        .remote()
+        ray.remote(Relay).options(num_cpus=0, max_concurrency=16, scheduling_strategy=here).remote()
     )
     trainer = TorchTrainer(
         _work,
@@ -146,8 +274,6 @@ def train_group(job: Job, scale: Scale, datasets: dict[str, Any], screen: Screen
         torch_config=_Torch(),
         scaling_config=_scaling(scale),
         run_config=_run_config(folder, job.recipe, scale),
-        datasets=datasets,
-        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
     _fit(trainer, relay, screen)
     remove_tree(folder / _RAY)
@@ -158,48 +284,6 @@ def some_files(rows: Rows) -> list[str]:
     if rows.shards is not None:
         return [str(shard.file) for shard in rows.shards]
     return [str(rows.files[0]), str(rows.files[-1])] if rows.files else []
-
-
-def _prepare(recipe: Recipe, rows: Rows, probes: Sequence[Probe], display: Display) -> _Data:
-    """Decide where the images will be, and read the set once. Raises UserError."""
-    data = recipe.data
-    mode, why = choose_mode(data, len(rows.ids), _room(probes), rows.streamable)
-    display.line(f"images {mode}: {why}")
-    progress = display.counting("reading", "images")
-    if mode == "stream":
-        check_streamed(recipe)
-        streamed = ray_survey(rows, data, progress=progress)
-        load = partial(load_streamed, ray.put(streamed), data.memory_mb)
-        return _Data(streamed.catalog, load, {})
-    if rows.streamable:
-        dataset, streamed = ray_resident(rows, data, progress=progress)
-        load = partial(_load_dataset, ray.put(streamed))
-        return _Data(streamed.catalog, load, {_IMAGES: dataset})
-    images = assemble(rows, data, recipe.runtime.decode_workers, progress)
-    return _Data(images.catalog, partial(load_array, ray.put(images.images.numpy())), {})
-
-
-def _room(probes: Sequence[Probe]) -> int:
-    """Bytes that each worker could hold images in."""
-    on_node = Counter(probe.node for probe in probes)
-    # On a node, each worker holds the set, and the object store holds it once.
-    host = min(probe.memory // (on_node[probe.node] + 1) for probe in probes)
-    return min([host, *(probe.gpu_memory for probe in probes if probe.gpu_memory is not None)])
-
-
-def load_streamed(streamed: Any, memory_mb: int, device: torch.device) -> Images:
-    held: StreamedSet = ray.get(streamed)
-    return StreamedData(held, device, ray_reader(held, memory_mb))
-
-
-def _load_dataset(streamed: Any, device: torch.device) -> Images:
-    shard = ray.train.get_dataset_shard(_IMAGES)
-    return ResidentData(resident_images(shard, ray.get(streamed)), device)
-
-
-def load_array(images: Any, device: torch.device) -> Images:
-    # A copy: what the object store holds may not be written to, which torch minds.
-    return ResidentData(torch.from_numpy(np.array(ray.get(images))), device)
 
 
 def _fit(trainer: TorchTrainer, relay: Any, screen: Screen) -> None:
@@ -220,8 +304,8 @@ def _fit(trainer: TorchTrainer, relay: Any, screen: Screen) -> None:
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
-            _show(ray.get(relay.drain.remote()), screen)
-        _show(ray.get(relay.drain.remote()), screen)
+            show(ray.get(relay.drain.remote()), screen)
+        show(ray.get(relay.drain.remote()), screen)
         fault = ray.get(relay.fault.remote())
     except KeyboardInterrupt as stop:
         raise Interrupted from stop
@@ -232,11 +316,6 @@ def _fit(trainer: TorchTrainer, relay: Any, screen: Screen) -> None:
         raise (UserError if kind == "user" else TrainingError)(message)
     if failed:
         raise TrainingError(_why_failed(failed[0])) from failed[0]
-
-
-def _show(events: list[tuple[str, tuple[Any, ...]]], screen: Screen) -> None:
-    for name, arguments in events:
-        getattr(screen, name)(*arguments)
 
 
 def _why_failed(error: BaseException) -> str:
@@ -265,20 +344,13 @@ def _scaling(scale: Scale) -> ScalingConfig:
     return ScalingConfig(
         num_workers=fewest if fewest == most else (fewest, most),
         use_gpu=scale.gpu,
-        resources_per_worker=scale.bundle(),
+        resources_per_worker=_bundle(scale),
         placement_strategy="PACK",
     )
 
 
 def _run_config(folder: Path, recipe: Recipe, scale: Scale) -> RunConfig:
-    filesystem = None
-    storage = str(folder)
-    if is_url(folder):
-        # The same credentials and settings as for our own files.
-        from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-        store: Any = folder
-        filesystem, storage = PyFileSystem(FSSpecHandler(store.fs)), store.path
+    storage, filesystem = arrow_storage(folder)
     return RunConfig(
         name=_RAY,
         storage_path=storage,
@@ -318,76 +390,6 @@ class _Torch(TorchConfig):
     @property
     def backend_cls(self) -> type[_TorchBackend]:
         return _OwnInterface
-
-
-class _Relay:
-    """An actor that carries what the first worker tells to the process the person looks at."""
-
-    def __init__(self) -> None:
-        self._events: list[tuple[str, tuple[Any, ...]]] = []
-        self._fault: tuple[str, str] | None = None
-        self._starts = 0
-
-    def tell(self, events: list[tuple[str, tuple[Any, ...]]]) -> None:
-        self._events += events
-
-    def drain(self) -> list[tuple[str, tuple[Any, ...]]]:
-        events, self._events = self._events, []
-        return events
-
-    def started(self) -> int:
-        """Count the times the workers were started, this one included."""
-        self._starts += 1
-        if self._starts > 1:
-            self._events.append(("finish", ()))
-            self._events.append(
-                ("line", ("workers were lost and have been started again: going on from the last "
-                          "checkpoint",))
-            )  # fmt: skip
-        return self._starts
-
-    def give_up(self, kind: str, message: str) -> None:
-        if self._fault is None:
-            self._fault = (kind, message)
-
-    def fault(self) -> tuple[str, str] | None:
-        return self._fault
-
-
-class _Telling:
-    """A `Screen` that is elsewhere; progress is told now and then, the rest at once."""
-
-    def __init__(self, relay: Any) -> None:
-        self._relay = relay
-        self._steps = 0
-        self._told = 0.0
-
-    def start(self, stage: str, epochs: int, steps: int, done: int) -> None:
-        self._tell("start", stage, epochs, steps, done)
-
-    def advance(self, steps: int = 1) -> None:
-        self._steps += steps
-        if time.monotonic() - self._told > _TELL_SECONDS:
-            self._tell()
-
-    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
-        self._tell("epoch", stage, epoch, figures)
-
-    def line(self, text: str) -> None:
-        self._tell("line", text)
-
-    def finish(self) -> None:
-        self._tell("finish")
-
-    def _tell(self, name: str | None = None, *arguments: Any) -> None:
-        events: list[tuple[str, tuple[Any, ...]]] = []
-        if self._steps:
-            events.append(("advance", (self._steps,)))
-            self._steps = 0
-        if name is not None:
-            events.append((name, arguments))
-        self._told = time.monotonic()
-        self._relay.tell.remote(events)
 
 
 class RayWorker:
@@ -432,7 +434,7 @@ def _work(config: dict[str, Any]) -> None:
     folder = as_path(job.folder)
     try:
         if first:
-            monitor = RunMonitor(Journal(folder), _Telling(relay))
+            monitor = RunMonitor(Journal(folder), Telling(relay.tell.remote))
         execute(
             job.recipe,
             ray.get(job.catalog),

@@ -6,22 +6,22 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import torch
 from rich.console import Console
 
-from snscc_ray import distributed, recipes
-from snscc_ray.config import Recipe, StageName
+from snscc_ray import distributed
+from snscc_ray.config import Recipe
 from snscc_ray.data.imageset import Catalog, assemble
 from snscc_ray.data.resident import Images, ResidentData
 from snscc_ray.data.sources import list_rows
-from snscc_ray.data.streamed import StreamedData, choose_mode, survey, threads_reader
+from snscc_ray.data.streamed import StreamedData, threads_reader
+from snscc_ray.data.survey import check_streamed, choose_mode, survey
 from snscc_ray.engine import Interrupted
 from snscc_ray.monitor import Display, Journal, RunMonitor, Silent
-from snscc_ray.run import Result, check, check_streamed, execute, final_figures
-from snscc_ray.run_folder import prepare_folder, read_recipe
+from snscc_ray.run import Request, Result, check, execute, final_figures
+from snscc_ray.run_folder import prepare_folder
 from snscc_ray.workers import LocalWorker, choose_device, join_group, leave_group
 
 
@@ -39,24 +39,15 @@ def terminated_like_interrupted() -> Iterator[None]:
 
 
 @terminated_like_interrupted()
-def run_here(
-    name: str | None,
-    overrides: list[str],
-    folder: Path,
-    stages: tuple[StageName, ...],
-    resume: bool,
-    overwrite: bool,
-    console: Console,
-) -> Result | None:
-    """Run the named recipe, or the one `folder` holds; None on ranks other than the first.
+def run_here(request: Request, console: Console) -> Result | None:
+    """Run what is asked for; None on ranks other than the first.
 
     Everything that can be refused is refused before the folder is touched.
     Raises UserError, or TrainingError from the loop, or Interrupted once there is a run to resume.
     """
-    recipe = recipes.get(name) if name else read_recipe(folder)
-    recipe = recipes.override(recipe, overrides)
+    recipe, folder = request.recipe(), request.folder
     device = choose_device(recipe.runtime.device)
-    prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    prepare_folder(folder, recipe, resume=request.resume, overwrite=request.overwrite)
     join_group(device)
     try:
         first = distributed.rank() == 0
@@ -72,7 +63,14 @@ def run_here(
         monitor: RunMonitor | Silent = RunMonitor(Journal(folder), display) if first else Silent()
         try:
             result = execute(
-                recipe, catalog, data, folder, worker, monitor, stages, overwrite=overwrite
+                recipe,
+                catalog,
+                data,
+                folder,
+                worker,
+                monitor,
+                request.stages,
+                overwrite=request.overwrite,
             )
             if isinstance(monitor, RunMonitor):
                 final = final_figures(result.figures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from snscc_ray.errors import UserError
 
@@ -30,6 +30,19 @@ def as_path(text: str | Path) -> Path:
     except ValueError as error:
         raise UserError(f"{text} is a URL of no kind known here ({error})") from error
     return cast(Path, path)
+
+
+def arrow_storage(folder: Path) -> tuple[str, Any]:
+    """A folder as Ray wants it: a path, and pyarrow's file system, or None for this machine's.
+
+    The one that our own files go through, so that credentials and settings are the same.
+    """
+    if not is_url(folder):
+        return str(folder), None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    store: Any = folder
+    return store.path, PyFileSystem(FSSpecHandler(store.fs))
 
 
 def is_url(path: str | Path) -> bool:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from snscc_ray import checkpoints, distributed
+from snscc_ray import checkpoints, distributed, recipes
 from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.order import smallest_batch
@@ -27,13 +27,32 @@ from snscc_ray.identity import stage_identity
 from snscc_ray.kmeans import kmeans
 from snscc_ray.metrics import oracle
 from snscc_ray.neighbors import MinedNeighbors
-from snscc_ray.run_folder import remove_leftovers, remove_run, write_recipe
+from snscc_ray.run_folder import read_recipe, remove_leftovers, remove_run, write_recipe
 from snscc_ray.stages.boost import Boost
 from snscc_ray.stages.context import Context
 from snscc_ray.stages.pretrain import Pretrain
 from snscc_ray.stages.train import Train, probabilities
 from snscc_ray.views import Normalize
 from snscc_ray.workers import Worker
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asks for: a recipe by its name (None: the one in the folder), and where."""
+
+    recipe_name: str | None
+    overrides: list[str]
+    folder: Path
+    stages: tuple[StageName, ...] = STAGES
+    resume: bool = False
+    overwrite: bool = False
+
+    def recipe(self) -> Recipe:
+        """The recipe asked for, overrides applied. Raises UserError."""
+        name = self.recipe_name
+        return recipes.override(
+            recipes.get(name) if name else read_recipe(self.folder), self.overrides
+        )
 
 
 @dataclass(frozen=True)
@@ -80,16 +99,6 @@ def check(recipe: Recipe, rows: int, world_size: int) -> None:
             raise UserError(f"{field}={count} must be below the {rows} images there are")
 
 
-def check_streamed(recipe: Recipe) -> None:
-    """Refuse what needs images at random. Raises UserError naming the field."""
-    train = recipe.train
-    if train.mined_from == "images" and train.mined_weight and train.objective != "paper":
-        raise UserError(
-            "train.mined_from=images reads single images at random, which a streamed set cannot "
-            "give; use --set train.mined_from=predictions, or data.mode=resident"
-        )
-
-
 def execute(
     recipe: Recipe,
     catalog: Catalog,
@@ -107,7 +116,9 @@ def execute(
     With a `store`, which several runs share, each stage has the run folder `home` names there.
     Raises UserError when a stage's parent is neither in `stages` nor finished in the folder.
     """
-    run = _Run(recipe, catalog, data, folder, worker, monitor, store)
+    normalize = normalisation(recipe, catalog)
+    context = Context(recipe, data, catalog.labels, normalize, worker.device)
+    run = _Run(recipe, catalog, context, folder, worker, monitor, store)
     run.check_parents(stages, afresh=overwrite)
     if worker.rank == 0:
         remove_leftovers(folder)
@@ -134,26 +145,15 @@ def execute(
     return Result(folder, result)
 
 
+@dataclass(frozen=True)
 class _Run:
-    def __init__(
-        self,
-        recipe: Recipe,
-        catalog: Catalog,
-        data: Images,
-        folder: Path,
-        worker: Worker,
-        monitor: Monitor,
-        store: Path | None,
-    ) -> None:
-        self.recipe, self.catalog, self.folder, self.store = recipe, catalog, folder, store
-        self.worker, self.monitor = worker, monitor
-        self.context = Context(
-            recipe,
-            data,
-            catalog.labels,
-            normalisation(recipe, catalog),
-            worker.device,
-        )
+    recipe: Recipe
+    catalog: Catalog
+    context: Context
+    folder: Path
+    worker: Worker
+    monitor: Monitor
+    store: Path | None
 
     def identity(self, stage: StageName) -> str:
         return stage_identity(

@@ -6,18 +6,14 @@ by its identity, continues what was begun, and trains the rest.
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import psutil
 import ray
 import torch
 from ray import tune
@@ -30,21 +26,19 @@ from ray.tune.schedulers import (
 )
 from rich.console import Console
 
-from snscc_ray import recipes
-from snscc_ray.cluster import Scale, check_visible
-from snscc_ray.config import STAGES, Recipe, StageName
-from snscc_ray.data.imageset import Catalog, Rows, assemble
-from snscc_ray.data.resident import Images, ResidentData
+from snscc_ray.cluster import Probe, Scale, amounts, check_alike, free_of, look, room
+from snscc_ray.config import Recipe, StageName
+from snscc_ray.data.resident import ResidentData
 from snscc_ray.data.sources import list_rows
-from snscc_ray.data.stream import ray_survey
-from snscc_ray.data.streamed import choose_mode
+from snscc_ray.data.stream import Shared, share_images
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.launch import Job as GroupJob
-from snscc_ray.launch import load_array, load_streamed, some_files, train_group
+from snscc_ray.launch import check_visible, placed, some_files, train_group
 from snscc_ray.monitor import Display, Journal, RunMonitor
-from snscc_ray.paths import is_url
-from snscc_ray.run import check, check_streamed, execute
+from snscc_ray.paths import arrow_storage, is_url
+from snscc_ray.run import check, execute
+from snscc_ray.sweep_cost import Nowhere, Seconds, measure
 from snscc_ray.sweep_plan import Job, Ledger, searched
 from snscc_ray.workers import LocalWorker, choose_device
 
@@ -68,13 +62,22 @@ class Options:
     max_concurrent: int | None = None
     address: str | None = None
 
+    def scale(self) -> Scale:
+        """What the workers of one trial are asked of a cluster as."""
+        workers = (self.workers_per_trial, self.workers_per_trial)
+        return Scale(workers, self.gpus_per_trial > 0, self.cpus_per_trial, self.address)
+
+    def needs(self) -> dict[str, float]:
+        """What one trial takes in all."""
+        each = {"CPU": self.cpus_per_trial, "GPU": self.gpus_per_trial}
+        return {kind: amount * self.workers_per_trial for kind, amount in each.items() if amount}
+
 
 @dataclass(frozen=True)
 class _Shared:
     """What every trial needs; lies in the object store."""
 
-    catalog: Catalog
-    load: Callable[[torch.device], Images]
+    images: Shared
     ledger: Ledger
     options: Options
 
@@ -89,27 +92,13 @@ class Session:
         self.ledger = Ledger(self.folder.parent / "stages", self.folder)
         rows = list_rows(recipe.data)
         check(recipe, len(rows.ids), 1)
+        probes = _probed(options, self.display.line)
         check_visible(self.folder, some_files(rows))
-        self.concurrent = _places(options)
-        self.catalog, self.load = self._read(rows)
-        self.display.finish()
-        # Once, here, for what the order of the epochs is called.
-        self.order_name = self.load(torch.device("cpu")).order_name
-        self._shared = ray.put(_Shared(self.catalog, self.load, self.ledger, options))
-
-    def _read(self, rows: Rows) -> tuple[Catalog, Callable[[torch.device], Images]]:
-        data = self.recipe.data
+        self.concurrent = _concurrent(options)
         # Each trial holds the set, and the object store holds it once.
-        free = psutil.virtual_memory().available // (self.concurrent + 1)
-        mode, why = choose_mode(data, len(rows.ids), free, rows.streamable)
-        progress = self.display.counting("reading", "images")
-        if mode == "stream":
-            self.display.line(f"images streamed: {why}")
-            check_streamed(self.recipe)
-            streamed = ray_survey(rows, data, progress=progress)
-            return streamed.catalog, partial(load_streamed, ray.put(streamed), data.memory_mb)
-        images = assemble(rows, data, self.recipe.runtime.decode_workers, progress)
-        return images.catalog, partial(load_array, ray.put(images.images.numpy()))
+        free = room(probes) // (self.concurrent + 1)
+        self.images = share_images(recipe, rows, free, self.display)
+        self._shared = ray.put(_Shared(self.images, self.ledger, options))
 
     def train(self, stage: StageName, jobs: Sequence[Job]) -> None:
         """Train a level of stages whose parents are finished. Raises Interrupted on Ctrl-C.
@@ -164,12 +153,9 @@ class Session:
         if left:
             raise Interrupted
 
-    def measure(self) -> dict[StageName, tuple[float, float]]:
-        """Seconds of each stage: for what is done once, and for an epoch; from a few real steps.
-
-        Measured where a trial would run. Empty for a streamed set.
-        """
-        if self.order_name != ResidentData.order_name:
+    def measure(self) -> Seconds:
+        """`sweep_cost.measure`, where a trial would run. Empty for a streamed set."""
+        if self.images.order_name != ResidentData.order_name:
             return {}
         task = ray.remote(_measure).options(
             num_cpus=self.options.cpus_per_trial, num_gpus=self.options.gpus_per_trial
@@ -178,9 +164,9 @@ class Session:
 
     def _resources(self) -> dict[str, float]:
         if self.options.workers_per_trial > 1:
-            return {"CPU": 0}  # the trial itself only waits for its workers
-        found = {"CPU": self.options.cpus_per_trial}
-        return found | ({"GPU": self.options.gpus_per_trial} if self.options.gpus_per_trial else {})
+            # A trial only waits for its workers: on the head, which no cloud takes back.
+            return {"node:__internal_head__": 0.001}
+        return self.options.needs()
 
     def _scheduler(
         self, stage: StageName, jobs: Sequence[Job], open_jobs: Sequence[Job]
@@ -207,12 +193,7 @@ class Session:
         return _PerSeed(make, jobs, open_jobs, self.ledger)
 
     def _run_config(self, stage: StageName) -> tune.RunConfig:
-        filesystem, storage = None, str(self.folder / "tune")
-        if is_url(self.folder):
-            from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-            place: Any = self.folder / "tune"
-            filesystem, storage = PyFileSystem(FSSpecHandler(place.fs)), place.path
+        storage, filesystem = arrow_storage(self.folder / "tune")
         return tune.RunConfig(
             name=f"{stage}-{int(time.time())}",
             storage_path=storage,
@@ -292,26 +273,37 @@ class _Progress(tune.Callback):
         self._display.advance()
 
 
-def _places(options: Options) -> int:
-    """How many trials fit at a time. Raises UserError when not even one does."""
+def _probed(options: Options, say: Callable[[str], None]) -> list[Probe]:
+    """See where one trial finds its place, for which a cluster may have to grow first.
+
+    Raises UserError when there is none, or when nodes differ from this machine.
+    """
+    scale = options.scale()
+    if scale.alone:
+        if not _fitting(options):
+            there = free_of(ray.available_resources(), ray.cluster_resources())
+            raise UserError(
+                f"a trial takes {amounts(options.needs())} and there are {there}: lower "
+                "--workers-per-trial, --cpus-per-trial or --gpus-per-trial"
+            )
+        return [look(ray.util.get_node_ip_address())]
+    with placed(scale, say) as probes:
+        check_alike(probes, scale.gpu)
+        return probes
+
+
+def _fitting(options: Options) -> int:
+    """How many trials all nodes that are up could hold."""
     there = ray.cluster_resources()
-    wanted = {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial}
-    fits = [
-        int(there.get(kind, 0) / (amount * options.workers_per_trial) + 1e-6)
-        for kind, amount in wanted.items()
-        if amount
-    ]
-    places = min(fits, default=1)
-    if places < 1:
-        have = " and ".join(f"{there.get(kind, 0):g} {kind}" for kind in wanted)
-        need = " and ".join(
-            f"{amount * options.workers_per_trial:g} {kind}" for kind, amount in wanted.items()
-        )
-        raise UserError(
-            f"a trial takes {need} and there are {have} in all: lower --workers-per-trial, "
-            "--cpus-per-trial or --gpus-per-trial"
-        )
-    return min(places, options.max_concurrent or places)
+    return min(int(there.get(kind, 0) / need + 1e-6) for kind, need in options.needs().items())
+
+
+def _concurrent(options: Options) -> int:
+    """How many trials may be under way: on a cluster, which can grow, as many as are asked for."""
+    if options.max_concurrent and not options.scale().alone:
+        return options.max_concurrent
+    fitting = max(1, _fitting(options))
+    return min(fitting, options.max_concurrent or fitting)
 
 
 def _reason(error: BaseException) -> str:
@@ -322,58 +314,15 @@ def _reason(error: BaseException) -> str:
 
 # -------------------------------------------------------------------------------- in the trials
 
-# Steps of each stage that the time of a sweep is estimated from.
-_MEASURED_STEPS = 4
 
-
-def _measure(shared: _Shared, recipe: Recipe) -> dict[StageName, tuple[float, float]]:
-    """Run all stages for one epoch of a few batches, and scale up."""
+def _measure(shared: _Shared, recipe: Recipe) -> Seconds:
     device = choose_device("cuda" if shared.options.gpus_per_trial else "cpu")
-    largest = max(getattr(recipe, stage).batch_size for stage in STAGES)
-    rows = len(shared.catalog)
-    few = min(rows, _MEASURED_STEPS * largest)
-    held = shared.load(torch.device("cpu"))
+    held = shared.images.load(torch.device("cpu"))
     assert isinstance(held, ResidentData)
-    catalog = replace(
-        shared.catalog,
-        ids=shared.catalog.ids[:few],
-        labels=None if shared.catalog.labels is None else shared.catalog.labels[:few],
-    )
-    short = recipes.override(recipe, [f"{stage}.epochs=1" for stage in STAGES])
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        monitor = RunMonitor(Journal(folder), _Nowhere())
-        data = ResidentData(held.images_NCHW[:few], device)
-        result = execute(short, catalog, data, folder, LocalWorker(folder, device), monitor)
-        monitor.finish()
-        speed = {
-            line["stage"]: line["images_per_second"]
-            for text in (folder / "metrics.jsonl").read_text().splitlines()
-            if "images_per_second" in (line := json.loads(text))
-        }
-    found: dict[StageName, tuple[float, float]] = {}
-    for stage in STAGES:
-        epoch = few / speed[stage]
-        fixed = max(result.figures["stages"][stage]["seconds"] - epoch, 0)
-        found[stage] = fixed * rows / few, epoch * rows / few
-    return found
+    return measure(recipe, shared.images.catalog, held.images_NCHW, device)
 
 
-class _Nowhere:
-    """A `Screen` nobody looks at."""
-
-    def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
-
-    def advance(self, steps: int = 1) -> None: ...
-
-    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
-
-    def line(self, text: str) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class _Telling(_Nowhere):
+class _Telling(Nowhere):
     """A `Screen` whose figures go to Tune, which may stop the trial for them."""
 
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
@@ -388,24 +337,19 @@ def _trainable(config: dict[str, Any], given: _Shared, jobs: Sequence[Job]) -> N
         return  # tried again after it had been written
     folder, options = given.ledger.home(job), given.options
     if options.workers_per_trial > 1:
-        scale = Scale(
-            (options.workers_per_trial, options.workers_per_trial),
-            gpu=options.gpus_per_trial > 0,
-            cpus=options.cpus_per_trial,
-        )
+        catalog, load = ray.put(given.images.catalog), given.images.load
         group = GroupJob(
-            job.recipe, str(folder), (job.stage,), False, ray.put(given.catalog), given.load,
-            str(store),
+            job.recipe, str(folder), (job.stage,), False, catalog, load, str(store)
         )  # fmt: skip
-        train_group(group, scale, {}, _Telling())
+        train_group(group, options.scale(), _Telling())
         return
     device = choose_device("cuda" if options.gpus_per_trial else "cpu")
     monitor = RunMonitor(Journal(folder), _Telling())
     try:
         execute(
             job.recipe,
-            given.catalog,
-            given.load(device),
+            given.images.catalog,
+            given.images.load(device),
             folder,
             LocalWorker(folder, device),
             monitor,

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from snscc_ray import checkpoints, sweep_results
-from snscc_ray.cluster import Scale, connected
+from snscc_ray.cluster import Scale
 from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.errors import UserError
 from snscc_ray.figures import draw
 from snscc_ray.identity import stage_identity
+from snscc_ray.launch import connected
 from snscc_ray.monitor import write_hyperparameters
 from snscc_ray.paths import is_url
 from snscc_ray.run_folder import holds_something, remove_tree
 from snscc_ray.sweep import Options, Session
+from snscc_ray.sweep_cost import say_plan, what_sharing_saved
 from snscc_ray.sweep_plan import (
     Job,
     Ledger,
@@ -30,6 +31,7 @@ from snscc_ray.sweep_plan import (
     row_of,
     trials_of,
 )
+from snscc_ray.sweep_verdicts import Best, best_setting, judge, rank_correlation
 from tune_spaces import load
 from tune_spaces.space import Space
 
@@ -67,17 +69,20 @@ def run_sweep(
         _refuse_another(folder, described)
     with connected(Scale((1, 1), address=options.address)):
         session = Session(recipe, folder, options, console)
+        images = session.images
         if overwrite:  # the table and what was stopped or lost; finished stages stay what they are
             for ours in ("stopped", "failed", "tune", "tensorboard"):
                 remove_tree(session.folder / ours)
         checkpoints.write_json(session.folder / _PLAN, described)
 
         def identity(own: Recipe, stage: StageName) -> str:
-            return stage_identity(own, stage, session.catalog.fingerprint, session.order_name)
+            return stage_identity(own, stage, images.catalog.fingerprint, images.order_name)
 
         trials = trials_of(space, recipe, seeds, identity, samples)
         jobs = jobs_of(trials)
-        _say_plan(console, session, jobs, len(trials))
+        left = {s: [job for job in jobs[s] if not session.ledger.ended(job)] for s in STAGES}
+        seconds = session.measure() if any(left.values()) else {}
+        say_plan(console, trials, jobs, left, session.ledger, session.concurrent, seconds)
         for stage in STAGES:
             ready = [
                 job
@@ -91,7 +96,7 @@ def run_sweep(
     text = "\n\n".join(
         [
             *_findings(space, rows, options.metric, session.folder, curves),
-            _cost(trials, jobs, session.ledger),
+            what_sharing_saved(trials, jobs, session.ledger),
             f"This call took {time.monotonic() - began:.0f} s.",
         ]
     )
@@ -132,79 +137,6 @@ def _parent_finished(job: Job, ledger: Ledger) -> bool:
     return job.parent is not None and ledger.figures(before, job.parent) is not None
 
 
-# ------------------------------------------------------------------------------------ the plan
-
-
-def _say_plan(
-    console: Console, session: Session, jobs: dict[StageName, list[Job]], trials: int
-) -> None:
-    ledger = session.ledger
-    left = {stage: [job for job in jobs[stage] if not ledger.ended(job)] for stage in STAGES}
-    seconds = session.measure() if any(left.values()) else {}
-    table = Table("stage", "to train", "reused", "already there", "epochs", "minutes", box=None)
-    total = 0.0
-    for stage in STAGES:
-        if not jobs[stage]:
-            continue
-        epochs = sum(
-            getattr(job.recipe, stage).epochs - len(ledger.lines(stage, job.identity))
-            for job in left[stage]
-        )
-        minutes = 0.0
-        if seconds:
-            fixed, per_epoch = seconds[stage]
-            minutes = (fixed * len(left[stage]) + per_epoch * epochs) / 60
-        total += minutes
-        table.add_row(
-            stage,
-            str(len(left[stage])),
-            str(trials - len(jobs[stage])) if stage in jobs else "0",
-            str(len(jobs[stage]) - len(left[stage])),
-            str(epochs),
-            f"{minutes:.1f}" if seconds else "-",
-        )
-    console.print(f"{trials} trials, {session.concurrent} at a time:", highlight=False)
-    console.print(table)
-    if seconds:
-        about = total / session.concurrent
-        console.print(
-            f"about {about:.1f} minutes, from steps measured just now "
-            f"(from scratch, one after the other: {_scratch(jobs, trials, seconds):.1f})",
-            highlight=False,
-        )
-
-
-def _scratch(
-    jobs: dict[StageName, list[Job]], trials: int, seconds: dict[StageName, tuple[float, float]]
-) -> float:
-    """Minutes that the trials would take if each trained all of its stages itself."""
-    total = 0.0
-    for stage, found in jobs.items():
-        if found:
-            fixed, per_epoch = seconds[stage]
-            mean = sum(getattr(job.recipe, stage).epochs for job in found) / len(found)
-            total += trials * (fixed + per_epoch * mean)
-    return total / 60
-
-
-def _cost(trials: Sequence[Trial], jobs: dict[StageName, list[Job]], ledger: Ledger) -> str:
-    """What sharing stages saved, in stages and in measured seconds."""
-    shared = sum(len(found) for found in jobs.values())
-    apart = sum(len(trial.chain) for trial in trials)
-    spent = {
-        job.identity: (ledger.figures(stage, job.identity) or {"seconds": 0.0})["seconds"]
-        for stage, found in jobs.items()
-        for job in found
-    }
-    seconds = sum(spent.values())
-    scratch = sum(spent[identity] for trial in trials for identity in trial.chain.values())
-    share = seconds / scratch if scratch else 1.0
-    return (
-        f"{shared} stages trained for {apart} that the trials consist of: {seconds:.0f} s of "
-        f"training in place of {scratch:.0f} s ({share:.2f} of retraining each)."
-    )
-
-
 # ---------------------------------------------------------------------------------- the result
 
 
@@ -220,10 +152,10 @@ def _findings(
     figures = draw(space, rows, folder, curves)
     last = space.stages[-1]
     truth = sweep_results.shown_metrics(rows)[0]
-    said = [_best_line(space, sweep_results.best_setting(rows, metric, last), metric)]
-    said += [sweep_results.judge(claim, rows, truth).text for claim in space.claims]
+    said = [_best_line(space, best_setting(rows, metric, last), metric)]
+    said += [judge(claim, rows, truth).text for claim in space.claims]
     said += sweep_results.shortfalls(space, rows)
-    found = sweep_results.rank_correlation(rows, metric, stage=last)
+    found = rank_correlation(rows, metric, stage=last)
     if found.pooled is not None and metric != truth:
         seeds = ", ".join("-" if r is None else f"{r:.2f}" for r in found.per_seed.values())
         said.append(
@@ -233,7 +165,7 @@ def _findings(
     return [*said, "Figures: " + ", ".join(str(path) for path in figures)]
 
 
-def _best_line(space: Space, best: sweep_results.Best | None, metric: str) -> str:
+def _best_line(space: Space, best: Best | None, metric: str) -> str:
     if best is None:
         return f"No trial has {metric}: there is no best setting."
     one = "one seed, no interval"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from snscc_ray import recipes
 from snscc_ray.config import STAGES, Recipe, StageName
@@ -58,6 +61,18 @@ def execute_on(
     """Run the stages on images in memory."""
     data = ResidentData(images.images, worker.device)
     return execute(recipe, images.catalog, data, folder, worker, monitor, stages)
+
+
+def digits_table(rows: int) -> pa.Table:
+    """The first real digits as PNG with their labels: what shards hold."""
+    images = load_images(recipes.override(recipes.get("digits"), [f"data.limit={rows}"]).data)
+    assert images.catalog.labels is not None
+    encoded = []
+    for pixels in images.images:
+        file = io.BytesIO()
+        Image.fromarray(pixels[0].numpy()).save(file, "PNG")
+        encoded.append(file.getvalue())
+    return pa.table({"image": encoded, "label": images.catalog.labels.numpy()})
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from PIL import Image
 
 import snscc_ray.run
 from snscc_ray import checkpoints, cli, recipes
+from snscc_ray.cli import options
 from snscc_ray.config import STAGES, Recipe
 from snscc_ray.run_folder import read_recipe
 from tests.conftest import TINY
@@ -101,7 +102,7 @@ class Snscc:
 
 @pytest.fixture
 def snscc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Snscc:
-    monkeypatch.setattr(cli.out, "width", 160)
+    monkeypatch.setattr(options.out, "width", 160)
     return Snscc(capsys)
 
 

@@ -18,6 +18,7 @@ import ray
 from PIL import Image
 
 from snscc_ray.config import STAGES
+from tests.conftest import digits_table
 from tests.ray_tools import (
     FEW_CHECKPOINTS,
     Cluster,
@@ -79,6 +80,24 @@ def agree(folder: Path, other: Path) -> None:
 
 def test_two_workers_equal_one(runs: Path) -> None:
     agree(runs / "two", runs / "one")
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_shards_under_ray_equal_the_run_in_one_process(mode: str, tmp_path: Path) -> None:
+    """Read, decoded and handed over by Ray Data, and trained on: the very same weights."""
+    table = digits_table(203)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name, part in (("a", table.slice(0, 90)), ("b", table.slice(90))):
+        pq.write_table(part, shards / f"{name}.parquet", row_group_size=16)
+    more = sets("data.limit=null", "data.source=shards", f"data.path={shards}", f"data.mode={mode}")
+    with own_ray() as own:
+        local = own.snscc(*DIGITS, *more, "--out", tmp_path / "local").wait()
+        one = ["--workers", 1, "--cpus-per-worker", 1]
+        under = own.snscc(*DIGITS, *more, *one, "--out", tmp_path / "ray").wait()
+        assert f"images {mode}" in under.out
+        assert ("images stream" in local.out) == (mode == "stream")
+    assert_same_run(tmp_path / "ray", tmp_path / "local")
 
 
 def test_what_ray_train_kept_is_gone_once_the_run_is_finished(runs: Path) -> None:
@@ -206,8 +225,8 @@ def refuses(cluster: Cluster, says: list[str], folder: Path, *command: object, *
     ("arguments", "says"),
     [
         (
-            ["--workers", 3, "--wait", 3],
-            ["3 workers of 1 CPU", "within 3 s", "2 of 2 CPU free", "--wait", "ray status"],
+            ["--workers", 4, "--wait", 3],
+            ["4 workers of 1 CPU", "within 3 s", "2 of 2 CPU free", "--wait", "ray status"],
         ),
         (["--workers", 1, "--gpu", "--wait", 3], ["1 workers of 1 CPU and 1 GPU", "CPU free"]),
         (

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from snscc_ray import cli, pack
+from snscc_ray.cli import options
 from snscc_ray.config import DataSettings
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.sources import load_images
@@ -33,7 +34,7 @@ from tests.test_cli import Snscc, command, content, environment, refused, start
 
 @pytest.fixture
 def snscc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Snscc:
-    monkeypatch.setattr(cli.out, "width", 160)
+    monkeypatch.setattr(options.out, "width", 160)
     return Snscc(capsys)
 
 

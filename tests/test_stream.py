@@ -16,7 +16,8 @@ import torch
 from snscc_ray import distributed
 from snscc_ray.data.resident import ResidentData
 from snscc_ray.data.sources import list_rows, load_images
-from snscc_ray.data.streamed import StreamedData, StreamedSet, survey
+from snscc_ray.data.streamed import StreamedData
+from snscc_ray.data.survey import StreamedSet, survey
 from snscc_ray.errors import UserError
 from tests.test_streamed import (
     CPU,

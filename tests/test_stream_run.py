@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
 from snscc_ray import checkpoints, recipes
 from snscc_ray.config import STAGES, Recipe
 from snscc_ray.data.resident import Images, ResidentData
 from snscc_ray.data.sources import list_rows, load_images
-from snscc_ray.data.streamed import StreamedData, survey, threads_reader
+from snscc_ray.data.streamed import StreamedData, threads_reader
+from snscc_ray.data.survey import survey
 from snscc_ray.monitor import Display, Journal, RunMonitor
 from snscc_ray.run import execute
 from snscc_ray.workers import LocalWorker
-from tests.conftest import TINY, equal_states, shards
+from tests.conftest import TINY, digits_table, equal_states, shards
 
 CPU = torch.device("cpu")
 
@@ -33,17 +31,9 @@ CPU = torch.device("cpu")
 def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """203 real digits as PNG in two shards of small row groups."""
     folder = tmp_path_factory.mktemp("shards")
-    images = load_images(recipes.override(recipes.get("digits"), ["data.limit=203"]).data)
-    encoded = []
-    for pixels in images.images:
-        file = io.BytesIO()
-        Image.fromarray(pixels[0].numpy()).save(file, "PNG")
-        encoded.append(file.getvalue())
-    assert images.catalog.labels is not None
-    labels = images.catalog.labels.numpy()
-    for name, part in (("a", slice(0, 90)), ("b", slice(90, 203))):
-        table = pa.table({"image": encoded[part], "label": labels[part]})
-        pq.write_table(table, folder / f"{name}.parquet", row_group_size=16)
+    table = digits_table(203)
+    for name, part in (("a", table.slice(0, 90)), ("b", table.slice(90))):
+        pq.write_table(part, folder / f"{name}.parquet", row_group_size=16)
     return folder
 
 

@@ -15,7 +15,7 @@ import torch
 
 from snscc_ray.data.resident import ResidentData
 from snscc_ray.data.sources import list_rows, load_images, resolve_source
-from snscc_ray.data.streamed import survey
+from snscc_ray.data.survey import survey
 from snscc_ray.errors import UserError
 from tests.test_streamed import (
     CPU,

@@ -30,14 +30,8 @@ from snscc_ray.data.order import LANES, batch_edges, streamed_order
 from snscc_ray.data.resident import Batch, ResidentData
 from snscc_ray.data.slices import Sizes, Slice, cut
 from snscc_ray.data.sources import list_rows, load_images
-from snscc_ray.data.streamed import (
-    Decoded,
-    StreamedData,
-    StreamedSet,
-    choose_mode,
-    survey,
-    threads_reader,
-)
+from snscc_ray.data.streamed import Decoded, StreamedData, threads_reader
+from snscc_ray.data.survey import StreamedSet, choose_mode, survey
 from snscc_ray.errors import UserError
 from snscc_ray.views import Normalize, make_views
 from tests.conftest import shards
@@ -374,7 +368,8 @@ import re, sys
 import torch
 from snscc_ray.config import DataSettings
 from snscc_ray.data.sources import list_rows
-from snscc_ray.data.streamed import StreamedData, survey, threads_reader
+from snscc_ray.data.streamed import StreamedData, threads_reader
+from snscc_ray.data.survey import survey
 
 def peak_mb(limit):
     data = DataSettings(

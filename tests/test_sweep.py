@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def broken(recipe):
     points = (Point("sound", {}), Point("wild", {"train.learning_rate": 1e30}))
     return Space("broken", "Broken", points, "rate", ("train",))
 '''
-# What a sweep measures of time, and what it says of the stages it found finished.
+# What depends on the moment it was measured in.
 TIMES = ("seconds", "images_per_second")
 
 
@@ -122,13 +123,15 @@ def test_a_sweep_killed_at_random_moments_ends_with_the_same_table(
         # From before the first trial to the last stage, further on as more is done.
         time.sleep(draw.uniform(5, 25))
         if running.process.poll() is not None:
-            break
+            assert table(folder) == table(whole[0])
+            shutil.rmtree(tmp_path)  # and once more, until there are ten kills
+            tmp_path.mkdir()
+            continue
         running.send(signal.SIGKILL)
         running.wait(-signal.SIGKILL)
         kills += 1
         for left in ray.processes():
             left.kill()
-    assert kills >= 3
     ray.snscc(*command(spaces, folder)).wait()
     assert table(folder) == table(whole[0])
 
@@ -174,15 +177,13 @@ def test_a_trial_of_two_workers_is_that_of_one(
     ray: Ray, spaces: Path, whole: tuple[Path, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "two"
-    more = ["--workers-per-trial", 2, "--cpus-per-trial", 0.5, "--samples", 1]
+    more = ["--workers-per-trial", 2, "--samples", 1, "--seeds", 1]
     ray.snscc(*command(spaces, folder, *more)).wait()
     full = {(row["point"], row["seed"]): row for row in table(whole[0])}
-    rows = table(folder)
-    assert len(rows) == 2
-    for row in rows:
-        one = full[row["point"], row["seed"]]
-        assert row["pretrain/oracle/acc"] == pytest.approx(one["pretrain/oracle/acc"], abs=0.02)
-        assert row["status"] == "finished"
+    [row] = table(folder)
+    one = full[row["point"], row["seed"]]
+    assert row["pretrain/oracle/acc"] == pytest.approx(one["pretrain/oracle/acc"], abs=0.02)
+    assert row["status"] == "finished"
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,7 @@ def test_a_trial_of_two_workers_is_that_of_one(
     [
         (["--cpus-per-trial", 999], ["a trial takes 999 CPU", "--cpus-per-trial"]),
         (["--gpus-per-trial", 1], ["1 GPU", "--gpus-per-trial"]),
+        (["--workers-per-trial", 2, "--gpus-per-trial", 0.5], ["--gpus-per-trial 0.5", "1 or 0"]),
         (["--scheduler", "best"], ["--scheduler best", "asha"]),
         (["--metric", "accuracy"], ["--metric accuracy", "health/score"]),
         (["--seeds", 3], ["another seeds", "--overwrite"]),

@@ -15,6 +15,7 @@ import logging
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -26,12 +27,14 @@ import torch
 from torch import Tensor
 
 from snscc_ray import distributed
-from snscc_ray.config import DataSettings
-from snscc_ray.data.imageset import Rows
-from snscc_ray.data.resident import Viewer
+from snscc_ray.config import DataSettings, Recipe
+from snscc_ray.data.imageset import Catalog, Rows, assemble
+from snscc_ray.data.resident import Images, ResidentData, Viewer
 from snscc_ray.data.slices import VIEWS_BYTES, Findings, Slice, examine, image_bytes
-from snscc_ray.data.streamed import Decoded, Reader, StreamedSet, conclude, decoded, plan
+from snscc_ray.data.streamed import Decoded, Reader, StreamedData, decoded
+from snscc_ray.data.survey import StreamedSet, check_streamed, choose_mode, conclude, plan
 from snscc_ray.errors import UserError
+from snscc_ray.monitor import Display
 
 logging.getLogger("ray.data").setLevel(logging.WARNING)
 # It warns that there will be no progress bars.
@@ -42,6 +45,59 @@ logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 _TASK_BYTES = 8 << 20
 # Memory for what a survey or the loading of a resident set has under way.
 _STORE_BYTES = 256 << 20
+
+
+# Brings a set to a device; picklable, and called in each worker.
+Load = Callable[[torch.device], Images]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A set that is ready for any number of workers."""
+
+    catalog: Catalog
+    load: Load
+    order_name: str  # see `Images`
+
+
+def share_images(recipe: Recipe, rows: Rows, free_bytes: int, display: Display) -> Shared:
+    """Decide where the images will be, and read the set once. Raises UserError."""
+    data = recipe.data
+    mode, why = choose_mode(data, len(rows.ids), free_bytes, rows.streamable)
+    display.line(f"images {mode}: {why}")
+    progress = display.counting("reading", "images")
+    if mode == "stream":
+        check_streamed(recipe)
+        streamed = ray_survey(rows, data, progress=progress)
+        catalog = streamed.catalog
+        load: Callable[[torch.device], Images] = partial(
+            _streamed, ray.put(streamed), data.memory_mb
+        )
+        order_name = load(torch.device("cpu")).order_name  # reads nothing
+    elif rows.streamable:
+        dataset, streamed = ray_resident(rows, data, progress=progress)
+        catalog, order_name = streamed.catalog, ResidentData.order_name
+        load = partial(_decoded, dataset, ray.put(streamed))
+    else:
+        images = assemble(rows, data, recipe.runtime.decode_workers, progress)
+        catalog, order_name = images.catalog, ResidentData.order_name
+        load = partial(_array, ray.put(images.images.numpy()))
+    display.finish()
+    return Shared(catalog, load, order_name)
+
+
+def _streamed(streamed: Any, memory_mb: int, device: torch.device) -> Images:
+    held: StreamedSet = ray.get(streamed)
+    return StreamedData(held, device, ray_reader(held, memory_mb))
+
+
+def _decoded(dataset: Any, streamed: Any, device: torch.device) -> Images:
+    return ResidentData(resident_images(dataset, ray.get(streamed)), device)
+
+
+def _array(images: Any, device: torch.device) -> Images:
+    # A copy: what the object store holds may not be written to, which torch minds.
+    return ResidentData(torch.from_numpy(np.array(ray.get(images))), device)
 
 
 def ray_survey(

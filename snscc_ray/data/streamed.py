@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import pairwise
-from queue import SimpleQueue
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from snscc_ray import distributed
-from snscc_ray.config import DataSettings
 from snscc_ray.data.decode import available_cores
-from snscc_ray.data.imageset import Catalog, Rows, all_corrupt, check_ids, corrupt, describe
 from snscc_ray.data.order import batch_edges, steps_of, streamed_order
 from snscc_ray.data.resident import Batch, Viewer
 from snscc_ray.data.slices import (
     VIEWS_BYTES,
-    Findings,
-    Sizes,
     Slice,
-    cut,
     decode_slice,
-    examine,
-    image_bytes,
 )
-from snscc_ray.errors import UserError
+from snscc_ray.data.survey import StreamedSet
+from snscc_ray.data.threads import in_threads, made_ahead
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 # Batches that are ready, or under way, while the loop works on one.
 _AHEAD = 2
-
-
-@dataclass(frozen=True, eq=False)
-class StreamedSet:
-    """A set on disk or in an object store that was read once: every row of it is readable."""
-
-    catalog: Catalog
-    slices: tuple[Slice, ...]  # all rows of the catalog in its order; some may have none left
-    channels: int
-    size: int  # of an image, decoded
-    window: int  # rows that are shuffled among each other
-
-    def __len__(self) -> int:
-        return len(self.catalog)
 
 
 class Decoded(NamedTuple):
@@ -79,109 +54,6 @@ class Reader(Protocol):
         ...
 
 
-# ------------------------------------------------------------------------------------- survey
-
-
-def choose_mode(
-    data: DataSettings, rows: int, free_bytes: int, streamable: bool
-) -> tuple[Literal["resident", "stream"], str]:
-    """Whether a set of that many rows is to be held in memory, and why, in a sentence.
-
-    free_bytes: of the memory that would hold it. streamable: see `Rows`.
-    Raises UserError if `data.mode=stream` is asked for and cannot be had.
-    """
-    needed = rows * image_bytes(data)
-    sizes = f"{rows:,} images take {_gigabytes(needed)} and {_gigabytes(free_bytes)} are free"
-    if data.mode != "auto":
-        if data.mode == "stream" and not streamable:
-            raise UserError(
-                "data.mode=stream needs image files or Parquet shards: write the images as files "
-                "and those as shards with `snscc pack`, or set data.mode=resident"
-            )
-        return data.mode, f"data.mode={data.mode} was asked for: {sizes}"
-    if not streamable:
-        return "resident", f"such a set can only be held in memory: {sizes}"
-    if needed <= free_bytes // 2:
-        return "resident", f"it fits into half of the memory: {sizes}"
-    return "stream", f"it does not fit into half of the memory: {sizes}"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB"
-
-
-def survey(
-    rows: Rows,
-    data: DataSettings,
-    *,
-    workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> StreamedSet:
-    """Read a whole set once, in `workers` threads (0: one per core), and keep no pixels of it.
-
-    Its catalog equals that of the same set in memory.
-
-    Raises:
-        UserError: as `assemble` does, and for a source that cannot be streamed.
-    """
-
-    def look(piece: Slice) -> Findings:
-        return examine(piece, data.channels, data.image_size)[0]
-
-    slices = plan(rows, data)
-    workers = workers or available_cores()
-    with closing(_in_threads(look, slices, workers, 2 * workers)) as findings:
-        return conclude(rows, data, slices, findings, progress)
-
-
-def plan(rows: Rows, data: DataSettings) -> list[Slice]:
-    """The slices a survey reads. Raises UserError for rows that cannot be streamed."""
-    check_ids(rows)
-    return cut(rows, Sizes.of(len(rows.ids), data).slice_rows)
-
-
-def conclude(
-    rows: Rows,
-    data: DataSettings,
-    slices: Sequence[Slice],
-    findings: Iterable[Findings],
-    progress: Callable[[int, int], None] | None = None,
-) -> StreamedSet:
-    """Put the findings in all slices together, which come in order.
-
-    Raises UserError for a corrupt image (with `skip_corrupt`: only if no other is left).
-    """
-    total = len(rows.ids)
-    failed: list[tuple[int, str]] = []
-    digests: list[bytes] = []
-    values = np.zeros((data.channels, 256), np.int64)
-    kept: list[Slice] = []
-    done = 0
-    for piece, found in zip(slices, findings, strict=True):
-        failures = [(piece.first + row, reason) for row, reason in found.failures]
-        if failures and not data.skip_corrupt:
-            raise corrupt(rows, *failures[0])
-        skip = tuple(row for row, _ in found.failures)
-        kept.append(replace(piece, first=piece.first - len(failed), skip=skip))
-        failed += failures
-        digests.append(found.digests)
-        values += found.values
-        done += piece.rows
-        if progress is not None:
-            progress(done, total)
-    if len(failed) == total:
-        raise all_corrupt(rows, *failed[0])
-    left = np.setdiff1d(np.arange(total), [row for row, _ in failed])
-    shape = (data.channels, data.image_size, data.image_size)
-    return StreamedSet(
-        describe(rows, left, failed, b"".join(digests), values, shape),
-        tuple(kept),
-        data.channels,
-        data.image_size,
-        Sizes.of(total, data).window,
-    )
-
-
 # ------------------------------------------------------------------------------------ reading
 
 
@@ -196,7 +68,7 @@ def threads_reader(streamed: StreamedSet, memory_mb: int, workers: int = 0) -> R
         def decode(piece: Slice) -> Decoded:
             return decoded(piece, streamed.channels, streamed.size, viewer)
 
-        return _in_threads(decode, slices, workers, ahead // (VIEWS_BYTES if viewer else 1))
+        return in_threads(decode, slices, workers, ahead // (VIEWS_BYTES if viewer else 1))
 
     return read
 
@@ -209,24 +81,6 @@ def decoded(piece: Slice, channels: int, size: int, viewer: Viewer | None) -> De
     rows_B = torch.arange(piece.first, piece.first + len(piece))
     views = viewer(torch.from_numpy(pixels), rows_B)
     return Decoded(None, tuple(view.permute(0, 2, 3, 1).contiguous().numpy() for view in views))
-
-
-def _in_threads(
-    work: Callable[[S], T], items: Sequence[S], workers: int, ahead: int
-) -> Generator[T]:
-    """`work` of each item in order, at most `ahead` of them under way or waiting to be taken."""
-    Image.init()  # not left to the threads, which would race for it
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    pending: deque[Future[T]] = deque()
-    try:
-        for item in items:
-            if len(pending) >= max(1, ahead):
-                yield pending.popleft().result()
-            pending.append(pool.submit(work, item))
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------------ batches
@@ -267,7 +121,7 @@ class StreamedData:
             begin, end = distributed.own_share(last - first)
             shares.append(order[first + begin : first + end])
             sizes.append(last - first)
-        with closing(_ahead(self._batches(shares, viewer), _AHEAD)) as batches:
+        with closing(made_ahead(self._batches(shares, viewer), _AHEAD)) as batches:
             for batch, size in zip(batches, sizes, strict=True):
                 yield replace(batch, size=size)
 
@@ -277,7 +131,7 @@ class StreamedData:
             torch.arange(begin, min(begin + batch_size, last))
             for begin in range(first, last, batch_size)
         ]
-        with closing(_ahead(self._batches(shares, None), _AHEAD)) as batches:
+        with closing(made_ahead(self._batches(shares, None), _AHEAD)) as batches:
             for batch in batches:
                 yield batch.images_BCHW
 
@@ -366,41 +220,3 @@ def _visits(edges: Tensor, shares: list[Tensor]) -> _Visits:
         until.tolist(),
         int(held.max()) if len(held) else 0,
     )
-
-
-class _Failed(NamedTuple):
-    error: BaseException
-
-
-def _ahead(items: Generator[T], depth: int) -> Generator[T]:
-    """The same items, made in a thread, `depth` of them at most before they are asked for.
-
-    The thread ends, and closes `items`, when this generator does.
-    """
-    queue: SimpleQueue[T | _Failed | None] = SimpleQueue()  # None: no more
-    room = threading.Semaphore(depth)
-    stopped = threading.Event()
-
-    def make() -> None:
-        try:
-            with closing(items):
-                while room.acquire() and not stopped.is_set():
-                    item = next(items, None)
-                    queue.put(item)
-                    if item is None:
-                        return
-        except BaseException as error:
-            queue.put(_Failed(error))
-
-    thread = threading.Thread(target=make, name="batches", daemon=True)
-    thread.start()
-    try:
-        while (item := queue.get()) is not None:
-            if isinstance(item, _Failed):
-                raise item.error
-            room.release()
-            yield item
-    finally:
-        stopped.set()
-        room.release()
-        thread.join()

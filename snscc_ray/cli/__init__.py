@@ -1,0 +1,64 @@
+"""The command line: parse, call, print. A file for each command."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any
+
+import typer
+
+from snscc_ray.cli.about import doctor, list_recipes
+from snscc_ray.cli.options import fail
+from snscc_ray.cli.pack import pack_folder
+from snscc_ray.cli.run import run
+from snscc_ray.cli.sweep import sweep
+from snscc_ray.errors import TrainingError, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Find out what is in a pile of images without labels: Pretrain → Train → Boost.
+
+    Examples:
+
+        snscc run digits
+
+        snscc recipes
+
+        snscc doctor
+    """,
+)
+app.command("run")(run)
+app.command("sweep")(sweep)
+app.command("pack")(pack_folder)
+app.command("recipes")(list_recipes)
+app.command("doctor")(doctor)
+
+# Older typers raise click's own usage error, newer ones that of the click inside them.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+
+
+def main() -> None:
+    """Run the command line; a mistake is one line on stderr and exit status 2."""
+    try:
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except UserError as error:
+        fail(str(error), 2)
+    except TrainingError as error:
+        fail(str(error), 1)
+    except _UsageError as error:
+        if not error.format_message():  # no arguments: the help has been printed
+            sys.exit(0)
+        fail(f"{error.format_message()} (snscc --help teaches)", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        fail("stopped", 130)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where = f" ({error.filename})" if error.filename else ""
+            fail(f"no space left{where}: free some space and continue with --resume", 2)
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}; check the paths given and their rights", 2)

@@ -1,0 +1,80 @@
+"""`snscc pack`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from snscc_ray.cli.options import fail, out
+from snscc_ray.errors import UserError
+
+
+def pack_folder(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the images, nested or not")],
+    shards: Annotated[str, typer.Argument(metavar="OUT", help="folder for the shards")],
+    shard_mb: Annotated[int, typer.Option(min=1, max=2000, help="size of a shard, about")] = 64,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=4, max=1024, help="make larger images squares of this side, encoded anew"),
+    ] = None,
+    folders_are_labels: Annotated[
+        bool, typer.Option("--folders-are-labels", help="sub-folder names become labels")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=0, help="processes; 0: one per core")] = 0,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="leave out unreadable images, and list them")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the shards that a pack left in OUT")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="only check the finished shards in OUT")
+    ] = False,
+) -> None:
+    """Write a folder of images as Parquet shards; the same command again continues.
+
+    Examples:
+
+        snscc pack ~/photos shards/photos
+
+        snscc pack imagenet/train shards/imagenet --image-size 256 --folders-are-labels
+
+        snscc pack ~/photos shards/photos --verify
+    """
+    # Imported here: torch takes seconds, which --help should not wait for.
+    from snscc_ray import pack
+    from snscc_ray.paths import as_path
+
+    place = as_path(shards)
+    if verify and overwrite:
+        raise UserError("--verify checks shards and --overwrite replaces them; give one of them")
+    if verify:
+        found = pack.verify(place, jobs, out)
+    else:
+        options = pack.Options(shard_mb, image_size, folders_are_labels)
+        try:
+            found = pack.pack(
+                folder.expanduser(),
+                place,
+                options,
+                jobs=jobs,
+                skip_corrupt=skip_corrupt,
+                overwrite=overwrite,
+                console=out,
+            )
+        except KeyboardInterrupt:
+            fail("stopped; the same command again keeps the finished shards", 130)
+    rate = f", {found.packed / found.seconds:,.0f} images/s" if found.packed else ""
+    lines = [
+        f"{'OK: ' * verify}{found.shards:,} shards, {found.rows:,} rows, "
+        f"{found.bytes / 1e6:,.1f} MB, {len(found.skipped):,} skipped{rate}"
+    ]
+    if found.skipped:
+        lines.append(f"Left out: {place / pack.SKIPPED}")
+    if not verify:
+        command = f"snscc run images --data {shlex.quote(str(place))} --set data.num_clusters=..."
+        lines.append(f"Next: {command}")
+    out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,190 @@
+"""`snscc run`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from snscc_ray.cli.options import SCALE, Address, Settings, fail, out, overrides_of
+from snscc_ray.config import STAGES, StageName
+from snscc_ray.errors import UserError
+
+
+def run(
+    recipe: Annotated[
+        str | None, typer.Argument(help="a name from `snscc recipes`; not needed with --resume")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="folder of images, Parquet shards, or a torchvision copy")
+    ] = None,
+    out_folder: Annotated[
+        str | None, typer.Option("--out", help="run folder or URL  [default: runs/RECIPE]")
+    ] = None,
+    stages: Annotated[str, typer.Option(help="which stages to run")] = ",".join(STAGES),
+    seed: Annotated[int | None, typer.Option(help="of everything random in the run")] = None,
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the run in --out")
+    ] = False,
+    download: Annotated[
+        bool, typer.Option("--download", help="let torchvision fetch CIFAR or STL-10 into --data")
+    ] = False,
+    workers: Annotated[
+        str,
+        typer.Option(
+            help="Ray workers, or MIN:MAX; 0: this process, without Ray",
+            show_default=True,
+            rich_help_panel=SCALE,
+        ),
+    ] = "0",
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="a GPU for each worker", rich_help_panel=SCALE)
+    ] = False,
+    cpus_per_worker: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="1 on a cluster; alone, an equal share", rich_help_panel=SCALE),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="where runs live, such as s3://BUCKET/runs; --out is then STORAGE/RECIPE",
+            rich_help_panel=SCALE,
+        ),
+    ] = None,
+    address: Address = None,
+    wait: Annotated[
+        float,
+        typer.Option(min=0, help="seconds until the workers must be placed", rich_help_panel=SCALE),
+    ] = 600.0,
+) -> None:
+    """Run a recipe: Pretrain → Train → Boost, into one folder.
+
+    Examples:
+
+        snscc run digits
+
+        snscc run cifar10 --data ~/cifar --download --out runs/c10 --seed 1
+
+        snscc run images --data ~/photos --set data.num_clusters=12
+
+        snscc run digits --set train.num_neighbors=20 --set boost.epochs=0
+
+        snscc run --resume --out runs/c10
+
+        snscc run cifar10 --workers 8 --gpu --address auto --storage s3://bucket/runs
+    """
+    # Imported here: torch takes seconds, which --help and a misspelt recipe should not wait for.
+    from snscc_ray.cluster import Scale
+    from snscc_ray.engine import Interrupted
+    from snscc_ray.local import run_here
+    from snscc_ray.paths import as_path
+    from snscc_ray.run import Request
+
+    chosen_stages = _stages(stages)
+    if recipe is None and not (resume and out_folder):
+        raise UserError("name a recipe (`snscc recipes` lists them), or give --resume --out DIR")
+    overrides = overrides_of(settings, seed, data)
+    if download:
+        overrides.append("data.download=true")
+    if storage is not None and out_folder is not None:
+        raise UserError("--out is the run folder and --storage where run folders lie; give one")
+    folder = as_path(out_folder or f"{(storage or 'runs').rstrip('/')}/{recipe}")
+    request = Request(recipe, overrides, folder, chosen_stages, resume, overwrite)
+    counts = _workers(workers)
+    try:
+        if counts is None:
+            _refuse_alone(gpu=gpu, cpus_per_worker=cpus_per_worker, address=address)
+            result = run_here(request, out)
+        else:
+            scale = Scale(counts, gpu, cpus_per_worker, address, wait)
+            result = _launcher().run_on_ray(request, out, scale)
+    except Interrupted:
+        command = f"snscc run --resume --out {shlex.quote(str(folder))}"
+        if counts is not None:
+            command += f" --workers {workers}" + " --gpu" * gpu
+            command += f" --address {address}" if address else ""
+        fail(f"stopped; continue with: {command}", 130)
+    if result is not None:
+        _print_result(result.figures, result.folder)
+
+
+def _workers(text: str) -> tuple[int, int] | None:
+    """Fewest and most, or None for this process."""
+    try:
+        fewest, _, most = text.partition(":")
+        counts = int(fewest), int(most or fewest)
+    except ValueError:
+        counts = (-1, -1)
+    if counts == (0, 0):
+        return None
+    if not 1 <= counts[0] <= counts[1]:
+        raise UserError(f"--workers {text}: give a number, 0 for none, or MIN:MAX as in 2:8")
+    return counts
+
+
+def _launcher() -> Any:
+    try:
+        from snscc_ray import launch
+    except ImportError as error:
+        raise UserError(
+            f"--workers needs Ray ({error}); pip install 'ray[data,train,tune]', or leave "
+            "--workers out"
+        ) from error
+    return launch
+
+
+def _refuse_alone(**given: object) -> None:
+    """Options that mean nothing without workers are mistakes, not wishes to be ignored."""
+    for name, value in given.items():
+        if value:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} is for Ray workers; add --workers N")
+
+
+def _stages(text: str) -> tuple[StageName, ...]:
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise UserError(
+            f"--stages {text}: there is no stage {unknown[0]!r}; use {', '.join(STAGES)}"
+        )
+    return tuple(stage for stage in STAGES if stage in names)
+
+
+def _print_result(figures: dict[str, object], folder: Path) -> None:
+    table = Table("stage", "ACC", "NMI", "ARI", "confident", "clusters", "seconds", box=None)
+    stages: dict[str, dict[str, float]] = figures["stages"]  # type: ignore[assignment]
+    baselines: dict[str, dict[str, float]] = figures["baselines"]  # type: ignore[assignment]
+    if "kmeans_pixels" in baselines:
+        table.add_row("k-means on pixels", *_cells(baselines["kmeans_pixels"]), style="dim")
+    names = {
+        "pretrain": "Pretrain + k-means",
+        "train": "Train",
+        "boost": "Boost",
+    }
+    for stage, row in stages.items():
+        table.add_row(names[stage], *_cells(row))
+    out.print()
+    out.print(table)
+    if any(row.get("health/restored") for row in stages.values()):
+        out.print("Boost made the label-free score worse: the best earlier state was kept.")
+    if figures["skipped"]:
+        out.print(f"{figures['skipped']} unreadable images were left out.")
+    out.print(f"\nRun folder: {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _cells(row: dict[str, float]) -> list[str]:
+    def show(name: str, form: str) -> str:
+        return format(row[name], form) if name in row else "-"
+
+    return [
+        *(show(f"oracle/{name}", ".3f") for name in ("acc", "nmi", "ari")),
+        show("health/confident_share", ".0%"),
+        show("health/clusters_in_use", "d"),
+        show("seconds", ".1f"),
+    ]

@@ -1,0 +1,114 @@
+"""`snscc sweep`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from snscc_ray import recipes
+from snscc_ray.cli.options import SCALE, Address, Settings, fail, out, overrides_of
+from snscc_ray.errors import UserError
+
+_METRICS = (
+    "health/score", "health/neighbor_agreement", "health/balance", "health/confidence",
+    "oracle/acc", "oracle/nmi", "oracle/ari",
+)  # fmt: skip
+
+
+def sweep(
+    space: Annotated[
+        str,
+        typer.Argument(
+            help="epsilon, gamma, sigma, neighbors, grid, ablation-train, ablation-boost, "
+            "train-longer, pretext, or FILE.py:FUNCTION"
+        ),
+    ],
+    recipe: Annotated[str, typer.Option(help="what the points override")] = "digits",
+    data: Annotated[str | None, typer.Option(help="folder of images or Parquet shards")] = None,
+    out_folder: Annotated[
+        str | None, typer.Option("--out", help="sweep folder  [default: runs/RECIPE-SPACE]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of every point, from --seed on")] = 3,
+    seed: Annotated[int | None, typer.Option(help="the first seed")] = None,
+    settings: Settings = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="only so many points, drawn at random")
+    ] = None,
+    scheduler: Annotated[
+        str, typer.Option(help="none, asha or median: stops trials that fall behind")
+    ] = "none",
+    metric: Annotated[
+        str, typer.Option(help="what is searched for; label-free unless you name oracle/acc")
+    ] = "health/score",
+    grace: Annotated[int, typer.Option(min=1, help="epochs before a trial may be stopped")] = 2,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the sweep in --out")
+    ] = False,
+    max_concurrent: Annotated[
+        int | None,
+        typer.Option(min=1, help="trials at a time, if fewer than fit", rich_help_panel=SCALE),
+    ] = None,
+    cpus_per_trial: Annotated[
+        float, typer.Option(min=0.01, help="of each worker", rich_help_panel=SCALE)
+    ] = 1.0,
+    gpus_per_trial: Annotated[
+        float, typer.Option(min=0, help="of each worker; .25 shares a GPU", rich_help_panel=SCALE)
+    ] = 0.0,
+    workers_per_trial: Annotated[
+        int, typer.Option(min=1, help="Ray Train workers of each trial", rich_help_panel=SCALE)
+    ] = 1,
+    address: Address = None,
+) -> None:
+    """Run a search space, sharing the stages that trials have in common; the same command resumes.
+
+    Examples:
+
+        snscc sweep epsilon
+
+        snscc sweep sigma --recipe cifar10 --data ~/cifar --gpus-per-trial .25
+
+        snscc sweep grid --scheduler asha --samples 40
+
+        snscc sweep my_space.py:space --recipe images --data ~/photos
+    """
+    from snscc_ray.engine import Interrupted
+    from snscc_ray.paths import as_path
+
+    if scheduler not in ("none", "asha", "median"):
+        raise UserError(f"--scheduler {scheduler}: use none, asha or median")
+    if metric not in _METRICS:
+        raise UserError(f"--metric {metric}: use one of {', '.join(_METRICS)}")
+    if workers_per_trial > 1 and gpus_per_trial not in (0, 1):
+        raise UserError(
+            f"--gpus-per-trial {gpus_per_trial:g}: each of --workers-per-trial {workers_per_trial} "
+            "takes a whole GPU; use 1 or 0"
+        )
+    overrides = overrides_of(settings, seed, data)
+    chosen = recipes.override(recipes.get(recipe), overrides)
+    label = space.replace(".py:", "-").replace("/", "-")
+    folder = as_path(out_folder or f"runs/{recipe}-{label}")
+    if metric.startswith("oracle/"):
+        out.print(f"Searching by {metric}, which reads the labels, as asked.", highlight=False)
+    try:
+        from snscc_ray.sweep_run import Options, run_sweep
+    except ImportError as error:
+        raise UserError(f"sweeps need Ray ({error}); pip install 'ray[data,train,tune]'") from error
+    options = Options(
+        scheduler=scheduler,  # type: ignore[arg-type]
+        metric=metric,
+        grace=grace,
+        workers_per_trial=workers_per_trial,
+        cpus_per_trial=cpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
+        max_concurrent=max_concurrent,
+        address=address,
+    )
+    try:
+        summary = run_sweep(
+            space, chosen, folder, options, out, seeds=seeds, samples=samples, overwrite=overwrite
+        )
+    except (Interrupted, KeyboardInterrupt):
+        fail("stopped; the same command again goes on from here", 130)
+    out.print(summary.text, highlight=False, markup=False, soft_wrap=True)
+    out.print(f"\nSweep folder: {folder}", highlight=False, markup=False, soft_wrap=True)
