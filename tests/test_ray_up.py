@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,6 @@ PATH = os.pathsep.join([str(Path(sys.prefix, "bin")), os.environ["PATH"], "/usr/
 TOOLS = ("ip", "nsenter", "rsync", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
 OWN = ("--net", "--pid", "--mount", "--uts")
 GATEWAY, HEAD, WORKER = "10.77.0.1", "10.77.0.2", "10.77.0.3"
-DASHBOARD = "http://127.0.0.1:8265"
 # Three CPUs a machine, whatever this one has: room for one training worker of two, not for two.
 RESOURCES = '{"CPU":3}'
 
@@ -240,34 +240,49 @@ def fetch(machine: Machine, url: str) -> str:
     return done.stdout.decode()
 
 
+def readme_commands(cluster: Path, storage: Path, home: Path) -> list[list[str]]:
+    """The lines under "On more than one machine", with this test's own files and folders."""
+    section = (ROOT / "README.md").read_text().split("## On more than one machine")[1]
+    block = section.split("```")[1]
+    for told, here in (
+        ("deploy/cluster-local.yaml", cluster),
+        ("/shared/runs", storage),
+        (" runs/digits/", f" {home}/runs/digits/"),
+    ):
+        assert told in block
+        block = block.replace(told, str(here))
+    return [shlex.split(line, comments=True) for line in block.strip().splitlines()]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_up_submit_fetch_down(
     machines: tuple[Machine, Machine, Machine], cluster: Path, tmp_path: Path
 ) -> None:
     laptop, head, worker = machines
-    laptop.run("ray", "get-auth-token", "--generate")
-    laptop.run("ray", "up", "-y", cluster)
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    token, up, dashboard, export, submit, bring, down = readme_commands(
+        cluster, storage, laptop.home
+    )
+    laptop.run(*token)
+    laptop.run(*up)
     log = (tmp_path / "tunnel.log").open("wb")
-    tunnel = laptop.command("ray", "dashboard", cluster)
-    subprocess.Popen(tunnel, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    subprocess.Popen(laptop.command(*dashboard), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     until(lambda: can_connect(laptop, "127.0.0.1", 8265))
 
     # The dashboard is reached by SSH and with the token, and in no other way.
     assert can_connect(laptop, HEAD, 22) and not can_connect(laptop, HEAD, 8265)
-    at = ("--address", DASHBOARD)
-    laptop.run("ray", "job", "list", *at)
-    refusal = laptop.run("ray", "job", "list", *at, status=1, RAY_AUTH_TOKEN="another")
+    set_ = dict(variable.split("=", 1) for variable in export[1:])
+    laptop.run("ray", "job", "list", **set_)
+    wrong = set_ | {"RAY_AUTH_TOKEN": "another"}
+    refusal = laptop.run("ray", "job", "list", status=1, **wrong)
     assert "authentication token is invalid" in refusal
 
     # One worker fits on a machine, so two workers are one on each.
-    storage = tmp_path / "storage"
-    storage.mkdir()
-    run = ["snscc", "run", "digits", "--workers", 2, "--cpus-per-worker", 2, "--address", "auto"]
-    run += ["--storage", storage, "--wait", 120]
-    run += [word for setting in TINY for word in ("--set", setting)]
-    laptop.run("ray", "job", "submit", *at, "--", *run)
-    listed = laptop.run("ray", "list", "actors", *at, "--format", "json")
+    few = [word for setting in TINY for word in ("--set", setting)]
+    laptop.run(*submit, "--cpus-per-worker", 2, "--wait", 120, *few, **set_)
+    listed = laptop.run("ray", "list", "actors", "--format", "json", **set_)
     actors = json.loads(listed[listed.index("[{") :].strip().splitlines()[0])
     places = {a["node_id"] for a in actors if a["class_name"] == "RayTrainWorker"}
     assert len(places) == 2
@@ -277,8 +292,8 @@ def test_up_submit_fetch_down(
     subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     until(lambda: "digits/tensorboard" in fetch(laptop, "http://127.0.0.1:6006/data/runs"))
 
-    fetched = tmp_path / "fetched"
-    laptop.run("ray", "rsync-down", cluster, f"{storage}/digits/", f"{fetched}/")
+    laptop.run(*bring)
+    fetched = laptop.home / "runs" / "digits"
     figures = json.loads((fetched / "metrics.json").read_text())
     assert list(figures["stages"]) == ["pretrain", "train", "boost"]
     assignments = pq.read_table(fetched / "assignments.parquet")
@@ -286,7 +301,7 @@ def test_up_submit_fetch_down(
     assert {"id", "cluster", "confidence"} <= set(assignments.column_names)
 
     # What docs/cluster.md says to do at the end: Ray's own `ray down` leaves the workers to notice.
-    laptop.run("ray", "down", "-y", cluster)
+    laptop.run(*down)
     assert head.ray_processes() == []
     assert worker.ray_processes() != []
     ssh = ("ssh", "-o", "StrictHostKeyChecking=no", f"root@{WORKER}")
