@@ -46,12 +46,14 @@ from snscc_ray.workers import LocalWorker, choose_device
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 Scheduler = Literal["none", "asha", "median"]
+Searcher = Literal["random", "optuna"]
 
 
 @dataclass(frozen=True)
 class Options:
     """How a sweep is searched, and what each of its trials takes."""
 
+    searcher: Searcher = "random"
     scheduler: Scheduler = "none"
     metric: str = "health/score"
     grace: int = 1  # epochs before ASHA may stop a trial

@@ -75,7 +75,6 @@ def say_plan(
     console: Console,
     trials: Sequence[Trial],
     jobs: Jobs,
-    left: Jobs,
     ledger: Ledger,
     concurrent: int,
     seconds: Seconds,
@@ -86,20 +85,21 @@ def say_plan(
     for stage in STAGES:
         if not jobs[stage]:
             continue
+        left = [job for job in jobs[stage] if not ledger.ended(job)]
         epochs = sum(
             getattr(job.recipe, stage).epochs - len(ledger.lines(stage, job.identity))
-            for job in left[stage]
+            for job in left
         )
         minutes = 0.0
         if seconds:
             fixed, per_epoch = seconds[stage]
-            minutes = (fixed * len(left[stage]) + per_epoch * epochs) / 60
+            minutes = (fixed * len(left) + per_epoch * epochs) / 60
         total += minutes
         table.add_row(
             stage,
-            str(len(left[stage])),
+            str(len(left)),
             str(sum(stage in trial.chain for trial in trials) - len(jobs[stage])),
-            str(len(jobs[stage]) - len(left[stage])),
+            str(len(jobs[stage]) - len(left)),
             str(epochs),
             f"{minutes:.1f}" if seconds else "-",
         )

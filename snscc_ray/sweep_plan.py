@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,27 +44,32 @@ class Job:
     overrides: dict[str, Any]  # of that trial
 
 
+def check_points(space: Space, recipe: Recipe) -> None:
+    """Raises UserError that names every point the recipe does not take."""
+    wrong = []
+    for point in space.points:
+        try:
+            recipes.override(recipe, _assignments(point))
+        except UserError as error:
+            wrong.append(f"{point.label}: {error}")
+    if wrong:
+        raise UserError(f"space {space.name}: {'; '.join(wrong)}")
+
+
+def _assignments(point: Point) -> list[str]:
+    return [f"{field}={json.dumps(value)}" for field, value in point.overrides.items()]
+
+
 def trials_of(
-    space: Space,
+    points: Sequence[Point],
     recipe: Recipe,
     seeds: int,
     identity: Callable[[Recipe, StageName], str],
-    samples: int | None = None,
 ) -> list[Trial]:
-    """Every point (or `samples` of them, the same for every seed) with seeds recipe.seed, +1, ...
-
-    Raises UserError for a point the recipe does not take.
-    """
-    points: Sequence[Point] = space.points
-    if samples is not None and samples < len(points):
-        points = random.Random(recipe.seed).sample(points, samples)
+    """Every point with the seeds recipe.seed, +1, ... Raises UserError as `check_points` does."""
     trials = []
     for point, number in itertools.product(points, range(seeds)):
-        assignments = [f"{field}={json.dumps(value)}" for field, value in point.overrides.items()]
-        try:
-            own = recipes.override(recipe, [*assignments, f"seed={recipe.seed + number}"])
-        except UserError as error:
-            raise UserError(f"{space.name}, {point.label}: {error}") from error
+        own = recipes.override(recipe, [*_assignments(point), f"seed={recipe.seed + number}"])
         last = STAGES.index(point.last_stage or "boost")
         chain = {stage: identity(own, stage) for stage in STAGES[: last + 1]}
         trials.append(Trial(point, own.seed, own, chain))

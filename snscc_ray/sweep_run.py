@@ -22,18 +22,20 @@ from snscc_ray.monitor import write_hyperparameters
 from snscc_ray.paths import is_url
 from snscc_ray.run_folder import holds_something, remove_tree
 from snscc_ray.sweep import Options, Session
-from snscc_ray.sweep_cost import say_plan, what_sharing_saved
+from snscc_ray.sweep_cost import Seconds, say_plan, what_sharing_saved
 from snscc_ray.sweep_plan import (
     Job,
     Ledger,
     Trial,
+    check_points,
     jobs_of,
     row_of,
     trials_of,
 )
+from snscc_ray.sweep_search import Search, at_once, by_optuna
 from snscc_ray.sweep_verdicts import Best, best_setting, judge, rank_correlation
 from tune_spaces import load
-from tune_spaces.space import Space
+from tune_spaces.space import Point, Space
 
 _PLAN, _NOTES = "sweep.json", "results.md"
 
@@ -57,46 +59,37 @@ def run_sweep(
     seeds: int = 3,
     samples: int | None = None,
     overwrite: bool = False,
-) -> Summary:
+    dry: bool = False,
+) -> Summary | None:
     """Run every trial of a space, sharing the stages they have in common.
 
-    The same call again goes on where it was left. Raises UserError, or Interrupted.
+    The same call again goes on where it was left. With `dry`, only a few steps of each stage are
+    run, outside of the folder, and the plan is printed. Raises UserError, or Interrupted.
     """
     space = load(name)(recipe)
+    check_points(space, recipe)
     began = time.monotonic()
-    described = _describe(recipe, space, seeds, samples)
+    described = _describe(recipe, space, seeds, samples, options)
     if not overwrite:
         _refuse_another(folder, described)
     with connected(Scale((1, 1), address=options.address)):
         session = Session(recipe, folder, options, console)
-        images = session.images
-        if overwrite:  # the table and what was stopped or lost; finished stages stay what they are
+        search = _search(space, recipe.seed, samples, options, session.concurrent, seeds)
+        if dry:
+            trials = _trials(next(search), session, seeds)
+            _say_plan(trials, session, session.measure(), console)
+            return None
+        if overwrite:  # not the finished stages, which are what they are
             for ours in ("stopped", "failed", "tune", "tensorboard"):
                 remove_tree(session.folder / ours)
         checkpoints.write_json(session.folder / _PLAN, described)
-
-        def identity(own: Recipe, stage: StageName) -> str:
-            return stage_identity(own, stage, images.catalog.fingerprint, images.order_name)
-
-        trials = trials_of(space, recipe, seeds, identity, samples)
-        jobs = jobs_of(trials)
-        left = {s: [job for job in jobs[s] if not session.ledger.ended(job)] for s in STAGES}
-        seconds = session.measure() if any(left.values()) else {}
-        say_plan(console, trials, jobs, left, session.ledger, session.concurrent, seconds)
-        for stage in STAGES:
-            ready = [
-                job
-                for job in jobs[stage]
-                if job.parent is None or _parent_finished(job, session.ledger)
-            ]
-            session.train(stage, ready)
-        rows = [row_of(trial, space, session.ledger) for trial in trials]
+        trials, rows = _train_all(space, session, search, seeds, console)
         curves = _curves(trials, session.ledger)
         _write_hyperparameters(trials, rows, session.folder)
     text = "\n\n".join(
         [
             *_findings(space, rows, options.metric, session.folder, curves),
-            what_sharing_saved(trials, jobs, session.ledger),
+            what_sharing_saved(trials, jobs_of(trials), session.ledger),
             f"This call took {time.monotonic() - began:.0f} s.",
         ]
     )
@@ -105,16 +98,87 @@ def run_sweep(
     return Summary(folder, rows, text)
 
 
-def _describe(recipe: Recipe, space: Space, seeds: int, samples: int | None) -> dict[str, Any]:
+def _train_all(
+    space: Space, session: Session, search: Search, seeds: int, console: Console
+) -> tuple[list[Trial], list[dict[str, Any]]]:
+    """Train what the search asks for, round after round; all trials, and a row for each."""
+    points, trials, seconds = next(search), list[Trial](), Seconds()
+    while True:
+        trials += _trials(points, session, seeds)
+        jobs = jobs_of(trials)
+        if not all(session.ledger.ended(job) for stage in STAGES for job in jobs[stage]):
+            seconds = seconds or session.measure()
+        _say_plan(trials, session, seconds, console)
+        for stage in STAGES:
+            ready = [
+                job
+                for job in jobs[stage]
+                if job.parent is None or _parent_finished(job, session.ledger)
+            ]
+            session.train(stage, ready)
+        rows = [row_of(trial, space, session.ledger) for trial in trials]
+        try:
+            points = search.send(_means(rows, session.options.metric, space.stages[-1]))
+        except StopIteration:
+            return trials, rows
+
+
+def _trials(points: Sequence[Point], session: Session, seeds: int) -> list[Trial]:
+    images = session.images
+
+    def identity(own: Recipe, stage: StageName) -> str:
+        return stage_identity(own, stage, images.catalog.fingerprint, images.order_name)
+
+    return trials_of(points, session.recipe, seeds, identity)
+
+
+def _say_plan(
+    trials: Sequence[Trial], session: Session, seconds: Seconds, console: Console
+) -> None:
+    say_plan(console, trials, jobs_of(trials), session.ledger, session.concurrent, seconds)
+
+
+def _search(
+    space: Space, seed: int, samples: int | None, options: Options, places: int, seeds: int
+) -> Search:
+    if options.searcher == "optuna":
+        if samples is None:
+            raise UserError("--searcher optuna needs --samples: how many points it may ask for")
+        # As many as keep all places busy: every point is trained with each of the seeds.
+        return by_optuna(space, samples, seed, max(1, places // seeds))
+    return at_once(space, samples, seed)
+
+
+def _means(rows: list[dict[str, Any]], metric: str, stage: StageName) -> dict[str, float | None]:
+    """The mean of a figure over the seeds of each point, where all of them have one."""
+    found = {}
+    for label in sweep_results.labels_of(rows):
+        values = sweep_results.by_seed(rows, label, stage, metric)
+        whole = len(values) == sum(row["point"] == label for row in rows)
+        found[label] = sum(values.values()) / len(values) if whole else None
+    return found
+
+
+def _describe(
+    recipe: Recipe, space: Space, seeds: int, samples: int | None, options: Options
+) -> dict[str, Any]:
     """What makes a sweep this one and no other, as JSON holds it."""
     described = {
         "space": space.name,
         "points": [dict(point.overrides) for point in space.points],
         "seeds": seeds,
         "samples": samples,
+        "search": _searched_by(options),
         "recipe": recipe.model_dump(mode="json", exclude={"runtime"}),
     }
     return dict(json.loads(json.dumps(described)))
+
+
+def _searched_by(options: Options) -> str:
+    """What decides which trials there are and which are stopped."""
+    if options.searcher == "random" and options.scheduler == "none":
+        return "nothing"
+    return f"{options.searcher}, {options.scheduler}, by {options.metric}"
 
 
 def _refuse_another(folder: Path, described: dict[str, Any]) -> None:

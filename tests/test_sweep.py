@@ -172,6 +172,27 @@ def test_asha_stops_trials_that_fall_behind(
             assert "boost/oracle/acc" in known
 
 
+def test_a_dry_run_says_what_there_is_to_train_and_writes_nothing(
+    ray: Ray, spaces: Path, tmp_path: Path
+) -> None:
+    done = ray.snscc(*command(spaces, tmp_path / "sweep", "--dry-run")).wait()
+    assert "8 trials" in done.out and "minutes, from steps measured" in done.out
+    assert "Nothing was written" in done.out and not list(tmp_path.iterdir())
+
+
+def test_optuna_asks_for_points_one_after_the_other(
+    ray: Ray, spaces: Path, whole: tuple[Path, str]
+) -> None:
+    folder = whole[0].parent / "optuna"  # beside the first, whose stages it finds
+    more = ["--searcher", "optuna", "--samples", 3]
+    done = ray.snscc(*command(spaces, folder, *more)).wait()
+    rows = table(folder)
+    assert len({row["point"] for row in rows}) == 3 and len(rows) == 6
+    full = {(row["point"], row["seed"]): row for row in table(whole[0])}
+    assert all(row == full[row["point"], row["seed"]] for row in rows)
+    assert "1 of 4 points not tried" in done.out
+
+
 @pytest.mark.slow
 def test_a_trial_of_two_workers_is_that_of_one(
     ray: Ray, spaces: Path, whole: tuple[Path, str], tmp_path: Path
@@ -193,6 +214,9 @@ def test_a_trial_of_two_workers_is_that_of_one(
         (["--gpus-per-trial", 1], ["1 GPU", "--gpus-per-trial"]),
         (["--workers-per-trial", 2, "--gpus-per-trial", 0.5], ["--gpus-per-trial 0.5", "1 or 0"]),
         (["--scheduler", "best"], ["--scheduler best", "asha"]),
+        (["--searcher", "best"], ["--searcher best", "optuna"]),
+        (["--searcher", "optuna"], ["--searcher optuna", "--samples"]),
+        (["--scheduler", "median"], ["another search", "--overwrite"]),
         (["--metric", "accuracy"], ["--metric accuracy", "health/score"]),
         (["--seeds", 3], ["another seeds", "--overwrite"]),
         (["--set", "train.epochs=2"], ["another recipe", "--overwrite"]),

@@ -13,7 +13,8 @@ from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.errors import UserError
 from snscc_ray.identity import stage_identity
 from snscc_ray.run import home
-from snscc_ray.sweep_plan import Job, Ledger, jobs_of, row_of, searched, trials_of
+from snscc_ray.sweep_plan import Job, Ledger, check_points, jobs_of, row_of, searched, trials_of
+from snscc_ray.sweep_search import at_once
 from tune_spaces import load
 from tune_spaces.space import Point, Space
 
@@ -25,7 +26,7 @@ def identity(recipe: Recipe, stage: StageName) -> str:
 
 
 def counted(name: str, seeds: int = 3) -> tuple[int, ...]:
-    trials = trials_of(load(name)(DIGITS), DIGITS, seeds, identity)
+    trials = trials_of(load(name)(DIGITS).points, DIGITS, seeds, identity)
     return tuple(len(jobs) for jobs in jobs_of(trials).values())
 
 
@@ -43,28 +44,35 @@ def test_a_stage_is_shared_between_spaces() -> None:
     """The recipe's own point is the same in every space, whatever it is called there."""
     chains = []
     for name, label in (("gamma", "0.99"), ("sigma", "0.7"), ("neighbors", "10")):
-        trials = trials_of(load(name)(DIGITS), DIGITS, 1, identity)
+        trials = trials_of(load(name)(DIGITS).points, DIGITS, 1, identity)
         (chain,) = (trial.chain for trial in trials if trial.point.label == label)
         chains.append(chain)
     assert chains[0] == chains[1] == chains[2]
 
 
 def test_samples_are_the_same_points_for_every_seed() -> None:
-    trials = trials_of(load("grid")(DIGITS), DIGITS, 3, identity, samples=7)
+    trials = trials_of(next(at_once(load("grid")(DIGITS), 7, 0)), DIGITS, 3, identity)
     of_seed = {
         seed: [trial.point.label for trial in trials if trial.seed == seed] for seed in range(3)
     }
     assert of_seed[0] == of_seed[1] == of_seed[2] and len(set(of_seed[0])) == 7
 
 
-def test_a_point_that_does_not_fit_the_recipe_is_named() -> None:
-    space = Space("mine", "mine", (Point("bad", {"train.num_neighbours": 3}),), "x", ("train",))
-    with pytest.raises(UserError, match=r"mine, bad: .*num_neighbours"):
-        trials_of(space, DIGITS, 1, identity)
+def test_points_that_do_not_fit_the_recipe_are_all_named() -> None:
+    wrong = (
+        Point("bad", {"train.num_neighbours": 3}),
+        Point("good", {"train.num_neighbors": 3}),
+        Point("wild", {"boost.confidence_threshold": 1.5}),
+    )
+    with pytest.raises(UserError) as error:
+        check_points(Space("mine", "mine", wrong, "x", ("train",)), DIGITS)
+    said = str(error.value)
+    assert "space mine: bad: " in said and "num_neighbours" in said and "good" not in said
+    assert "wild: boost.confidence_threshold=1.5" in said
 
 
 def test_only_a_stage_whose_settings_differ_is_searched() -> None:
-    jobs = jobs_of(trials_of(load("gamma")(DIGITS), DIGITS, 3, identity))
+    jobs = jobs_of(trials_of(load("gamma")(DIGITS).points, DIGITS, 3, identity))
     assert [searched(jobs[stage]) for stage in STAGES] == [False, False, True]
 
 
@@ -78,7 +86,7 @@ def finish(ledger: Ledger, stage: StageName, name: str, **figures: float) -> Non
 def test_a_row_says_how_its_trial_ended(tmp_path: Path) -> None:
     space = load("gamma")(DIGITS)
     ledger = Ledger(tmp_path / "stages", tmp_path / "sweep")
-    trials = trials_of(space, DIGITS, 1, identity)
+    trials = trials_of(space.points, DIGITS, 1, identity)
     whole, stopped, lost = trials
     finish(ledger, "pretrain", whole.chain["pretrain"], seconds=2.0)
     finish(ledger, "train", whole.chain["train"], **{"oracle/acc": 0.5, "seconds": 1.0})
@@ -99,7 +107,7 @@ def test_figures_that_depend_on_the_number_of_clusters_are_not_borrowed(tmp_path
         "mine", "mine", tuple(Point(f"{c}", {"data.num_clusters": c}) for c in (5, 10)), "C",
         ("train",),
     )  # fmt: skip
-    trials = trials_of(space, DIGITS, 1, identity)
+    trials = trials_of(space.points, DIGITS, 1, identity)
     assert len(jobs_of(trials)["pretrain"]) == 1
     ledger = Ledger(tmp_path / "stages", tmp_path / "sweep")
     finish(ledger, "pretrain", trials[0].chain["pretrain"], **{"oracle/acc": 0.9, "seconds": 3.0})

@@ -33,8 +33,11 @@ def sweep(
     seed: Annotated[int | None, typer.Option(help="the first seed")] = None,
     settings: Settings = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="only so many points, drawn at random")
+        int | None, typer.Option(min=1, help="only so many points  [default: all]")
     ] = None,
+    searcher: Annotated[
+        str, typer.Option(help="random, or optuna: what points --samples takes")
+    ] = "random",
     scheduler: Annotated[
         str, typer.Option(help="none, asha or median: stops trials that fall behind")
     ] = "none",
@@ -44,6 +47,9 @@ def sweep(
     grace: Annotated[int, typer.Option(min=1, help="epochs before a trial may be stopped")] = 2,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace the sweep in --out")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="run a few steps and say what the sweep would take")
     ] = False,
     max_concurrent: Annotated[
         int | None,
@@ -70,6 +76,8 @@ def sweep(
 
         snscc sweep grid --scheduler asha --samples 40
 
+        snscc sweep grid --searcher optuna --samples 12
+
         snscc sweep my_space.py:space --recipe images --data ~/photos
     """
     from snscc_ray.engine import Interrupted
@@ -77,6 +85,8 @@ def sweep(
 
     if scheduler not in ("none", "asha", "median"):
         raise UserError(f"--scheduler {scheduler}: use none, asha or median")
+    if searcher not in ("random", "optuna"):
+        raise UserError(f"--searcher {searcher}: use random or optuna")
     if metric not in _METRICS:
         raise UserError(f"--metric {metric}: use one of {', '.join(_METRICS)}")
     if workers_per_trial > 1 and gpus_per_trial not in (0, 1):
@@ -95,6 +105,7 @@ def sweep(
     except ImportError as error:
         raise UserError(f"sweeps need Ray ({error}); pip install 'ray[data,train,tune]'") from error
     options = Options(
+        searcher=searcher,  # type: ignore[arg-type]
         scheduler=scheduler,  # type: ignore[arg-type]
         metric=metric,
         grace=grace,
@@ -106,9 +117,20 @@ def sweep(
     )
     try:
         summary = run_sweep(
-            space, chosen, folder, options, out, seeds=seeds, samples=samples, overwrite=overwrite
+            space,
+            chosen,
+            folder,
+            options,
+            out,
+            seeds=seeds,
+            samples=samples,
+            overwrite=overwrite,
+            dry=dry_run,
         )
     except (Interrupted, KeyboardInterrupt):
         fail("stopped; the same command again goes on from here", 130)
+    if summary is None:
+        out.print("Nothing was written. Leave --dry-run out to start.", highlight=False)
+        return
     out.print(summary.text, highlight=False, markup=False, soft_wrap=True)
     out.print(f"\nSweep folder: {folder}", highlight=False, markup=False, soft_wrap=True)
