@@ -8,6 +8,16 @@ from snscc_ray.errors import UserError
 
 TITLES = {
     "kmeans": "K-Means on pixels",
+    "sc": "Spectral on pixels",
+    "ac": "Agglomerative on pixels",
+    "nmf": "NMF on pixels",
+    "ae": "AE + K-Means",
+    "dae": "DAE + K-Means",
+    "vae": "VAE + K-Means",
+    "dec": "DEC",
+    "iic": "IIC",
+    "pica": "PICA",
+    "cc": "CC",
     "pretext": "Pretrain + K-Means",
     "scan": "SCAN",
     "snscc": "SNSCC (ours)",
