@@ -211,3 +211,11 @@ def test_large_sets_are_clustered_by_some_of_their_rows(
         near = min((0, 1), key=lambda i: float((study.pixels()[row] - centres[i]).norm()))
         assert found.clusters_N[row] == 3 * near
     assert torch.equal(subsample.cluster_some(study, "sc", halves).clusters_N, found.clusters_N)
+
+
+def test_spectral_finds_rings() -> None:
+    """One ring within another: no two centres tell them apart."""
+    angle = torch.linspace(0, 2 * torch.pi, 41)[:40]
+    ring = torch.stack([angle.cos(), angle.sin()], dim=1)
+    found = torch.from_numpy(sc.spectral(torch.cat([ring, 4 * ring]).numpy(), 2, 0))
+    assert len(found[:40].unique()) == len(found[40:].unique()) == 1 and found[0] != found[40]

@@ -22,7 +22,14 @@ from snscc_ray.errors import UserError
 from tests.conftest import TINY, equal_states
 from tests.test_cli import Snscc, refused, sets
 
-FAST = (*TINY, "pretrain.epochs=1", "train.epochs=1", "boost.epochs=1", "train.num_heads=2")
+FAST = (
+    *TINY,
+    "data.limit=120",
+    "pretrain.epochs=1",
+    "train.epochs=1",
+    "boost.epochs=1",
+    "train.num_heads=2",
+)
 
 
 @pytest.fixture

@@ -1,21 +1,25 @@
-"""Spectral clustering on raw pixels with local scales (Zelnik-Manor & Perona, "Self-Tuning
-Spectral Clustering", NeurIPS 2004), by scikit-learn."""
+"""Spectral clustering on raw pixels (Zelnik-Manor & Perona, "Self-Tuning Spectral Clustering",
+NeurIPS 2004), by scikit-learn; the number of clusters is given, and k-means finds them."""
 
 from __future__ import annotations
 
 import numpy as np
-from sklearn.cluster import SpectralClustering
+import torch
+from sklearn.manifold import spectral_embedding
 from sklearn.metrics import pairwise_distances
+from sklearn.preprocessing import normalize
 
 from snscc_ray.baselines.study import Found, Study
 from snscc_ray.baselines.subsample import cluster_some
+from snscc_ray.kmeans import kmeans
 
 # The neighbour whose distance is a row's scale: the paper's K.
 NEIGHBOR = 7
 
 
 def affinity(pixels_RD: np.ndarray) -> np.ndarray:
-    """Eq. 2: exp(-d_ij² / (σ_i σ_j)), σ_i the distance to the 7th nearest row; 0 on the diagonal.
+    """Its local scaling: exp(-d_ij² / (σ_i σ_j)), σ_i the distance to the 7th nearest row, and 0
+    on the diagonal.
 
     Returns (R, R). Where a scale is 0 (seven duplicates) only duplicates are alike.
     """
@@ -28,8 +32,16 @@ def affinity(pixels_RD: np.ndarray) -> np.ndarray:
     return alike_RR
 
 
-def cluster(study: Study) -> Found:
-    model = SpectralClustering(
-        study.clusters, affinity="precomputed", random_state=study.key("sc") % 2**32
+def spectral(pixels_RD: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    """k-means of the first eigenvectors' rows at unit length (Ng, Jordan & Weiss, NeurIPS 2001,
+    which the paper's algorithm is but for the scaling). Returns (R,)."""
+    embedding_RC = spectral_embedding(
+        affinity(pixels_RD), n_components=clusters, drop_first=False, random_state=seed
     )
-    return cluster_some(study, "sc", lambda pixels_RD: model.fit_predict(affinity(pixels_RD)))
+    _, clusters_R = kmeans(torch.from_numpy(normalize(embedding_RC)), clusters, seed)
+    return clusters_R.numpy()
+
+
+def cluster(study: Study) -> Found:
+    seed = study.key("sc") % 2**32
+    return cluster_some(study, "sc", lambda pixels_RD: spectral(pixels_RD, study.clusters, seed))
