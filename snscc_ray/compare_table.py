@@ -122,12 +122,12 @@ def as_markdown(recipe: Recipe, rows: list[Row], images: int) -> str:
         "",
         *("| " + " | ".join(parts) + " |" for parts in lines),
         "",
-        f"Encoder of every deep method: {recipe.encoder.name}. Batch size, epochs and optimiser "
-        f"are those of the recipe's Train stage ({train.batch_size} images, {train.epochs} epochs, "
-        f"{train.optimizer} at {train.learning_rate:g}) unless the method is one of the recipe's "
-        "own stages; `epochs` lists those of each network trained one after the other. `seconds` "
-        "holds all parts of a method, also those it shares with another. `clusters` counts "
-        "those with a tenth of an equal share or more.",
+        f"Encoder of every deep method: {recipe.encoder.name}. Each network trains as the recipe's "
+        f"Train stage does (batch size {train.batch_size}, epochs {train.epochs}, "
+        f"{train.optimizer} at {train.learning_rate:g}), Pretrain and Boost by their own settings, "
+        "SCAN's self-labelling by those of Boost; `epochs` lists the networks trained one after "
+        "the other. `seconds` holds all parts of a method, also those it shares with another. "
+        "`clusters` counts those with a tenth of an equal share or more.",
     ]
     if beside:
         text += ["", f"Beside them: {SOURCE}; by other encoders and settings, on the whole set."]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from snscc_ray import rng
 from snscc_ray.baselines import ac, ae, cc, dae, dec, iic, nmf, pica, sc, scan, subsample, vae
@@ -16,6 +17,7 @@ from snscc_ray.baselines.study import Study
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.monitor import Display
 from snscc_ray.stages.context import Context
+from snscc_ray.views import clean_view
 from tests import reference_baselines as reference
 from tests.test_losses import CASES, probabilities, rows, same
 
@@ -219,3 +221,26 @@ def test_spectral_finds_rings() -> None:
     ring = torch.stack([angle.cos(), angle.sin()], dim=1)
     found = torch.from_numpy(sc.spectral(torch.cat([ring, 4 * ring]).numpy(), 2, 0))
     assert len(found[:40].unique()) == len(found[40:].unique()) == 1 and found[0] != found[40]
+
+
+def test_iic_looks_at_no_clean_image(context: Context, tiny_images: ImageSet) -> None:
+    """Telling an image from its view is worth log 2 of information, and no clustering."""
+    first, second = torch.eye(2).double()[[0] * 6], torch.eye(2).double()[[1] * 6]
+    torch.testing.assert_close(
+        iic.mutual_information(first, second), torch.tensor(2).double().log()
+    )
+    seen: list[Tensor] = []
+    monitor = Display(Console(quiet=True))
+    study = Study(context, tiny_images.catalog, Path("unused"), monitor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            iic,
+            "train",
+            lambda study, part, stage: seen.extend(
+                stage.viewer(0)(study.data.images_NCHW[:8], torch.arange(8))
+            ),
+        )
+        iic.cluster(study)
+    clean = clean_view(study.data.images_NCHW[:8], context.normalize)
+    assert len(seen) == 2 and not torch.equal(seen[0], seen[1])
+    assert all((view - clean).flatten(1).abs().amax(1).gt(0).all() for view in seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from snscc_ray import checkpoints, compare, metrics
-from snscc_ray.baselines import methods, paper, scan
+from snscc_ray.baselines import dec, methods, paper, scan
 from snscc_ray.baselines.names import TITLES, chosen
 from snscc_ray.baselines.study import Found, Study
 from snscc_ray.cli import options
@@ -26,7 +27,7 @@ FAST = (
     *TINY,
     "data.limit=120",
     "pretrain.epochs=1",
-    "train.epochs=1",
+    "train.epochs=2",
     "boost.epochs=1",
     "train.num_heads=2",
 )
@@ -56,6 +57,7 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
         return {row["method"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_every_method_runs_and_its_figures_are_those_of_its_assignment(
     tmp_path: Path, snscc: Snscc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +81,10 @@ def test_every_method_runs_and_its_figures_are_those_of_its_assignment(
     # SCAN holds the time of the pretext that it starts from.
     assert float(rows["scan"]["seconds"]) > float(rows["pretext"]["seconds"])
     assert not list(folder.rglob("latest.pt"))
+    for method in ("ae", "dae", "vae", "iic", "pica", "cc"):
+        lines = (folder / "methods" / method / "metrics.jsonl").read_text().splitlines()
+        losses = [json.loads(text)["loss/total"] for text in lines]
+        assert losses[-1] < losses[0], method
 
     monkeypatch.setattr(compare, "METHODS", dict.fromkeys(TITLES, broken))
     again = snscc(*arguments(folder))
@@ -105,32 +111,44 @@ def test_a_method_that_fails_is_a_row_and_the_same_command_tries_it_again(
     assert [row["note"] for row in table(tmp_path / "c").values()] == ["a stub"] * 3
 
 
+@pytest.mark.parametrize(
+    ("method", "module", "loss", "parts"),
+    [
+        ("scan", scan, "consistency", ("scan", "scan-self-label")),
+        ("dec", dec, "divergence", ("dae", "dec")),  # its stage has state of its own
+    ],
+)
 def test_a_comparison_that_was_stopped_goes_on_to_the_same_end(
-    tmp_path: Path, snscc: Snscc, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    module: Any,
+    loss: str,
+    parts: tuple[str, ...],
+    tmp_path: Path,
+    snscc: Snscc,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert snscc(*arguments(whole, "--methods", "scan")).status == 0
-    calls = []
+    assert snscc(*arguments(whole, "--methods", method)).status == 0
+    original, calls = getattr(module, loss), []
 
     def stop(*args: Any) -> Any:
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return scan_consistency(*args)
+        return original(*args)
 
-    scan_consistency = scan.consistency
-    monkeypatch.setattr(scan, "consistency", stop)
-    refused(snscc(*arguments(cut, "--methods", "scan")), "the same command", status=130)
+    monkeypatch.setattr(module, loss, stop)
+    refused(snscc(*arguments(cut, "--methods", method)), "the same command", status=130)
     assert not (cut / "compare.csv").exists()
-    left = checkpoints.load(cut / "methods" / "scan" / "train" / "latest.pt")
-    assert 0 < left["step"] < 7
-    monkeypatch.setattr(scan, "consistency", scan_consistency)
-    assert snscc(*arguments(cut, "--methods", "scan")).status == 0
-    for part in ("scan", "scan-self-label"):
+    left = checkpoints.load(cut / "methods" / method / "train" / "latest.pt")
+    assert left["epoch"] == 0 and 0 < left["step"] < 4
+    monkeypatch.setattr(module, loss, original)
+    assert snscc(*arguments(cut, "--methods", method)).status == 0
+    for part in parts:
         one, other = (checkpoints.load(f / "methods" / part / "final.pt") for f in (whole, cut))
         assert equal_states(one["network"], other["network"])
-    assert table(cut)["scan"]["acc"] == table(whole)["scan"]["acc"]
-    assert "seconds of its last go" in table(cut)["scan"]["note"]
+    assert table(cut)[method]["acc"] == table(whole)[method]["acc"]
+    assert "seconds of its last go" in table(cut)[method]["note"]
 
 
 def test_without_labels_the_table_holds_label_free_figures(
