@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,24 +60,9 @@ def compare(request: Request, console: Console) -> list[Row]:
     A method that fails is a row with its reason. Everything that can be refused is refused before
     the folder is touched. Raises UserError, or Interrupted once there is something to go on from.
     """
-    recipe, folder = request.recipe, request.folder
-    device = choose_device(recipe.runtime.device)
-    _check_folder(request)
     display = Display(console)
-    images = _load(recipe, device, display)
-    held = {"recipe": recipe.model_dump(mode="json"), "images": images.catalog.fingerprint}
-    _check_images(request, held)
-    if request.overwrite:
-        _remove(folder)
-    checkpoints.write_json(folder / _MARK, held)
-    data = ResidentData(images.images, device)
-    normalize = normalisation(recipe, images.catalog)
-    context = Context(recipe, data, images.catalog.labels, normalize, device)
-    study = Study(context, images.catalog, folder, display)
-    display.line(
-        f"{recipe.name}: {len(images):,} images of {recipe.data.image_size} px, "
-        f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
-    )
+    study = _prepare(request, display)
+    recipe, folder, images = request.recipe, request.folder, len(study.catalog)
     failed: dict[str, str] = {}
     rows: list[Row] = []
     try:
@@ -91,14 +77,37 @@ def compare(request: Request, console: Console) -> list[Row]:
             if reason is not None:
                 failed[method] = reason
             rows = _rows(study, failed)
-            write_table(folder, recipe, rows, len(images))
+            write_table(folder, recipe, rows, images)
             display.line(f"{place}: {line(next(row for row in rows if row.method == method))}")
     except KeyboardInterrupt as stop:  # between two loops, or a second Ctrl-C
         raise Interrupted from stop
     finally:
         display.finish()
-    write_table(folder, recipe, rows, len(images))
+    write_table(folder, recipe, rows, images)
     return rows
+
+
+def _prepare(request: Request, display: Display) -> Study:
+    """Check everything, read the images and mark the folder as a comparison's."""
+    recipe, folder = request.recipe, request.folder
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a comparison runs in one process; leave torchrun out")
+    device = choose_device(recipe.runtime.device)
+    _check_folder(request)
+    images = _load(recipe, device, display)
+    held = {"recipe": recipe.model_dump(mode="json"), "images": images.catalog.fingerprint}
+    _check_images(request, held)
+    if request.overwrite:
+        _remove(folder)
+    checkpoints.write_json(folder / _MARK, held)
+    display.line(
+        f"{recipe.name}: {len(images):,} images of {recipe.data.image_size} px, "
+        f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
+    )
+    data = ResidentData(images.images, device)
+    normalize = normalisation(recipe, images.catalog)
+    context = Context(recipe, data, images.catalog.labels, normalize, device)
+    return Study(context, images.catalog, folder, display)
 
 
 def _check_folder(request: Request) -> None:

@@ -173,7 +173,14 @@ def test_without_labels_the_table_holds_label_free_figures(
         assert "acc" not in row
 
 
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, snscc: Snscc) -> None:
+def test_help_teaches(snscc: Snscc) -> None:
+    done = snscc("compare", "--help")
+    assert done.status == 0 and "snscc compare digits" in done.out and "pica" in done.out
+
+
+def test_mistakes_are_one_line_and_leave_nothing(
+    tmp_path: Path, snscc: Snscc, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "c"
     refused(snscc("compare", "digits", "--methods", "kmean"), "'kmean'", "mean kmeans", "snscc")
     refused(snscc("compare", "digit"), "did you mean digits?")
@@ -183,6 +190,8 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, snscc: Snscc) -
     refused(snscc(*call), str(missing), "does not exist")
     large = sets("train.batch_size=5000")
     refused(snscc("compare", "digits", "--out", str(folder), *large), "train.batch_size=5000")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(snscc("compare", "digits", "--out", str(folder)), "one process")
     assert not folder.exists()
 
 
