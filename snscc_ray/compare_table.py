@@ -116,6 +116,7 @@ def as_markdown(recipe: Recipe, rows: list[Row], images: int) -> str:
         paper = ["-" if value is None else f"{value:.3f}" for value in theirs] * beside
         lines.append([*cells(row, shown), *paper, row.note.replace("|", "\\|")])
     train = recipe.train
+    ours = recipe.pretrain.epochs + train.epochs + recipe.boost.epochs
     text = [
         f"# {recipe.name}: {images:,} images, {recipe.data.num_clusters} clusters, "
         f"seed {recipe.seed}",
@@ -128,6 +129,10 @@ def as_markdown(recipe: Recipe, rows: list[Row], images: int) -> str:
         "SCAN's self-labelling by those of Boost; `epochs` lists the networks trained one after "
         "the other. `seconds` holds all parts of a method, also those it shares with another. "
         "`clusters` counts those with a tenth of an equal share or more.",
+        "",
+        f"A method from scratch has the {train.epochs} epochs alone, SNSCC {ours} in all: "
+        f"`--set train.epochs={ours} --methods iic,pica,cc`, in another folder, gives them as "
+        "many.",
     ]
     if beside:
         text += ["", f"Beside them: {SOURCE}; by other encoders and settings, on the whole set."]

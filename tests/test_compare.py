@@ -66,6 +66,7 @@ def test_every_method_runs_and_its_figures_are_those_of_its_assignment(
     assert done.status == 0, done
     rows = table(folder)
     assert list(rows) == list(TITLES)
+    assert "has the 2 epochs alone, SNSCC 4 in all" in (folder / "compare.md").read_text()
     markdown = (folder / "compare.md").read_text()
     for method, row in rows.items():
         assert f"{method}: ACC {float(row['acc']):.3f}" in done.out
