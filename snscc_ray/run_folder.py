@@ -39,7 +39,7 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
     if resume:
         if not path.exists():
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
-        difference = _first_difference(
+        difference = first_difference(
             read_recipe(folder).model_dump(mode="json"), recipe.model_dump(mode="json")
         )
         if difference:
@@ -128,13 +128,14 @@ def remove_run(folder: Path) -> None:
             empty.rmdir()
 
 
-def _first_difference(there: Any, here: Any, place: str = "") -> str | None:
+def first_difference(there: Any, here: Any, place: str = "") -> str | None:
+    """Where two recipes, as plain values, differ first, said in words; `runtime` does not count."""
     if isinstance(there, dict) and isinstance(here, dict):
         for name in there.keys() | here.keys():
             # Where to run may change between a run and its continuation; what to learn may not.
             if not place and name == "runtime":
                 continue
-            found = _first_difference(there.get(name), here.get(name), f"{place}{name}.")
+            found = first_difference(there.get(name), here.get(name), f"{place}{name}.")
             if found:
                 return found
         return None

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from snscc_ray.cli.about import doctor, list_recipes
+from snscc_ray.cli.compare import compare
 from snscc_ray.cli.options import fail
 from snscc_ray.cli.pack import pack_folder
 from snscc_ray.cli.run import run
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("sweep")(sweep)
+app.command("compare")(compare)
 app.command("pack")(pack_folder)
 app.command("recipes")(list_recipes)
 app.command("doctor")(doctor)

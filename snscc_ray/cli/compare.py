@@ -1,0 +1,65 @@
+"""`snscc compare`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from snscc_ray import recipes
+from snscc_ray.baselines.names import TITLES, chosen
+from snscc_ray.cli.options import Settings, fail, out, overrides_of
+
+
+def compare(
+    recipe: Annotated[str, typer.Argument(help="a name from `snscc recipes`")],
+    methods: Annotated[str, typer.Option(help=f"all, or some of {', '.join(TITLES)}")] = "all",
+    data: Annotated[
+        str | None, typer.Option(help="folder of images, Parquet shards, or a torchvision copy")
+    ] = None,
+    out_folder: Annotated[
+        str | None, typer.Option("--out", help="folder  [default: runs/RECIPE-compare]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything random")] = None,
+    settings: Settings = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the comparison in --out")
+    ] = False,
+) -> None:
+    """Run others' methods beside ours on the same images and encoder, and write one table.
+
+    The same command goes on where it was stopped; further methods join the table.
+
+    Examples:
+
+        snscc compare digits
+
+        snscc compare cifar10 --data ~/cifar --methods pretext,scan,snscc
+
+        snscc compare images --data ~/photos --set data.num_clusters=12 --methods kmeans,snscc
+    """
+    names = chosen(methods)
+    wanted = recipes.override(recipes.get(recipe), overrides_of(settings, seed, data))
+    # Imported here: torch takes seconds, which --help and a misspelt method should not wait for.
+    from snscc_ray.compare import Request
+    from snscc_ray.compare import compare as run_comparison
+    from snscc_ray.compare_table import cells, columns
+    from snscc_ray.engine import Interrupted
+    from snscc_ray.paths import as_path
+
+    folder = as_path(out_folder or f"runs/{recipe}-compare")
+    try:
+        rows = run_comparison(Request(wanted, names, folder, overwrite), out)
+    except Interrupted:
+        fail("stopped; the same command again goes on from here", 130)
+    shown = columns(rows)
+    table = Table("method", *shown.values(), "clusters", "epochs", "seconds", box=None)
+    for row in rows:
+        table.add_row(*cells(row, shown))
+    out.print()
+    out.print(table)
+    out.print(f"\nTable: {folder / 'compare.md'}", highlight=False, markup=False, soft_wrap=True)
+    failed = [row.method for row in rows if row.seconds is None]
+    if failed:
+        fail(f"failed: {', '.join(failed)}; the reasons are in the table", 1)
