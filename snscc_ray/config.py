@@ -187,6 +187,11 @@ class BoostSettings(StageSettings):
     selection: Literal["dataset", "batch"] = Field(
         "dataset", description="pseudo-labels from a clean pass per epoch, or from the mini-batch"
     )
+    score_tolerance: Fraction = Field(
+        0.001,
+        description="how far the label-free score may fall before Boost is undone: it falls where "
+        "the clusters leave the pretext's neighbours, for worse or for better",
+    )
     view: View
 
 
