@@ -253,9 +253,10 @@ def _best(
     results and untested at full length until a GPU run says otherwise. In the short trials a CPU
     can afford, SimCLR's features were better than BYOL's (docs/log.md).
 
-    Pretrain is BYOL as ProPos trains it (Huang et al., "Learning representation for clustering
-    via prototype scattering and positive sampling", TPAMI 2022: SGD at .05 per 256 images,
-    weight decay 5e-4, predictor 4096-256), with the momentum Grill et al. give for 300 epochs.
+    Pretrain is BYOL much as ProPos has it (Huang et al., "Learning representation for clustering
+    via prototype scattering and positive sampling", TPAMI 2022: SGD at .05 per 256 images, weight
+    decay 5e-4, predictor 4096-256; there for 1,000 epochs, the predictor at ten times the rate),
+    with the momentum Grill et al. give for 300 epochs.
     Train takes the 20 nearest of the whole set, as SCAN does (Van Gansbeke et al., ECCV 2020),
     and ten heads, of which the label-free score keeps one. Boost is SCAN's self-labelling rate.
     """
