@@ -135,15 +135,17 @@ class StageSettings(Settings):
 
 
 class PretrainSettings(StageSettings):
-    """Eq. 1 (SimCLR), or MoCo-v2."""
+    """Eq. 1 (SimCLR), MoCo-v2, or BYOL (which has no temperature)."""
 
-    method: Literal["simclr", "moco"] = "simclr"
+    method: Literal["simclr", "moco", "byol"] = "simclr"
     temperature: Positive = 0.1
     projection_dim: Count = 128
     projection_hidden: Count = 512
     view: View = SimclrView()
     mined_neighbors: Count = Field(20, description="neighbours mined over the whole set at the end")
-    key_momentum: Fraction = Field(0.999, description="MoCo: momentum of the key encoder")
+    key_momentum: Fraction = Field(
+        0.999, description="MoCo, BYOL: momentum of the slow copy; BYOL's rises to 1 from here"
+    )
     queue_size: Count = Field(65536, description="MoCo: number of negatives kept")
 
 
@@ -184,6 +186,11 @@ class BoostSettings(StageSettings):
     )
     selection: Literal["dataset", "batch"] = Field(
         "dataset", description="pseudo-labels from a clean pass per epoch, or from the mini-batch"
+    )
+    score_tolerance: Fraction = Field(
+        0.001,
+        description="how far the label-free score may fall before Boost is undone: it falls where "
+        "the clusters leave the pretext's neighbours, for worse or for better",
     )
     view: View
 

@@ -74,20 +74,30 @@ def out_features(encoder: nn.Module) -> int:
 
 
 class PretextNet(nn.Module):
-    """Encoder and two-layer projection head; forward gives L2-normalised (B, P) projections."""
+    """Encoder and two-layer projection head; forward gives L2-normalised (B, P) projections.
+
+    For BYOL the head has a batch norm, and a predictor of the same form stands behind it.
+    """
 
     def __init__(self, encoder: nn.Module, settings: PretrainSettings) -> None:
         super().__init__()
+        hidden, dim = settings.projection_hidden, settings.projection_dim
+        byol = settings.method == "byol"
         self.encoder = encoder
-        self.projection = nn.Sequential(
-            nn.Linear(out_features(encoder), settings.projection_hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(settings.projection_hidden, settings.projection_dim),
-        )
+        self.projection = _head(out_features(encoder), hidden, dim, norm=byol)
+        self.predictor = _head(dim, hidden, dim, norm=True) if byol else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BD = self.predictor(self.projection(self.encoder(x_BCHW)))
         # Normalised in full precision: the loss divides by a small temperature.
-        return F.normalize(_full(self.projection(self.encoder(x_BCHW))), dim=1)
+        return F.normalize(_full(h_BD), dim=1)
+
+
+def _head(features: int, hidden: int, out: int, *, norm: bool) -> nn.Sequential:
+    between = [nn.BatchNorm1d(hidden)] if norm else []
+    return nn.Sequential(
+        nn.Linear(features, hidden), *between, nn.ReLU(inplace=True), nn.Linear(hidden, out)
+    )
 
 
 class ClusterHeads(nn.Module):

@@ -10,6 +10,9 @@ from snscc_ray.config import STAGES, Recipe, StageName
 
 # Raised whenever a change of this package changes what the same settings train.
 _VERSION = 2
+# Fields that came after it, and the value that does what was done before them: at that value they
+# do not count, so that the stages finished before them are found again.
+_LATER: dict[StageName, dict[str, Any]] = {"boost": {"score_tolerance": 1e-3}}
 
 
 def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: str) -> str:
@@ -24,7 +27,7 @@ def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: st
         "version": _VERSION,
         "stage": stage,
         "order": order,
-        "settings": getattr(recipe, stage).model_dump(mode="json"),
+        "settings": _settings(recipe, stage),
         "parent": stage_identity(recipe, STAGES[parent], fingerprint, order)
         if parent >= 0
         else None,
@@ -41,3 +44,9 @@ def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: st
         determines["num_clusters"] = data.num_clusters
     text = json.dumps(determines, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _settings(recipe: Recipe, stage: StageName) -> dict[str, Any]:
+    later = _LATER.get(stage, {})
+    values: dict[str, Any] = getattr(recipe, stage).model_dump(mode="json")
+    return {k: v for k, v in values.items() if k not in later or v != later[k]}

@@ -12,8 +12,12 @@ from torch import Tensor
 
 # A fixed number, whatever K a recipe trains with, so that runs compare.
 HEALTH_NEIGHBORS = 10
+# What Wu et al. and those after them measure features with (they vote with 200 on ImageNet).
+KNN_NEIGHBORS, KNN_TEMPERATURE = 20, 0.07
 # A fixed number as well, whatever γ is: Train, whose figure this also is, knows no γ.
 CONFIDENT = 0.99
+# Networks that learn have stayed above .4 from their first epoch on.
+_COLLAPSED_SPREAD = 0.05
 
 
 def oracle(labels_N: Tensor, clusters_N: Tensor) -> dict[str, float]:
@@ -26,6 +30,21 @@ def oracle(labels_N: Tensor, clusters_N: Tensor) -> dict[str, float]:
         "oracle/nmi": float(normalized_mutual_info_score(truth, found)),
         "oracle/ari": float(adjusted_rand_score(truth, found)),
     }
+
+
+def knn_accuracy(labels_N: Tensor, neighbors_NK: Tensor, distances_NK: Tensor) -> float:
+    """Share of rows whose nearest other rows name their label: leave-one-out over the whole set.
+
+    Up to 20 neighbours of L2-normalised features vote with weight exp(cosine / 0.07) (Wu et al.,
+    "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018).
+    `distances_NK` are Euclidean: cosine = 1 - d² / 2. Of labels with equal votes the lowest wins.
+    """
+    nearest_NK = neighbors_NK[:, :KNN_NEIGHBORS].long()
+    cosine_NK = 1 - distances_NK[:, :KNN_NEIGHBORS].double().square() / 2
+    named_NK = labels_N.long()[nearest_NK]
+    votes = torch.zeros(len(labels_N), int(labels_N.max()) + 1, dtype=torch.float64)
+    votes.scatter_add_(1, named_NK, (cosine_NK / KNN_TEMPERATURE).exp())
+    return float((votes.argmax(1) == labels_N).double().mean())
 
 
 def _contingency(labels_N: Tensor, clusters_N: Tensor) -> np.ndarray:
@@ -73,6 +92,23 @@ def health(
     return figures
 
 
+def spread(z_BD: Tensor) -> dict[str, float]:
+    """Label-free figures of unit projections: do they still tell images apart?
+
+    `health/projection_spread` is the length of their standard deviations: 1 where they fill the
+    sphere evenly, 0 where all are one point. `health/effective_rank` is how many directions they
+    use, of min(B, D): exp of the entropy of the singular values (Roy & Vetterli, EUSIPCO 2007;
+    Garrido et al., "RankMe", ICML 2023).
+    """
+    z_BD = z_BD.float()
+    values = torch.linalg.svdvals(z_BD)
+    share = values / values.sum().clamp_min(1e-12)
+    return {
+        "health/projection_spread": float(z_BD.std(0).square().sum().sqrt()),
+        "health/effective_rank": float(torch.special.entr(share).sum().exp()),
+    }
+
+
 def warnings(figures: dict[str, float], num_clusters: int) -> dict[str, str]:
     """Named warnings that an epoch's label-free figures call for."""
     found = {}
@@ -81,6 +117,11 @@ def warnings(figures: dict[str, float], num_clusters: int) -> dict[str, str]:
         found["collapse"] = (
             f"only {int(used)} of {num_clusters} clusters are in use; raise train.entropy_weight, "
             "or use train.head=prototype with train.agreement=linear"
+        )
+    if figures.get("health/projection_spread", 1) < _COLLAPSED_SPREAD:
+        found["projection-collapse"] = (
+            "all images are projected to almost one point; lower pretrain.learning_rate, raise "
+            "pretrain.key_momentum, or use pretrain.method=simclr"
         )
     if figures.get("health/selected_share") == 0:
         found["no-pseudo-labels"] = (

@@ -74,6 +74,14 @@ def info_nce(q_BD: Tensor, k_BD: Tensor, queue_MD: Tensor, temperature: float) -
     return mean(losses, q_BD)
 
 
+def byol_rows(q1_BD: Tensor, q2_BD: Tensor, t1_BD: Tensor, t2_BD: Tensor) -> list[Tensor]:
+    """Eq. 2 of Grill et al. as 2 - 2 cos, for each view in turn."""
+    losses = []
+    for i in range(len(q1_BD)):
+        losses.append(2 - 2 * sim(q1_BD[i], t2_BD[i]) + 2 - 2 * sim(q2_BD[i], t1_BD[i]))
+    return losses
+
+
 def distance(a_D: Tensor, b_D: Tensor) -> float:
     return math.sqrt(sum((a.item() - b.item()) ** 2 for a, b in zip(a_D, b_D, strict=True)))
 

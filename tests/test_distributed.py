@@ -20,6 +20,7 @@ CASES = [
     ("pretrain", UNEVEN, 3),
     ("pretrain", ["pretrain.method=moco", "pretrain.queue_size=48"], 2),
     ("pretrain", ["pretrain.method=moco", "pretrain.queue_size=48", *UNEVEN], 2),
+    ("pretrain", ["pretrain.method=byol", *UNEVEN], 2),
     ("train", [], 2),
     ("train", UNEVEN, 3),
     ("train", ["train.objective=paper", "train.head=linear"], 2),
@@ -48,6 +49,8 @@ def test_several_processes_have_the_gradients_of_one(
             torch.testing.assert_close(two["buffers"][name], value, rtol=0, atol=1e-9)
         if "queue" in one["extra"]:
             torch.testing.assert_close(two["extra"]["queue"], one["extra"]["queue"])
+        for name, value in one["extra"].get("target", {}).items():
+            torch.testing.assert_close(two["extra"]["target"][name], value, rtol=0, atol=1e-9)
 
 
 def test_shares_cover_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:

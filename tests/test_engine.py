@@ -242,7 +242,7 @@ def test_collapse_is_warned_of_within_an_epoch(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["simclr", "moco"])
+@pytest.mark.parametrize("method", ["simclr", "moco", "byol"])
 def test_methods_and_precisions_learn(
     method: str, precision: str, tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
@@ -266,21 +266,34 @@ def test_methods_and_precisions_learn(
     assert min(monitor.values[-2:]) < monitor.values[1] - 0.05
 
 
-def test_moco_resumes_its_queue_and_key_encoder(
-    tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
+@pytest.mark.parametrize("method", ["moco", "byol"])
+def test_a_method_resumes_its_copy_of_the_network(
+    method: str, tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
-    recipe = recipes.override(tiny, ["pretrain.method=moco", "pretrain.queue_size=64"])
-    folders = tmp_path / "a", tmp_path / "b"
-    execute_on(
-        recipe, tiny_images, folders[0], LocalWorker(folders[0], CPU), Silent(), ("pretrain",)
-    )
-    worker = LocalWorker(folders[1], CPU)
-    with pytest.raises(Interrupted):
-        stop = StopAtEpochEnd("pretrain", 1)
-        execute_on(recipe, tiny_images, folders[1], worker, stop, ("pretrain",))
-    execute_on(recipe, tiny_images, folders[1], worker, Silent(), ("pretrain",))
-    a, b = (checkpoints.load(f / "pretrain" / "final.pt")["network"] for f in folders)
-    assert equal_states(a, b)
+    class StopInMidEpoch(Silent):
+        steps = 0
+
+        def advance(self) -> None:
+            self.steps += 1
+            if self.steps == 10:  # of seven an epoch
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = recipes.override(
+        tiny,
+        [f"pretrain.method={method}", "pretrain.queue_size=64", "pretrain.key_momentum=0.9",
+         "runtime.checkpoint_seconds=1000"],
+    )  # fmt: skip
+    whole = LocalWorker(tmp_path / "whole", CPU)
+    execute_on(recipe, tiny_images, whole.folder, whole, Silent(), ("pretrain",))
+    expected = checkpoints.load(whole.folder / "pretrain" / "final.pt")["network"]
+    for stop in (StopInMidEpoch(), StopAtEpochEnd("pretrain", 1)):
+        worker = LocalWorker(tmp_path / type(stop).__name__, CPU)
+        with pytest.raises(Interrupted):
+            execute_on(recipe, tiny_images, worker.folder, worker, stop, ("pretrain",))
+        torch.manual_seed(1234)
+        execute_on(recipe, tiny_images, worker.folder, worker, Silent(), ("pretrain",))
+        found = checkpoints.load(worker.folder / "pretrain" / "final.pt")["network"]
+        assert equal_states(found, expected), type(stop).__name__
 
 
 def test_schedules() -> None:

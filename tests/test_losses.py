@@ -94,6 +94,30 @@ def test_info_nce(M: int) -> None:
     )
 
 
+@pytest.mark.parametrize("B", [1, 5])
+def test_byol(B: int) -> None:
+    q1, q2, t1, t2 = (rows(B, 3, seed=seed) for seed in range(4))
+    q1[0] = 0  # no direction: cosine 0, no gradient
+    same(
+        losses.byol_loss,
+        lambda *x: reference.mean(reference.byol_rows(*x), x[0]),
+        q1,
+        q2,
+        5 * t1,  # lengths must not matter
+        t2,
+    )
+    ours = losses.byol_loss(q1, q2, t1, t2, "none")
+    torch.testing.assert_close(ours, torch.stack(reference.byol_rows(q1, q2, t1, t2)))
+
+
+def test_byol_by_hand() -> None:
+    """Each prediction is held against the other view's target, not its own."""
+    x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    assert losses.byol_loss(x, y, y, x).item() == 0
+    assert losses.byol_loss(x, y, x, y).item() == 4
+    assert losses.byol_loss(-x, -y, y, x).item() == 8
+
+
 def test_confidence_of_eq2_by_hand() -> None:
     d = torch.tensor([[1.0, 1.25, 2.0, 9.0], [0.0, 0.0, 1e-9, torch.inf], [torch.inf] * 4])
     r = torch.tensor([1.0, 0.0, torch.inf])
@@ -290,6 +314,7 @@ DEGENERATE: dict[str, tuple[Loss, tuple[Tensor, ...]]] = {
         lambda a, b, m: losses.info_nce(a, b, m, 0.5),
         (rows(2, 3), rows(2, 3), E64),
     ),
+    "byol, no rows": (losses.byol_loss, (E64, E64, E64, E64)),
     "agreement and soft_bce, no neighbours": (
         lambda p: losses.soft_bce(*local_soft(p, p.detach(), 3)),
         (rows(1, 3),),
@@ -360,6 +385,7 @@ def terms(p: Tensor, q: Tensor, z: Tensor, zaug: Tensor) -> dict[str, Tensor]:
     return {
         "nt_xent": losses.nt_xent(z, zaug, 0.1),
         "info_nce": losses.info_nce(z, zaug, z[:3].detach(), 0.1),
+        "byol": losses.byol_loss(z, zaug, z.roll(1, 0), zaug),
         "bce": losses.soft_bce(o, s),
         "linear": losses.soft_attract(o, s, "linear"),
         "log": losses.soft_attract(o, s, "log"),

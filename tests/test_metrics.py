@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -31,6 +32,49 @@ def test_oracle_of_a_renamed_and_of_a_collapsed_assignment() -> None:
 def test_more_clusters_than_labels() -> None:
     figures = metrics.oracle(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 5, 2, 2]))
     assert figures["oracle/acc"] == pytest.approx(0.75)
+
+
+def test_knn_accuracy_against_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    N, K = 60, 23
+    z = torch.nn.functional.normalize(torch.randn(N, 4, generator=generator).double())
+    labels = (z[:, 0] > 0).long() + (z[:, 1] > 0.5).long()
+    distances = torch.cdist(z, z).fill_diagonal_(torch.inf)
+    nearest = distances.topk(K, largest=False)
+    right = 0
+    for i in range(N):
+        votes = [0.0, 0.0, 0.0]
+        for j in sorted(range(N), key=lambda j: float(distances[i, j]))[:20]:
+            votes[labels[j]] += math.exp(float(z[i] @ z[j]) / 0.07)
+        right += votes.index(max(votes)) == labels[i]
+    found = metrics.knn_accuracy(labels, nearest.indices.int(), nearest.values.float())
+    assert found == pytest.approx(right / N)
+    assert 0.5 < found < 1
+
+
+def test_near_neighbours_outvote_many_far_ones() -> None:
+    neighbors = torch.tensor([[1, 2, 3], [0, 2, 3], [3, 0, 1], [2, 0, 1]])
+    distances = torch.tensor([[0.1, 1.0, 1.0]] * 4)
+    assert metrics.knn_accuracy(torch.tensor([0, 0, 1, 1]), neighbors, distances) == 1
+    assert metrics.knn_accuracy(torch.tensor([0, 0, 1, 1]), neighbors, distances * 0 + 1) == 0
+
+
+def test_spread_of_projections_even_flat_and_collapsed() -> None:
+    even = torch.nn.functional.normalize(
+        torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
+    )
+    assert metrics.spread(even) == pytest.approx(
+        {"health/projection_spread": 1, "health/effective_rank": 8}, abs=0.02
+    )
+    flat = torch.nn.functional.normalize(torch.nn.functional.pad(even[:, :3], (0, 5)))
+    figures = metrics.spread(flat)
+    assert figures["health/effective_rank"] == pytest.approx(3, abs=0.02)
+    assert metrics.warnings(figures, 10) == {}
+    figures = metrics.spread(even[:1].expand(50, -1))
+    assert figures == pytest.approx(
+        {"health/projection_spread": 0, "health/effective_rank": 1}, abs=1e-3
+    )
+    assert "almost one point" in metrics.warnings(figures, 10)["projection-collapse"]
 
 
 def test_health_by_hand() -> None:

@@ -31,6 +31,16 @@ def test_the_papers_settings() -> None:
     assert len(recipes.get("imagenet_dogs").data.classes) == 15
 
 
+@pytest.mark.parametrize("name", ["cifar10_best", "cifar20_best", "imagenette"])
+def test_recipes_that_have_not_run_at_full_length_say_so(name: str) -> None:
+    assert "untested at full length" in (recipes.RECIPES[name].__doc__ or "")
+
+
+def test_ours_see_the_same_images_as_the_papers() -> None:
+    for name in ("cifar10", "cifar20"):
+        assert recipes.get(f"{name}_best").data == recipes.get(name).data
+
+
 def test_override_reaches_any_field() -> None:
     recipe = recipes.override(
         recipes.get("digits"),

@@ -30,9 +30,10 @@ def one_step(stage_name: str, overrides: list[str]) -> dict[str, Any]:
     stage = _stage(stage_name, context)
     stage.begin_epoch(0)
     stage.network.double().train()
-    if isinstance(stage, Pretrain) and stage.momentum is not None:
-        stage.momentum.network.double()
-        stage.momentum.queue_MD = stage.momentum.queue_MD.double()
+    if isinstance(stage, Pretrain):
+        for name, held in vars(stage.pretext).items():
+            if isinstance(held, torch.nn.Module | torch.Tensor):
+                setattr(stage.pretext, name, held.double())
     *_, batch = context.data.epoch(stage.settings.batch_size, 7)
     views = tuple(view.double() for view in stage.viewer(0)(batch.images_BCHW, batch.rows_B))
     forward = distributed.wrap(stage.network)  # held: a wrapper that is gone averages nothing

@@ -27,7 +27,7 @@ from snscc_ray.losses.clusters import (
     pseudo_label_cross_entropy,
     row_entropy,
 )
-from snscc_ray.losses.instance import info_nce, nt_xent
+from snscc_ray.losses.instance import byol_loss, info_nce, nt_xent
 from snscc_ray.losses.neighbors import (
     agreement,
     boost_soft_loss,
@@ -41,6 +41,7 @@ __all__ = [
     "agreement",
     "batch_pair_term",
     "boost_soft_loss",
+    "byol_loss",
     "cluster_contrast",
     "info_nce",
     "marginal_entropy",

@@ -1,4 +1,4 @@
-"""Instance-level contrast: Eq. 1 (NT-Xent) and MoCo-v2's InfoNCE; plus what all losses share."""
+"""Instance-level losses: Eq. 1 (NT-Xent), MoCo-v2's InfoNCE, BYOL's; plus what all losses share."""
 
 from __future__ import annotations
 
@@ -74,3 +74,22 @@ def info_nce(
     logits = torch.cat([(q * k).sum(dim=1, keepdim=True), matmul(q, queue.T)], dim=1) / temperature
     own_key = torch.zeros(len(q), dtype=torch.long, device=q.device)
     return reduce_rows(F.cross_entropy(logits, own_key, reduction="none"), reduction)
+
+
+def byol_loss(
+    q1_BD: Tensor,
+    q2_BD: Tensor,
+    t1_BD: Tensor,
+    t2_BD: Tensor,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """BYOL (Grill et al., NeurIPS 2020, Eq. 2, symmetrised): q1 has to be t2, and q2 to be t1.
+
+    Per image ‖q1 - t2‖² + ‖q2 - t1‖² of unit rows, that is 4 - 2 cos(q1, t2) - 2 cos(q2, t1):
+    0 to 8. q are the predictions for two views, t the target's projections, which come without
+    gradient from the caller. A row of zeros has cosine 0 and gets no gradient. Returns a scalar,
+    or (B,).
+    """
+    cosine_B = (unit_rows(q1_BD) * unit_rows(t2_BD)).sum(dim=1)
+    cosine_B = cosine_B + (unit_rows(q2_BD) * unit_rows(t1_BD)).sum(dim=1)
+    return reduce_rows(4 - 2 * cosine_B, reduction)

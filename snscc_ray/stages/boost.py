@@ -25,9 +25,6 @@ from snscc_ray.stages.context import Context, Viewer
 from snscc_ray.stages.train import probabilities
 from snscc_ray.views import make_views
 
-# A label-free score that falls by less than this is noise, not harm.
-_TOLERANCE = 1e-3
-
 
 class Boost:
     name: StageName = "boost"
@@ -104,12 +101,12 @@ class Boost:
         return figures | {"health/selected_share": float((self.labels_N >= 0).double().mean())}
 
     def finish(self) -> dict[str, float]:
-        """Go back to the best state if the label-free score is worse than before Boost."""
+        """Go back to the best state if the label-free score fell further than it may."""
         if self.p_NC is None:
             self.p_NC = probabilities(self.context, self.network)[:, 0]
         figures = self._measure()
-        start = self._start_score
-        if start is not None and figures["health/score"] < start - _TOLERANCE:
+        start, allowed = self._start_score, self.settings.score_tolerance
+        if start is not None and figures["health/score"] < start - allowed:
             self.network.load_state_dict(self._best_weights)
             self.p_NC = probabilities(self.context, self.network)[:, 0]
             self.restored = True

@@ -1,8 +1,7 @@
-"""Pretrain: instance discrimination, by SimCLR (Eq. 1) or MoCo-v2."""
+"""Pretrain: an encoder from two views of each image, by one of the methods of `pretext`."""
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -10,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snscc_ray import distributed
+from snscc_ray import distributed, metrics
 from snscc_ray.config import StageName, View
 from snscc_ray.data.resident import Batch
 from snscc_ray.encoders import PretextNet, build_encoder
 from snscc_ray.kmeans import kmeans
-from snscc_ray.losses import info_nce, nt_xent
 from snscc_ray.neighbors import MinedNeighbors, mine
 from snscc_ray.stages.context import Context, Viewer
+from snscc_ray.stages.pretext import build_pretext
 from snscc_ray.views import Normalize, make_view
 
 
@@ -30,7 +29,7 @@ class Pretrain:
         data = context.recipe.data
         encoder = build_encoder(context.recipe.encoder, data.channels)
         self.network = context.place(PretextNet(encoder, self.settings))
-        self.momentum = _MomentumEncoder(self) if self.settings.method == "moco" else None
+        self.pretext = build_pretext(context, self.network)
         self.mined: MinedNeighbors | None = None
         self._last: Tensor | None = None
 
@@ -49,32 +48,17 @@ class Pretrain:
     def step(
         self, forward: nn.Module, views: tuple[Tensor, ...], batch: Batch
     ) -> dict[str, Tensor]:
-        if self.momentum is not None:
-            query_BD = distributed.gather(forward(views[0]), batch.size)
-            loss = self.momentum.loss(query_BD, views[1], batch.size)
-            self._last = query_BD.detach()
-        else:
-            # Gathered view by view, so that the rows keep the order one process would have.
-            first, second = (
-                distributed.gather(z, batch.size) for z in forward(torch.cat(views)).chunk(2)
-            )
-            loss = nt_xent(first, second, self.settings.temperature)
-            self._last = first.detach()
+        loss, self._last = self.pretext.loss(forward, views, batch.size)
         return {"instance": loss}
 
     def after_step(self) -> None:
-        if self.momentum is not None:
-            self.momentum.follow(self.network)
+        self.pretext.after_step()
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        if self._last is None:
-            return {}
-        # 1: projections fill the sphere evenly; 0: all images are projected to one point.
-        spread = self._last.float().std(0).square().sum().sqrt()
-        return {"health/projection_spread": float(spread)}
+        return {} if self._last is None else metrics.spread(self._last)
 
     def finish(self) -> dict[str, float]:
-        """Mine the neighbours, and measure what k-means finds in the features."""
+        """Mine the neighbours, and measure what k-means and k-NN find in the features."""
         context = self.context
         features_ND = pretext_features(context, self.network)
         self.mined = mine(features_ND, context.recipe.pretrain.mined_neighbors)
@@ -82,14 +66,18 @@ class Pretrain:
         _, assignment_N = distributed.from_first(
             lambda: kmeans(features_ND, clusters, context.key("kmeans"))
         )
-        return context.measure(assignment_N, self.mined.neighbors_NK.cpu())
+        figures = context.measure(assignment_N, self.mined.neighbors_NK.cpu())
+        if context.labels_N is not None:
+            figures["oracle/knn_acc"] = metrics.knn_accuracy(
+                context.labels_N.cpu(), self.mined.neighbors_NK, self.mined.distances_NK
+            )
+        return figures
 
     def state(self) -> dict[str, Any]:
-        return self.momentum.state() if self.momentum is not None else {}
+        return self.pretext.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if self.momentum is not None:
-            self.momentum.load_state(state)
+        self.pretext.load_state(state)
 
 
 def _two_views(
@@ -106,44 +94,3 @@ def pretext_features(context: Context, network: nn.Module) -> Tensor:
     encoder = network.encoder
     assert isinstance(encoder, nn.Module)
     return F.normalize(context.clean_pass(network, encoder), dim=1)
-
-
-class _MomentumEncoder:
-    """MoCo-v2: keys from a slowly following copy of the network, negatives from a queue."""
-
-    def __init__(self, stage: Pretrain) -> None:
-        self.settings = stage.settings
-        self.context = stage.context
-        self.network = copy.deepcopy(stage.network).requires_grad_(False)
-        seed = torch.Generator().manual_seed(stage.context.key("queue"))
-        queue = torch.randn(self.settings.queue_size, self.settings.projection_dim, generator=seed)
-        self.queue_MD = F.normalize(queue, dim=1).to(stage.context.device)
-        self.position = 0
-
-    def loss(self, query_BD: Tensor, view_BCHW: Tensor, size: int) -> Tensor:
-        with torch.no_grad():
-            key_BD = distributed.gather(self.network(view_BCHW), size)
-        loss = info_nce(query_BD, key_BD, self.queue_MD.clone(), self.settings.temperature)
-        held = len(self.queue_MD)
-        places = (self.position + torch.arange(len(key_BD), device=key_BD.device)) % held
-        self.queue_MD[places] = key_BD
-        self.position = (self.position + len(key_BD)) % held
-        return loss
-
-    @torch.no_grad()
-    def follow(self, network: nn.Module) -> None:
-        own: list[Tensor] = list(self.network.parameters())
-        theirs: list[Tensor] = list(network.parameters())
-        torch._foreach_lerp_(own, theirs, 1 - self.settings.key_momentum)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "key_network": self.network.state_dict(),
-            "queue": self.queue_MD,
-            "position": self.position,
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["key_network"])
-        self.queue_MD.copy_(state["queue"])
-        self.position = state["position"]
