@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ from snscc_ray.workers import LocalWorker
 # Seconds of each stage: for what is done once, and for an epoch.
 Seconds = dict[StageName, tuple[float, float]]
 
-# Steps of the largest batch that are measured, and epochs: the first one warms up.
-_STEPS, _EPOCHS = 4, 3
+# Epochs that are run: the first warms up, the second counts.
+_EPOCHS = 2
+# An epoch of all stages that takes less is measured again on four times the rows.
+_ENOUGH_SECONDS = 1.0
 # Of the time there is; the rest is for checkpoints, and for what a few steps do not show.
 _SHARE = 0.95
 
@@ -45,13 +46,23 @@ class _Clock(Silent):
 
 
 def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device) -> Seconds:
-    """Run all stages for three epochs of a few batches, and scale up to the whole set.
+    """Run all stages for two epochs of a few rows, and scale up to the whole set.
 
-    An epoch's seconds include its clean pass. What a first epoch takes beyond the others (the
+    An epoch's seconds include its clean pass. What a first epoch takes beyond the second (the
     device warms up, kernels are compiled) is counted once, whatever the size of the set.
     """
-    largest = max(getattr(recipe, stage).batch_size for stage in STAGES)
-    few = min(len(known), _STEPS * largest)
+    few = min(len(known), max(getattr(recipe, stage).batch_size for stage in STAGES))
+    while True:
+        pace, shown = _measure(recipe, known, images_NCHW, device, few)
+        if few == len(known) or shown > _ENOUGH_SECONDS:
+            return pace
+        few = min(len(known), 4 * few)
+
+
+def _measure(
+    recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device, few: int
+) -> tuple[Seconds, float]:
+    """The pace by the first `few` rows, and how many seconds it is taken from."""
     labels = None if known.labels is None else known.labels[:few]
     catalog = replace(known, ids=known.ids[:few], labels=labels)
     short = recipes.override(recipe, [f"{stage}.epochs={_EPOCHS}" for stage in STAGES])
@@ -60,16 +71,17 @@ def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.d
         folder = Path(place)
         data = ResidentData(images_NCHW[:few], device)
         result = execute(short, catalog, data, folder, LocalWorker(folder, device), clock)
+    grown = len(known) / few
     found: Seconds = {}
+    shown = 0.0
     for stage in STAGES:
-        marks = clock.marks[stage]
-        first, *others = (end - begin for begin, end in pairwise(marks))
-        epoch = sum(others) / len(others)
-        warm_up = max(first - epoch, 0)
-        once = max(result.figures["stages"][stage]["seconds"] - (marks[-1] - marks[0]), 0)
-        grown = len(known) / few
+        begin, warm, end = clock.marks[stage]
+        epoch = end - warm
+        warm_up = max(warm - begin - epoch, 0)
+        once = max(result.figures["stages"][stage]["seconds"] - (end - begin), 0)
         found[stage] = warm_up + once * grown, epoch * grown
-    return found
+        shown += epoch
+    return found, shown
 
 
 def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[StageName]) -> Recipe:

@@ -20,12 +20,12 @@ _SUFFIX, _INDEX = ".pieces", "index.json"
 
 
 def split_large(folder: Path, limit: int) -> None:
-    """Put every checkpoint below `folder` of more than `limit` bytes into pieces as well.
+    """Put every file of a stage of more than `limit` bytes into pieces as well.
 
     Pieces whose file is gone are removed. What did not change since is not written again.
     """
-    for path in sorted(folder.glob("*/*.pt")):
-        if path.stat().st_size > limit:
+    for path in sorted(folder.glob("*/[!.]*")):
+        if path.is_file() and path.stat().st_size > limit:
             _split(path, limit)
     for pieces in folder.glob(f"*/*{_SUFFIX}"):
         whole = pieces.with_suffix("")
