@@ -33,7 +33,7 @@ from snscc_ray.run import Request
 from snscc_ray.run_folder import read_recipe, write_recipe
 from snscc_ray.workers import LocalWorker
 
-_SITTINGS = "sittings.json"
+_SITTINGS, _REPORT = "sittings.json", "acceptance.json"
 
 
 class _Sitting:
@@ -122,8 +122,11 @@ def _row(figures: dict[str, Any]) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.out
-    sitting = _Sitting(folder)
     request = request_for(arguments)
+    if (folder / _REPORT).exists():
+        _show(checkpoints.read_json(folder / _REPORT), folder)
+        return
+    sitting = _Sitting(folder)
     piece = arguments.split_checkpoints * MIB if arguments.split_checkpoints else None
     make_worker = partial(_Worker, sitting=sitting, piece=piece)
     result = run_here(request, Console(), make_worker)
@@ -148,9 +151,13 @@ def run(arguments: argparse.Namespace) -> None:
         "settings": recipe.model_dump(mode="json", exclude={"data": {"path"}}),
         "results": rows,
     }
-    checkpoints.write_json(folder / "acceptance.json", report)
-    print_table(rows)
-    print(f"{report['seconds_in_all']:.0f} s in {len(sittings)} sitting(s); {folder}")
+    checkpoints.write_json(folder / _REPORT, report)
+    _show(report, folder)
+
+
+def _show(report: dict[str, Any], folder: Path) -> None:
+    print_table(report["results"])
+    print(f"{report['seconds_in_all']:.0f} s in {len(report['sittings'])} sitting(s); {folder}")
 
 
 def main() -> None:

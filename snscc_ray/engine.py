@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,10 @@ class _Loop:
             self.epoch, self.step, self.totals = saved["epoch"], saved["step"], saved["totals"]
             _set_rng_state(saved["rng"])
         self.forward = distributed.wrap(self.stage.network)
+        if self.context.recipe.runtime.compile:
+            # The network itself stays what it is, and so do the names in its checkpoints. A stage
+            # has batches of two sizes at most: better two fixed graphs than one for any size.
+            self.forward = cast(nn.Module, torch.compile(self.forward, dynamic=False))
 
     def run(self, stopped: threading.Event) -> None:
         name, last_epoch = self.stage.name, self.settings.epochs
