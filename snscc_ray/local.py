@@ -55,6 +55,8 @@ def run_here(
     Raises UserError, or TrainingError from the loop, or Interrupted once there is a run to resume.
     """
     began = time.monotonic()
+    if request.budget is not None and request.resume:
+        raise UserError("--budget chose the epochs when the run began; leave it out of --resume")
     recipe, folder = request.recipe(), request.folder
     device = choose_device(recipe.runtime.device)
     prepare_folder(folder, recipe, resume=request.resume, overwrite=request.overwrite)
@@ -106,8 +108,6 @@ def _within_budget(
     display: Display,
 ) -> Recipe:
     """The recipe with the epochs that fit into `seconds`, measured now. Raises UserError."""
-    if request.resume:
-        raise UserError("--budget chose the epochs when the run began; leave it out of --resume")
     if distributed.world_size() > 1:
         raise UserError("--budget measures a single process; leave it out under torchrun")
     if not isinstance(data, ResidentData):
