@@ -14,7 +14,8 @@ On the same encoder, batch and precision, in turns, round by round, in one run:
 
 `share` is that of the bare network's speed, `utilisation` of the GPU's peak in bfloat16, counting
 the network's forward and backward on training views only. On a CPU the loaders work in the loop's
-own threads (no processes beside it), so that every method has the same cores.
+own threads (no processes beside it), so that every method has the same cores; on one thread
+(OMP_NUM_THREADS=1) seconds are CPU seconds, so that other programs do not count.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import importlib
 import importlib.util
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,9 +221,10 @@ def timed(side: Side, device: torch.device) -> tuple[float, float | None]:
     """(images per second, peak MiB on the GPU) of one epoch."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    began = now(device)
+    clock = _clock(device)
+    began = clock()
     side.epoch()
-    rate = side.images / (now(device) - began)
+    rate = side.images / (clock() - began)
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     return rate, peak
 
@@ -251,6 +254,13 @@ def measure(
         row["peak_mib"] = max((turn[side.name][1] or 0) for turn in turns) or None
         rows.append(row)
     return rows
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Seconds; on one CPU thread its own, so that other programs do not count."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time
+    return lambda: now(device)
 
 
 def _ratio(turns: list[dict[str, Any]], name: str, other: str) -> float | None:
