@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ Seconds = dict[StageName, tuple[float, float]]
 
 # Epochs that are run: the first warms up, the second counts.
 _EPOCHS = 2
-# An epoch of all stages that takes less is measured again on four times the rows.
-_ENOUGH_SECONDS = 1.0
+# An epoch of all stages that takes less is measured again on four times the rows; and once again
+# in any case, to tell what grows with the rows from what does not, unless it takes this long.
+_ENOUGH_SECONDS, _LONG_SECONDS = 1.0, 10.0
 # Of the time there is; the rest is for checkpoints, and for what a few steps do not show.
 _SHARE = 0.95
 
@@ -45,24 +46,42 @@ class _Clock(Silent):
         self.marks[stage].append(time.monotonic())
 
 
-def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device) -> Seconds:
-    """Run all stages for two epochs of a few rows, and scale up to the whole set.
+@dataclass(frozen=True)
+class _Timed:
+    """Seconds of one stage on a few rows."""
 
-    An epoch's seconds include its clean pass. What a first epoch takes beyond the second (the
-    device warms up, kernels are compiled) is counted once, whatever the size of the set.
+    warm_up: float  # of the first epoch, beyond the second: kernels that are compiled, say
+    once: float  # outside of the epochs
+    epoch: float
+
+
+def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device) -> Seconds:
+    """Run all stages for two epochs of a few rows, then of more, and scale up to the whole set.
+
+    An epoch's seconds include its clean pass.
     """
     few = min(len(known), max(getattr(recipe, stage).batch_size for stage in STAGES))
+    # What nothing is known of yet is taken to grow from nothing.
+    fewer, before = 0, dict.fromkeys(STAGES, 0.0)
     while True:
-        pace, shown = _measure(recipe, known, images_NCHW, device, few)
-        if few == len(known) or shown > _ENOUGH_SECONDS:
-            return pace
+        timed = _measure(recipe, known, images_NCHW, device, few)
+        seconds = sum(stage.epoch for stage in timed.values())
+        enough = seconds > (_ENOUGH_SECONDS if fewer else _LONG_SECONDS)
+        if few == len(known) or enough:
+            break
+        fewer, before = few, {stage: timed[stage].once for stage in STAGES}
         few = min(len(known), 4 * few)
+    left = len(known) - few
+    found: Seconds = {}
+    for stage, of in timed.items():
+        growth = max(of.once - before[stage], 0) / (few - fewer)
+        found[stage] = of.warm_up + of.once + growth * left, of.epoch * len(known) / few
+    return found
 
 
 def _measure(
     recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device, few: int
-) -> tuple[Seconds, float]:
-    """The pace by the first `few` rows, and how many seconds it is taken from."""
+) -> dict[StageName, _Timed]:
     labels = None if known.labels is None else known.labels[:few]
     catalog = replace(known, ids=known.ids[:few], labels=labels)
     short = recipes.override(recipe, [f"{stage}.epochs={_EPOCHS}" for stage in STAGES])
@@ -71,17 +90,14 @@ def _measure(
         folder = Path(place)
         data = ResidentData(images_NCHW[:few], device)
         result = execute(short, catalog, data, folder, LocalWorker(folder, device), clock)
-    grown = len(known) / few
-    found: Seconds = {}
-    shown = 0.0
+    found: dict[StageName, _Timed] = {}
     for stage in STAGES:
         begin, warm, end = clock.marks[stage]
-        epoch = end - warm
-        warm_up = max(warm - begin - epoch, 0)
-        once = max(result.figures["stages"][stage]["seconds"] - (end - begin), 0)
-        found[stage] = warm_up + once * grown, epoch * grown
-        shown += epoch
-    return found, shown
+        all_of_it = result.figures["stages"][stage]["seconds"]
+        found[stage] = _Timed(
+            max(2 * warm - begin - end, 0), max(all_of_it - (end - begin), 0), end - warm
+        )
+    return found
 
 
 def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[StageName]) -> Recipe:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from snscc_ray import local, recipes
+from snscc_ray import local, pace, recipes
 from snscc_ray.cli.run import _seconds
 from snscc_ray.config import STAGES, Recipe
 from snscc_ray.data.imageset import ImageSet
+from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.eta import Eta
 from snscc_ray.local import run_here
@@ -73,11 +72,46 @@ def test_a_budget_for_less_than_an_epoch_of_each_is_refused() -> None:
         within(recipes.get("digits"), PACE, 20, STAGES)
 
 
-def test_a_measured_epoch_is_scaled_to_the_whole_set(tiny: Recipe, tiny_images: ImageSet) -> None:
-    # 200 rows are known, 128 of them are run: 200 / 128 of an epoch's time, more than none.
-    pace = measure(tiny, tiny_images.catalog, tiny_images.images, torch.device("cpu"))
-    assert set(pace) == set(STAGES)
-    assert all(epoch > 0 and once >= 0 for once, epoch in pace.values())
+@pytest.mark.parametrize(
+    ("epoch", "measured", "once", "an_epoch"),
+    [
+        # Seconds outside the epochs: 1 + rows / 32. Fast: up to all rows; nothing is guessed.
+        (0.001, [32, 128, 200], 1 + 200 / 32, 0.001),
+        # Enough at the second size: the constant second is told from what grows.
+        (0.5, [32, 128], 1 + 200 / 32, 0.5 * 200 / 128),
+        # So slow that one look must do: all of it is taken to grow.
+        (4.0, [32], 2 * 200 / 32, 4.0 * 200 / 32),
+    ],
+)
+def test_what_a_few_rows_show_is_scaled_to_the_whole_set(
+    epoch: float,
+    measured: list[int],
+    once: float,
+    an_epoch: float,
+    tiny: Recipe,
+    tiny_images: ImageSet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+
+    def few(*given: object) -> dict[str, pace._Timed]:
+        rows = given[-1]
+        assert isinstance(rows, int)
+        seen.append(rows)
+        return dict.fromkeys(STAGES, pace._Timed(3.0, 1 + rows / 32, epoch))
+
+    monkeypatch.setattr(pace, "_measure", few)
+    found = measure(tiny, tiny_images.catalog, tiny_images.images, torch.device("cpu"))
+    assert seen == measured
+    for stage in STAGES:
+        assert found[stage] == pytest.approx((3 + once, an_epoch))  # warm-up does not grow
+
+
+def test_the_time_of_a_stage_has_three_parts(tiny: Recipe, tiny_images: ImageSet) -> None:
+    known, images = tiny_images.catalog, tiny_images.images
+    timed = pace._measure(tiny, known, images, torch.device("cpu"), 64)
+    assert set(timed) == set(STAGES)
+    assert all(of.epoch > 0 and of.once > 0 and of.warm_up >= 0 for of in timed.values())
 
 
 def test_what_was_chosen_is_the_recipe_of_the_run(
@@ -111,15 +145,23 @@ def test_another_time_is_refused(text: str) -> None:
         _seconds(text)
 
 
-def test_a_budget_too_small_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    settings = [word for field in TINY for word in ("--set", field)]
-    command = [sys.executable, "-m", "snscc_ray", "run", "digits", *settings, "--budget", "0.1s"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "one epoch of each stage takes about" in done.stderr and done.stderr.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+def test_a_budget_too_small_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "measure", lambda *_: PACE)
+    with pytest.raises(UserError, match="one epoch of each stage takes about 22 s"):
+        run_here(Request("digits", list(TINY), tmp_path / "r", budget=22), Console(quiet=True))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_stop_while_measuring_leaves_nothing_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> Seconds:
+        raise Interrupted
+
+    monkeypatch.setattr(local, "measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(Request("digits", list(TINY), tmp_path / "r", budget=60), Console(quiet=True))
+    assert not (tmp_path / "r").exists()
 
 
 def test_eta_counts_what_an_epoch_ends_with_and_forgets_the_first() -> None:
