@@ -10,7 +10,8 @@ On the same encoder, batch and precision, in turns, round by round, in one run:
   torchvision torchvision's transforms on PIL images, 8 loader processes, and our SimCLR loss
 
     python -m benchmarks.throughput [--data DIR] [--rows N] [--batch-size B] [--rounds R]
-                                    [--device auto|cpu|cuda] [--encoder NAME] [--out FILE]
+                                    [--device auto|cpu|cuda] [--encoder NAME] [--compile]
+                                    [--out FILE]
 
 `share` is that of the bare network's speed, `utilisation` of the GPU's peak in bfloat16, counting
 the network's forward and backward on training views only. On a CPU the loaders work in the loop's
@@ -21,6 +22,7 @@ own threads (no processes beside it), so that every method has the same cores; o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -28,7 +30,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ _PEAKS = (
 _LOADERS = 8
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Side:
     """What is measured: `epoch` trains on so many images and may be called again and again."""
 
@@ -116,7 +117,16 @@ def bare_side(name: str, context: Context) -> Side:
 
 
 def our_side(name: str, stage: Stage, context: Context) -> Side:
-    return Side(name, len(context.data), lambda: whole(name, stage, context), f"bare {name}")
+    compiled = " compiled" * context.recipe.runtime.compile
+    return Side(
+        name + compiled, len(context.data), lambda: whole(name, stage, context), f"bare {name}"
+    )
+
+
+def compiled_sides(context: Context) -> list[Side]:
+    recipe = recipes.override(context.recipe, ["runtime.compile=true"])
+    other = dataclasses.replace(context, recipe=recipe)
+    return [our_side(name, stage_for(name, other), other) for name in VIEWS]
 
 
 # ----------------------------------------------------------------------------------- the others
@@ -232,9 +242,11 @@ def timed(side: Side, device: torch.device) -> tuple[float, float | None]:
 def measure(
     sides: list[Side], flops: dict[str, float], rounds: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """A row per side: medians over interleaved rounds, after one that does not count."""
-    for side in sides:
-        timed(side, device)
+    """A row per side: medians over interleaved rounds, after one that does not count.
+
+    `first_seconds` is what that one took: the device warms up, and what is compiled is compiled.
+    """
+    first = {side.name: side.images / timed(side, device)[0] for side in sides}
     turns = [{side.name: timed(side, device) for side in sides} for _ in range(rounds)]
     peak = peak_flops(device)
     rows = []
@@ -251,6 +263,7 @@ def measure(
         for other in ("lightly", "torchvision"):
             row[f"x {other}"] = _ratio(turns, side.name, other)
         row["utilisation"] = rate * flops[side.bare] / peak if peak else None
+        row["first_seconds"] = first[side.name]
         row["peak_mib"] = max((turn[side.name][1] or 0) for turn in turns) or None
         rows.append(row)
     return rows
@@ -296,6 +309,7 @@ def main() -> None:
     parser.add_argument(
         "--encoder", choices=("convnet", "resnet18", "resnet50"), default="resnet18"
     )
+    parser.add_argument("--compile", action="store_true", help="ours also with runtime.compile")
     parser.add_argument("--out", type=Path, help="save the figures as JSON")
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
@@ -313,6 +327,7 @@ def main() -> None:
     found = [
         *(bare_side(name, context) for name in VIEWS),
         *(our_side(name, stage, context) for name, stage in stages.items()),
+        *(compiled_sides(context) if arguments.compile else []),
         lightly_side(pictures, context),
         torchvision_side(pictures, context),
     ]
