@@ -12,11 +12,14 @@ STAMP := $(VENV)/.installed
 run: setup
 	$(BIN)/snscc run digits --overwrite
 
+# Two files of tests at a time: those with Ray mostly wait for processes to start.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: setup lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -162,10 +162,12 @@ def row_of(trial: Trial, space: Space, ledger: Ledger) -> dict[str, Any]:
                 figures = {"seconds": figures["seconds"]}
             row |= {f"{stage}/{name}": value for name, value in figures.items()}
             row[f"{stage}/epochs"] = getattr(trial.recipe, stage).epochs
+            row[f"{stage}/folder"] = home(ledger.store, stage, identity).name
         elif (record := ledger.read("stopped", identity)) is not None:
             row["status"], row["stopped_at"] = "stopped", f"{stage} epoch {record['epoch']}"
             row |= {f"{stage}/{name}": value for name, value in record["figures"].items()}
             row[f"{stage}/epochs"] = record["epoch"]
+            row[f"{stage}/folder"] = home(ledger.store, stage, identity).name
             break
         else:
             reason = (ledger.read("failed", identity) or {"reason": "not trained"})["reason"]

@@ -143,10 +143,9 @@ def _search(
     space: Space, seed: int, samples: int | None, options: Options, places: int, seeds: int
 ) -> Search:
     if options.searcher == "optuna":
-        if samples is None:
-            raise UserError("--searcher optuna needs --samples: how many points it may ask for")
         # As many as keep all places busy: every point is trained with each of the seeds.
-        return by_optuna(space, samples, seed, max(1, places // seeds))
+        together = max(1, places // seeds)
+        return by_optuna(space, samples or len(space.points), seed, together)
     return at_once(space, samples, seed)
 
 

@@ -276,6 +276,6 @@ def test_a_wrong_token(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_another_version_of_ray(cluster: Cluster, tmp_path: Path) -> None:
     other = "import ray; ray.__version__ = '9.9.9'; from snscc_ray.cli import main; main()"
-    says = ["runs another Ray or Python than this machine", "Ray 9.9.9", "install the same"]
+    says = ["runs another Ray or Python than this machine", "Ray: 9.9.9", "install the same"]
     command = [sys.executable, "-c", other, *DIGITS, "--workers", 1, "--out", tmp_path / "r"]
     refuses(cluster, says, tmp_path / "r", *command)

@@ -121,7 +121,7 @@ def test_lost_nodes_change_nothing(ray: Ray, whole: Path, tmp_path: Path) -> Non
         (worker,) = ray.train_workers()
         hosts.append(cluster.node_of(worker, nodes))
         # What tells this command of the run must not be lost with a node.
-        (relay,) = ray.actors("_Relay")
+        (relay,) = ray.actors("Relay")
         assert cluster.node_of(relay, [cluster.head, *nodes]) is cluster.head
         cluster.lose(hosts[-1])
         assert under_way(folder, stage)

@@ -247,7 +247,7 @@ def readme_commands(cluster: Path, storage: Path, home: Path) -> list[list[str]]
     for told, here in (
         ("deploy/cluster-local.yaml", cluster),
         ("/shared/runs", storage),
-        (" runs/digits/", f" {home}/runs/digits/"),
+        (" runs/", f" {home}/runs/"),
     ):
         assert told in block
         block = block.replace(told, str(here))

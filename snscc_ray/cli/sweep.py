@@ -87,6 +87,8 @@ def sweep(
         raise UserError(f"--scheduler {scheduler}: use none, asha or median")
     if searcher not in ("random", "optuna"):
         raise UserError(f"--searcher {searcher}: use random or optuna")
+    if searcher == "optuna" and samples is None:
+        raise UserError("--searcher optuna needs --samples: how many points it may ask for")
     if metric not in _METRICS:
         raise UserError(f"--metric {metric}: use one of {', '.join(_METRICS)}")
     if workers_per_trial > 1 and gpus_per_trial not in (0, 1):
