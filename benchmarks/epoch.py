@@ -11,6 +11,7 @@ turn, in one run; the ratio is bare / whole.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from snscc_ray.data.resident import ResidentData
 from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
 from snscc_ray.engine import fit
 from snscc_ray.monitor import Silent
-from snscc_ray.neighbors import mine
+from snscc_ray.neighbors import MinedNeighbors, mine
 from snscc_ray.stages.boost import Boost
 from snscc_ray.stages.context import Context, Stage
 from snscc_ray.stages.pretrain import Pretrain
@@ -78,12 +79,18 @@ def stage_for(name: str, context: Context) -> Stage:
     if name == "pretrain":
         return Pretrain(context)
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
-    generator = torch.Generator().manual_seed(0)
-    mined = mine(torch.randn(len(context.data), 16, generator=generator), 20)
+    mined = _mined(len(context.data))
     if name == "train":
         return Train(context, PretextNet(encoder, recipe.pretrain), mined)
     heads = ClusterHeads(recipe.train, out_features(encoder), recipe.data.num_clusters, 1)
     return Boost(context, context.place(ClusterNet(encoder, heads)), mined)
+
+
+@functools.cache
+def _mined(rows: int) -> MinedNeighbors:
+    """Neighbours of random features, mined once."""
+    generator = torch.Generator().manual_seed(0)
+    return mine(torch.randn(rows, 16, generator=generator), 20)
 
 
 def bare(stage: Stage, context: Context, batch: Tensor, steps: int, passes: int) -> float:
