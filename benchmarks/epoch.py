@@ -11,6 +11,7 @@ turn, in one run; the ratio is bare / whole.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from snscc_ray.data.resident import ResidentData
 from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
 from snscc_ray.engine import fit
 from snscc_ray.monitor import Silent
-from snscc_ray.neighbors import mine
+from snscc_ray.neighbors import MinedNeighbors, mine
 from snscc_ray.stages.boost import Boost
 from snscc_ray.stages.context import Context, Stage
 from snscc_ray.stages.pretrain import Pretrain
@@ -58,15 +59,19 @@ def recipe_for(encoder: str) -> tuple[Recipe, int]:
     return recipes.override(recipes.get("cifar10"), common), batch * 3
 
 
-def context_for(recipe: Recipe, rows: int, device: torch.device) -> Context:
-    generator = torch.Generator().manual_seed(0)
+def noise(recipe: Recipe, rows: int) -> Tensor:
+    """Random images, uint8 (N, C, H, W)."""
     side = recipe.data.image_size
-    images = torch.randint(
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(
         256, (rows, recipe.data.channels, side, side), dtype=torch.uint8, generator=generator
     )
+
+
+def context_for(recipe: Recipe, images_NCHW: Tensor, device: torch.device) -> Context:
     assert recipe.data.mean is not None and recipe.data.std is not None
     normalize = Normalize(recipe.data.mean, recipe.data.std)
-    return Context(recipe, ResidentData(images, device), None, normalize, device)
+    return Context(recipe, ResidentData(images_NCHW, device), None, normalize, device)
 
 
 def stage_for(name: str, context: Context) -> Stage:
@@ -74,28 +79,34 @@ def stage_for(name: str, context: Context) -> Stage:
     if name == "pretrain":
         return Pretrain(context)
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
-    generator = torch.Generator().manual_seed(0)
-    mined = mine(torch.randn(len(context.data), 16, generator=generator), 20)
+    mined = _mined(len(context.data))
     if name == "train":
         return Train(context, PretextNet(encoder, recipe.pretrain), mined)
     heads = ClusterHeads(recipe.train, out_features(encoder), recipe.data.num_clusters, 1)
     return Boost(context, context.place(ClusterNet(encoder, heads)), mined)
 
 
+@functools.cache
+def _mined(rows: int) -> MinedNeighbors:
+    """Neighbours of random features, mined once."""
+    generator = torch.Generator().manual_seed(0)
+    return mine(torch.randn(rows, 16, generator=generator), 20)
+
+
 def bare(stage: Stage, context: Context, batch: Tensor, steps: int, passes: int) -> float:
     """Seconds of `steps` forwards and backwards and `passes` forwards over all rows."""
     network = stage.network
     weights = list(network.parameters())
-    began = _now(context.device)
+    began = now(context.device)
     network.train()
     for _ in range(steps):
         with context.autocast():
-            _first(network(batch)).float().sum().backward()
+            logits_of(network(batch)).float().sum().backward()
         for weight in weights:
             weight.grad = None
     for _ in range(passes):
         _forward_all(network, context, batch)
-    return _now(context.device) - began
+    return now(context.device) - began
 
 
 @torch.no_grad()
@@ -111,17 +122,17 @@ def _forward_all(network: nn.Module, context: Context, batch: Tensor) -> None:
 
 def whole(name: str, stage: Stage, context: Context) -> float:
     """Seconds of one epoch of the engine's loop."""
-    began = _now(context.device)
+    began = now(context.device)
     fit(stage, context, _NoCheckpoints(context.device), Silent(), name)
-    return _now(context.device) - began
+    return now(context.device) - began
 
 
-def _first(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+def logits_of(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     # Of the cluster net, the logits: their backward reaches every weight.
     return output if isinstance(output, Tensor) else output[1]
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -131,7 +142,7 @@ def measure(encoder: str, repeats: int, device: torch.device) -> list[dict[str, 
     rows = []
     for name, views in VIEWS.items():
         recipe, count = recipe_for(encoder)
-        context = context_for(recipe, count, device)
+        context = context_for(recipe, noise(recipe, count), device)
         size = getattr(recipe, name).batch_size
         steps = context.data.steps(size)
         # Boost looks once more before its first epoch, to select and to know where it began.

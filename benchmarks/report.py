@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,21 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "versions": versions,
     }
+
+
+def revision() -> str | None:
+    """The git revision of this tree, marked where files were changed since; None without git."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

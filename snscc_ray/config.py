@@ -199,6 +199,9 @@ class RuntimeSettings(Settings):
     """How to run, not what to learn: none of this changes a stage's identity."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = Field(
+        False, description="torch.compile what is trained: minutes once, then faster steps on a GPU"
+    )
     decode_workers: Annotated[int, Field(ge=0)] = Field(0, description="0: one per CPU core")
     checkpoint_seconds: NonNegative = Field(30.0, description="at most this much work is lost")
     max_failures: Annotated[int, Field(ge=0)] = Field(

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,10 @@ class _Loop:
             self.epoch, self.step, self.totals = saved["epoch"], saved["step"], saved["totals"]
             _set_rng_state(saved["rng"])
         self.forward = distributed.wrap(self.stage.network)
+        if self.context.recipe.runtime.compile:
+            # The network itself stays what it is, and so do the names in its checkpoints. A stage
+            # has batches of two sizes at most: better two fixed graphs than one for any size.
+            self.forward = cast(nn.Module, torch.compile(self.forward, dynamic=False))
 
     def run(self, stopped: threading.Event) -> None:
         name, last_epoch = self.stage.name, self.settings.epochs
@@ -132,7 +136,7 @@ class _Loop:
             rate = learning_rate(self.settings, self.epoch + self.step / self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            views = batch.views or viewer(batch.images_BCHW, batch.rows_B)
+            views = batch.views or viewer(batch.images_BCHW, batch.drawing_rows_B)
             if self.epoch == 0 and self.step == 0:
                 self.monitor.views(stage.name, views)
             with self.context.autocast():

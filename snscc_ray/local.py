@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
@@ -19,10 +21,12 @@ from snscc_ray.data.sources import list_rows
 from snscc_ray.data.streamed import StreamedData, threads_reader
 from snscc_ray.data.survey import check_streamed, choose_mode, survey
 from snscc_ray.engine import Interrupted
+from snscc_ray.errors import UserError
 from snscc_ray.monitor import Display, Journal, RunMonitor, Silent
+from snscc_ray.pace import describe, measure, within
 from snscc_ray.run import Request, Result, check, execute, final_figures
 from snscc_ray.run_folder import prepare_folder
-from snscc_ray.workers import LocalWorker, choose_device, join_group, leave_group
+from snscc_ray.workers import LocalWorker, Worker, choose_device, join_group, leave_group
 
 
 @contextmanager
@@ -39,12 +43,20 @@ def terminated_like_interrupted() -> Iterator[None]:
 
 
 @terminated_like_interrupted()
-def run_here(request: Request, console: Console) -> Result | None:
+def run_here(
+    request: Request,
+    console: Console,
+    make_worker: Callable[[Path, torch.device], Worker] = LocalWorker,
+) -> Result | None:
     """Run what is asked for; None on ranks other than the first.
 
+    make_worker: from the run folder and the device, who keeps the checkpoints.
     Everything that can be refused is refused before the folder is touched.
     Raises UserError, or TrainingError from the loop, or Interrupted once there is a run to resume.
     """
+    began = time.monotonic()
+    if request.budget is not None and request.resume:
+        raise UserError("--budget chose the epochs when the run began; leave it out of --resume")
     recipe, folder = request.recipe(), request.folder
     device = choose_device(recipe.runtime.device)
     prepare_folder(folder, recipe, resume=request.resume, overwrite=request.overwrite)
@@ -59,7 +71,10 @@ def run_here(request: Request, console: Console) -> Result | None:
         )
         for identifier, reason in catalog.skipped:
             display.line(f"left out {identifier}: {reason}")
-        worker = LocalWorker(folder, device)
+        if request.budget is not None:
+            left = request.budget - (time.monotonic() - began)
+            recipe = _within_budget(request, recipe, catalog, data, left, display)
+        worker = make_worker(folder, device)
         monitor: RunMonitor | Silent = RunMonitor(Journal(folder), display) if first else Silent()
         try:
             result = execute(
@@ -82,6 +97,32 @@ def run_here(request: Request, console: Console) -> Result | None:
         return result if first else None
     finally:
         leave_group()
+
+
+def _within_budget(
+    request: Request,
+    recipe: Recipe,
+    catalog: Catalog,
+    data: Images,
+    seconds: float,
+    display: Display,
+) -> Recipe:
+    """The recipe with the epochs that fit into `seconds`, measured now. Raises UserError."""
+    if distributed.world_size() > 1:
+        raise UserError("--budget measures a single process; leave it out under torchrun")
+    if not isinstance(data, ResidentData):
+        raise UserError("--budget measures images held in memory; use --set data.mode=resident")
+    began = time.monotonic()
+    display.line("measuring a few steps of each stage")
+    images = data.images_NCHW
+    try:
+        pace = measure(recipe, catalog, images, images.device)
+    except Interrupted as stop:
+        raise KeyboardInterrupt from stop  # nothing is written yet: there is no run to resume
+    spent = time.monotonic() - began
+    fitting = within(recipe, pace, seconds - spent, request.stages)
+    display.line(f"{describe(fitting, pace, request.stages)} (measured in {spent:.0f} s)")
+    return fitting
 
 
 def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Catalog, Images]:

@@ -19,11 +19,11 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from torch import Tensor
 
 from snscc_ray.checkpoints import write_whole
+from snscc_ray.eta import Eta
 from snscc_ray.paths import is_url
 
 # Seconds between lines where there is no terminal to draw a bar on.
@@ -52,14 +52,16 @@ class Display:
         self.console = console
         self._progress: Progress | None = None
         self._stage = self._note = self._unit = ""
-        self._done = self._total = self._first = 0
-        self._began = self._shown = 0.0
+        self._done = self._total = 0
+        self._shown = 0.0
+        self._eta = Eta(0, 0, 0.0)
 
     def start(self, stage: str, epochs: int, steps: int, done: int, unit: str = "steps") -> None:
         self.finish()
         self._stage, self._total, self._unit = stage, epochs * steps, unit
-        self._first = self._done = done
-        self._began = self._shown = time.monotonic()
+        self._done = done
+        self._shown = time.monotonic()
+        self._eta = Eta(self._total, done, self._shown)
         self._note = ""
         if self.console.is_terminal:
             self._progress = Progress(
@@ -68,30 +70,31 @@ class Display:
                 MofNCompleteColumn(),
                 TextColumn(unit),
                 TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(compact=True),
+                TextColumn("ETA {task.fields[eta]}"),
                 TextColumn("{task.fields[note]}"),
                 console=self.console,
             )
-            self._progress.add_task(stage, total=self._total, completed=done, note="")
+            self._progress.add_task(stage, total=self._total, completed=done, note="", eta="-")
             self._progress.start()
 
     def advance(self, steps: int = 1) -> None:
         self._done += steps
+        self._eta.advance(steps)
+        now = time.monotonic()
         if self._progress is not None:
-            self._progress.advance(self._progress.task_ids[0], steps)
-        elif time.monotonic() - self._shown > _LINE_SECONDS:
-            self._shown = time.monotonic()
-            rate = max(self._done - self._first, 1e-3) / (self._shown - self._began)
-            eta = (self._total - self._done) / rate
+            task = self._progress.task_ids[0]
+            self._progress.update(task, advance=steps, eta=_clock(self._eta.seconds(now)))
+        elif now - self._shown > _LINE_SECONDS:
+            self._shown = now
             self.console.print(
                 f"{self._stage:8} {self._done}/{self._total} {self._unit}  "
-                f"ETA {int(eta) // 60}:{int(eta) % 60:02d}  {self._note}",
+                f"ETA {_clock(self._eta.seconds(now))}  {self._note}",
                 highlight=False,
             )
 
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
         self._note = _summary(figures)
+        self._eta.epoch_ended(time.monotonic())
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], note=self._note)
 
@@ -246,6 +249,20 @@ class Silent:
     def finish(self) -> None: ...
 
 
+class Nowhere:
+    """A `Screen` nobody looks at."""
+
+    def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
+
+    def advance(self, steps: int = 1) -> None: ...
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def finish(self) -> None: ...
+
+
 def write_hyperparameters(
     folder: Path, settings: dict[str, Any], figures: dict[str, float]
 ) -> None:
@@ -259,6 +276,17 @@ def write_hyperparameters(
 
 def _write(content: bytes, file: IO[bytes]) -> None:
     file.write(content)
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(int(seconds), 60)
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        if minutes >= 60
+        else f"{minutes}:{rest:02d}"
+    )
 
 
 def _summary(figures: dict[str, float]) -> str:

@@ -18,7 +18,8 @@ def select_pseudo_labels(p_NC: Tensor, threshold: float, top_fraction: float) ->
     class_N = torch.where(confidence_N >= threshold, y_N, C)  # C: no candidate
     by_confidence = confidence_N.argsort(descending=True, stable=True)
     order_N = by_confidence[class_N[by_confidence].argsort(stable=True)]
-    count = torch.bincount(class_N, minlength=C + 1)
+    # Not bincount: on a GPU it waits for the largest number.
+    count = class_N.new_zeros(C + 1).scatter_add_(0, class_N, torch.ones_like(class_N))
     # 0.07 * 100 is a hair above 7: without the slack it would keep 8.
     keep = (count.double() * top_fraction - 1e-9).ceil().long()
     keep[C] = 0

@@ -46,6 +46,7 @@ class Request:
     stages: tuple[StageName, ...] = STAGES
     resume: bool = False
     overwrite: bool = False
+    budget: float | None = None  # seconds that all of it may take; None: the recipe's epochs
 
     def recipe(self) -> Recipe:
         """The recipe asked for, overrides applied. Raises UserError."""

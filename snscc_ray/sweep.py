@@ -35,10 +35,10 @@ from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.launch import Job as GroupJob
 from snscc_ray.launch import check_visible, placed, some_files, train_group
-from snscc_ray.monitor import Display, Journal, RunMonitor
+from snscc_ray.monitor import Display, Journal, Nowhere, RunMonitor
+from snscc_ray.pace import Seconds, measure
 from snscc_ray.paths import arrow_storage, is_url
 from snscc_ray.run import check, execute
-from snscc_ray.sweep_cost import Nowhere, Seconds, measure
 from snscc_ray.sweep_plan import Job, Ledger, searched
 from snscc_ray.workers import LocalWorker, choose_device
 
@@ -156,7 +156,7 @@ class Session:
             raise Interrupted
 
     def measure(self) -> Seconds:
-        """`sweep_cost.measure`, where a trial would run. Empty for a streamed set."""
+        """`pace.measure`, where a trial would run. Empty for a streamed set."""
         if self.images.order_name != ResidentData.order_name:
             return {}
         task = ray.remote(_measure).options(

@@ -1,74 +1,17 @@
-"""What a sweep costs: estimated from a few real steps before it, and counted after it."""
+"""What a sweep costs: estimated before it, and counted after it."""
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from snscc_ray import recipes
-from snscc_ray.config import STAGES, Recipe, StageName
-from snscc_ray.data.imageset import Catalog
-from snscc_ray.data.resident import ResidentData
-from snscc_ray.monitor import Journal, RunMonitor
-from snscc_ray.run import execute
+from snscc_ray.config import STAGES, StageName
+from snscc_ray.pace import Seconds
 from snscc_ray.sweep_plan import Job, Ledger, Trial
-from snscc_ray.workers import LocalWorker
 
-# Seconds of each stage: for what is done once, and for an epoch.
-Seconds = dict[StageName, tuple[float, float]]
 Jobs = Mapping[StageName, Sequence[Job]]
-
-# Steps of each stage that the time of a sweep is estimated from.
-_MEASURED_STEPS = 4
-
-
-def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device) -> Seconds:
-    """Run all stages for one epoch of a few batches, and scale up to the whole set."""
-    largest = max(getattr(recipe, stage).batch_size for stage in STAGES)
-    rows = len(known)
-    few = min(rows, _MEASURED_STEPS * largest)
-    labels = None if known.labels is None else known.labels[:few]
-    catalog = replace(known, ids=known.ids[:few], labels=labels)
-    short = recipes.override(recipe, [f"{stage}.epochs=1" for stage in STAGES])
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        monitor = RunMonitor(Journal(folder), Nowhere())
-        data = ResidentData(images_NCHW[:few], device)
-        result = execute(short, catalog, data, folder, LocalWorker(folder, device), monitor)
-        monitor.finish()
-        speed = {
-            line["stage"]: line["images_per_second"]
-            for text in (folder / "metrics.jsonl").read_text().splitlines()
-            if "images_per_second" in (line := json.loads(text))
-        }
-    found: Seconds = {}
-    for stage in STAGES:
-        epoch = few / speed[stage]
-        fixed = max(result.figures["stages"][stage]["seconds"] - epoch, 0)
-        found[stage] = fixed * rows / few, epoch * rows / few
-    return found
-
-
-class Nowhere:
-    """A `Screen` nobody looks at."""
-
-    def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
-
-    def advance(self, steps: int = 1) -> None: ...
-
-    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
-
-    def line(self, text: str) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 def say_plan(

@@ -19,10 +19,11 @@ from snscc_ray.figures import draw
 from snscc_ray.identity import stage_identity
 from snscc_ray.launch import connected
 from snscc_ray.monitor import write_hyperparameters
+from snscc_ray.pace import Seconds
 from snscc_ray.paths import is_url
 from snscc_ray.run_folder import holds_something, remove_tree
 from snscc_ray.sweep import Options, Session
-from snscc_ray.sweep_cost import Seconds, say_plan, what_sharing_saved
+from snscc_ray.sweep_cost import say_plan, what_sharing_saved
 from snscc_ray.sweep_plan import (
     Job,
     Ledger,

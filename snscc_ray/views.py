@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .config import Range, SimclrView, StrongView
 from .rng import uniform
+from .transfer import send
 from .view_ops import BATCH_OPERATIONS, MOTIONS, crop_resize, motion_matrices
 
 CROP_TRIES = 10
@@ -212,21 +213,21 @@ def apply_view(images_BCHW: Tensor, draws: Draws, normalize: Normalize) -> Tenso
     images_BCHW = _apply_chain(_crop_and_flip(images_BCHW, draws), draws)
     corners_B2 = draws.corners_B2
     if corners_B2 is not None:
-        corners_B2 = corners_B2.to(images_BCHW.device, non_blocking=True)
+        corners_B2 = send(corners_B2, images_BCHW.device)
     return _normalized(images_BCHW, normalize, corners_B2, draws.cutout)
 
 
 def _crop_and_flip(images_BCHW: Tensor, draws: Draws) -> Tensor:
     device = images_BCHW.device
-    flip_B = draws.flip_B.to(device, non_blocking=True)
+    flip_B = send(draws.flip_B, device)
     if draws.boxes_B4 is None:
         both = torch.cat((images_BCHW, images_BCHW.flip(3)))
         pick_B = torch.arange(len(flip_B), device=device) + len(flip_B) * flip_B
         return both.index_select(0, pick_B)
-    boxes_B4 = draws.boxes_B4.to(device, non_blocking=True)
+    boxes_B4 = send(draws.boxes_B4, device)
     degrees_B = draws.degrees_B
     if degrees_B is not None:
-        degrees_B = degrees_B.to(device, non_blocking=True)
+        degrees_B = send(degrees_B, device)
     views = torch.empty(images_BCHW.shape, dtype=torch.uint8, device=device)
     for part in _parts(images_BCHW):
         turn_B = None if degrees_B is None else degrees_B[part]
@@ -251,13 +252,13 @@ def _apply_chain(images_BCHW: Tensor, draws: Draws) -> Tensor:
     # Step s wants the images order[s], and finds them where the step before it has put them.
     place_SB = order_SB.argsort(dim=1)
     from_SB = torch.cat((order_SB[:1], place_SB[:-1].gather(1, order_SB[1:]), place_SB[-1:]))
-    from_SB = from_SB.to(device, non_blocking=True)
+    from_SB = send(from_SB, device)
     values_SB = draws.values_BS.T.gather(1, order_SB)
     motion_SB = codes_SB.new_tensor(motions)[codes_SB.gather(1, order_SB)]
     motions_SB5 = values_SB[..., None] * (motion_SB[..., None] == edges.new_tensor(range(5)))
     matrices_SB23 = motion_matrices(motions_SB5, *images_BCHW.shape[2:])
-    matrices_SB23 = matrices_SB23.to(device, non_blocking=True)
-    values_SB = values_SB.to(device, non_blocking=True)
+    matrices_SB23 = send(matrices_SB23, device)
+    values_SB = send(values_SB, device)
 
     for step, bound in enumerate(bounds):
         images_BCHW = images_BCHW.index_select(0, from_SB[step])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,12 @@ def run(
     download: Annotated[
         bool, typer.Option("--download", help="let torchvision fetch CIFAR or STL-10 into --data")
     ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="choose the epochs so that all ends in 90s, 25m or 2h, or so"
+        ),
+    ] = None,
     workers: Annotated[
         str,
         typer.Option(
@@ -74,6 +81,8 @@ def run(
 
         snscc run digits --set train.num_neighbors=20 --set boost.epochs=0
 
+        snscc run cifar10 --data ~/cifar --budget 25m
+
         snscc run --resume --out runs/c10
 
         snscc run cifar10 --workers 8 --gpu --address auto --storage s3://bucket/runs
@@ -86,6 +95,7 @@ def run(
     from snscc_ray.run import Request
 
     chosen_stages = _stages(stages)
+    seconds = None if budget is None else _seconds(budget)
     if recipe is None and not (resume and out_folder):
         raise UserError("name a recipe (`snscc recipes` lists them), or give --resume --out DIR")
     overrides = overrides_of(settings, seed, data)
@@ -94,13 +104,15 @@ def run(
     if storage is not None and out_folder is not None:
         raise UserError("--out is the run folder and --storage where run folders lie; give one")
     folder = as_path(out_folder or f"{(storage or 'runs').rstrip('/')}/{recipe}")
-    request = Request(recipe, overrides, folder, chosen_stages, resume, overwrite)
+    request = Request(recipe, overrides, folder, chosen_stages, resume, overwrite, seconds)
     counts = _workers(workers)
     try:
         if counts is None:
             _refuse_alone(gpu=gpu, cpus_per_worker=cpus_per_worker, address=address)
             result = run_here(request, out)
         else:
+            if budget is not None:
+                raise UserError("--budget measures this process; leave it out with --workers")
             scale = Scale(counts, gpu, cpus_per_worker, address, wait)
             result = _launcher().run_on_ray(request, out, scale)
     except Interrupted:
@@ -111,6 +123,13 @@ def run(
         fail(f"stopped; continue with: {command}", 130)
     if result is not None:
         _print_result(result.figures, result.folder)
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise UserError(f"--budget {text}: give a number and a unit, as in 90s, 25m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _workers(text: str) -> tuple[int, int] | None:

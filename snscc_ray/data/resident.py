@@ -11,8 +11,10 @@ from torch import Tensor
 
 from snscc_ray import distributed
 from snscc_ray.data.order import batch_edges, shuffled, steps_of
+from snscc_ray.transfer import send
 
-# From uint8 images (B, C, H, W) and their row numbers to normalised float views of them.
+# From uint8 images (B, C, H, W) and their row numbers (best on the CPU) to normalised
+# float views of them.
 Viewer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
@@ -24,6 +26,12 @@ class Batch:
     rows_B: Tensor
     size: int  # of the global batch
     views: tuple[Tensor, ...] | None = None  # where they were made with the batch
+    host_rows_B: Tensor | None = None  # the rows on the CPU, where rows_B are not
+
+    @property
+    def drawing_rows_B(self) -> Tensor:
+        """The rows to draw views of: on the CPU, or a GPU would be waited for (see `views`)."""
+        return self.rows_B if self.host_rows_B is None else self.host_rows_B
 
 
 class Images(Protocol):
@@ -77,18 +85,21 @@ class ResidentData:
     def epoch(
         self, batch_size: int, key: int, start: int = 0, viewer: Viewer | None = None
     ) -> Iterator[Batch]:
-        order = self._order(key, batch_size).to(self.images_NCHW.device)
+        host_order = self._order(key, batch_size)
+        order = send(host_order, self.images_NCHW.device)
         edges = batch_edges(len(self), batch_size).tolist()
         for first, last in zip(edges[start:-1], edges[start + 1 :], strict=True):
             begin, end = distributed.own_share(last - first)
-            rows_B = order[first + begin : first + end]
+            own = slice(first + begin, first + end)
+            rows_B, host_rows_B = order[own], host_order[own]
             images_BCHW = self.images_NCHW.index_select(0, rows_B)
-            views = viewer(images_BCHW, rows_B) if viewer else None
-            yield Batch(images_BCHW, rows_B, last - first, views)
+            views = viewer(images_BCHW, host_rows_B) if viewer else None
+            yield Batch(images_BCHW, rows_B, last - first, views, host_rows_B)
 
     def slices(self, first: int, last: int, batch_size: int) -> Iterator[Tensor]:
         for start in range(first, last, batch_size):
             yield self.images_NCHW[start : min(start + batch_size, last)]
 
     def take(self, rows_B: Tensor) -> Tensor:
-        return self.images_NCHW.index_select(0, rows_B)
+        """Images of any rows, which may be given on the CPU."""
+        return self.images_NCHW.index_select(0, send(rows_B, self.images_NCHW.device))

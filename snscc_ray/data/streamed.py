@@ -24,6 +24,7 @@ from snscc_ray.data.slices import (
 )
 from snscc_ray.data.survey import StreamedSet
 from snscc_ray.data.threads import in_threads, made_ahead
+from snscc_ray.transfer import send
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -179,10 +180,9 @@ class StreamedData:
         return out.to(self._device, non_blocking=True)
 
     def _batch(self, rows_B: Tensor, parts: list[Tensor], viewer: Viewer | None) -> Batch:
-        if self._device.type == "cuda":
-            rows_B = rows_B.pin_memory().to(self._device, non_blocking=True)
+        host_rows_B, rows_B = rows_B, send(rows_B, self._device)
         if viewer is None:
-            return Batch(parts[0], rows_B, len(rows_B))
+            return Batch(parts[0], rows_B, len(rows_B), host_rows_B=host_rows_B)
         none = torch.empty(0, self.streamed.channels, 1, 1, dtype=torch.uint8)
         views = tuple(part.permute(0, 3, 1, 2) for part in parts)
         return Batch(none, rows_B, len(rows_B), views)

@@ -28,10 +28,14 @@ class Train:
         self.context = context
         self.settings = context.recipe.train
         nearest = slice(self.settings.num_neighbors)
-        confidence_NK = mined.confidence_NK[:, nearest].to(context.device)
+        confidence_NK = mined.confidence_NK[:, nearest]
         # The nearest neighbour has confidence 1 by Def. 1, so the sum is never 0.
-        self._chance_NK = confidence_NK / confidence_NK.sum(1, keepdim=True)
-        self._neighbors_NK = mined.neighbors_NK[:, nearest].to(context.device).long()
+        self._host_chance_NK = confidence_NK / confidence_NK.sum(1, keepdim=True)
+        self._host_neighbors_NK = mined.neighbors_NK[:, nearest].long()
+        # Partners are drawn on the CPU, as their views are; predictions are looked up where they
+        # lie.
+        self._chance_NK = self._host_chance_NK.to(context.device)
+        self._neighbors_NK = self._host_neighbors_NK.to(context.device)
         self._p_NHC: Tensor | None = None
         encoder = pretext.encoder
         assert isinstance(encoder, nn.Module)
@@ -81,11 +85,12 @@ class Train:
         return three
 
     def _partners(self, rows_B: Tensor, epoch: int) -> Tensor:
-        """One mined neighbour of each row, drawn by its confidence."""
+        """One mined neighbour of each row (on the CPU), drawn by its confidence."""
         draw_B1 = rng.uniform(rows_B, self.context.key("train", epoch, "partner"), 1)
-        place_B1 = torch.searchsorted(self._chance_NK[rows_B].cumsum(1), draw_B1, right=True)
-        place_B1 = place_B1.clamp(max=self._neighbors_NK.shape[1] - 1)
-        return self._neighbors_NK[rows_B].gather(1, place_B1)[:, 0]
+        chance_BK = self._host_chance_NK[rows_B]
+        place_B1 = torch.searchsorted(chance_BK.cumsum(1), draw_B1, right=True)
+        place_B1 = place_B1.clamp(max=chance_BK.shape[1] - 1)
+        return self._host_neighbors_NK[rows_B].gather(1, place_B1)[:, 0]
 
     @property
     def _mined_from(self) -> str | None:
