@@ -80,7 +80,7 @@ def what_sharing_saved(trials: Sequence[Trial], jobs: Jobs, ledger: Ledger) -> s
     scratch = sum(spent[identity] for trial in trials for identity in trial.chain.values())
     share = seconds / scratch if scratch else 1.0
     said = (
-        f"{shared} stages trained for {apart} that the trials consist of: {seconds:.0f} s of "
+        f"{shared} distinct stages for the {apart} that the trials consist of: {seconds:.0f} s of "
         f"training in place of {scratch:.0f} s ({share:.2f} of retraining each)."
     )
     epochs, all_epochs = _epochs(jobs, ledger)

@@ -83,7 +83,7 @@ def test_a_sweep_leaves_a_table_a_figure_and_verdicts(whole: tuple[Path, str]) -
     assert "8 trials" in said and "about" in said
     assert "Best by health/score" in said and "the last is the best (nowhere)" in said
     # Two of Pretrain, four of Train, eight of Boost; and as many in the store.
-    assert "14 stages trained for 24" in said
+    assert "14 distinct stages for the 24" in said
     stages = sorted(path.name.split("-")[0] for path in (folder.parent / "stages").iterdir())
     assert stages == ["boost"] * 8 + ["pretrain"] * 2 + ["train"] * 4
 
