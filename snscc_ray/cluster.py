@@ -11,8 +11,10 @@ import os
 import platform
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import IO
 
 import psutil
 import torch
@@ -80,6 +82,29 @@ def why_not_joined(address: str, error: BaseException, said: str) -> str:
             f"cluster's token where RAY_AUTH_TOKEN_PATH says. Ray says: {reason[:300]}"
         )
     return f"cannot join a Ray cluster at {address}: {reason[:300]}; is `ray start` running there?"
+
+
+@contextmanager
+def stderr_into(file: IO[str]) -> Iterator[None]:
+    """Have a file take what this process, Ray's C++ part included, writes to stderr."""
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def why_failed(error: BaseException) -> str:
+    """The last line of what Ray has to say, which is what happened."""
+    failures = getattr(error, "worker_failures", None) or {}
+    cause: object = next(iter(failures.values()), error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return (
+        f"the workers failed too often: {lines[-1] if lines else type(error).__name__}; mend that "
+        "and run the same command again to continue, or raise runtime.max_failures"
+    )
 
 
 def check_fits(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import ray
@@ -40,11 +40,13 @@ from snscc_ray.cluster import (
     free_of,
     look,
     room,
+    stderr_into,
     unseen,
+    why_failed,
     why_not_joined,
 )
 from snscc_ray.config import Recipe, StageName
-from snscc_ray.data.imageset import Catalog, Rows
+from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.sources import list_rows
 from snscc_ray.data.stream import Load, share_images
 from snscc_ray.engine import Interrupted
@@ -91,7 +93,7 @@ def connected(scale: Scale) -> Iterator[None]:
         quiet["include_dashboard"] = False
     with tempfile.TemporaryFile("w+") as said:
         try:
-            with _stderr_into(said):
+            with stderr_into(said):
                 ray.init(address=address, **quiet)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             said.seek(0)
@@ -102,18 +104,6 @@ def connected(scale: Scale) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _stderr_into(file: IO[str]) -> Iterator[None]:
-    """Have a file take what this process, Ray's C++ part included, writes to stderr."""
-    kept = os.dup(2)
-    os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 @contextmanager
@@ -239,7 +229,7 @@ def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
         with placed(scale, display.line) as probes:
             check_alike(probes, scale.gpu)
         where = folder if is_url(folder) else folder.absolute()
-        check_visible(where, some_files(rows))
+        check_visible(where, rows.some_files)
         data = share_images(recipe, rows, room(probes), display)
         for workers in counts:
             check(recipe, len(data.catalog), workers)
@@ -279,13 +269,6 @@ def train_group(job: Job, scale: Scale, screen: Screen) -> None:
     remove_tree(folder / _RAY)
 
 
-def some_files(rows: Rows) -> list[str]:
-    """All shards, or the first and the last image file."""
-    if rows.shards is not None:
-        return [str(shard.file) for shard in rows.shards]
-    return [str(rows.files[0]), str(rows.files[-1])] if rows.files else []
-
-
 def _fit(trainer: TorchTrainer, relay: Any, screen: Screen) -> None:
     """Run the trainer in a thread, and show here what its first worker tells.
 
@@ -315,18 +298,7 @@ def _fit(trainer: TorchTrainer, relay: Any, screen: Screen) -> None:
         kind, message = fault
         raise (UserError if kind == "user" else TrainingError)(message)
     if failed:
-        raise TrainingError(_why_failed(failed[0])) from failed[0]
-
-
-def _why_failed(error: BaseException) -> str:
-    """The last line of what Ray has to say, which is what happened."""
-    failures = getattr(error, "worker_failures", None) or {}
-    cause: object = next(iter(failures.values()), error)
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return (
-        f"the workers failed too often: {lines[-1] if lines else type(error).__name__}; mend that "
-        "and run the same command again to continue, or raise runtime.max_failures"
-    )
+        raise TrainingError(why_failed(failed[0])) from failed[0]
 
 
 def _headline(recipe: Recipe, catalog: Catalog, scale: Scale) -> str:

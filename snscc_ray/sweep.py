@@ -34,7 +34,7 @@ from snscc_ray.data.stream import Shared, share_images
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.launch import Job as GroupJob
-from snscc_ray.launch import check_visible, placed, some_files, train_group
+from snscc_ray.launch import check_visible, placed, train_group
 from snscc_ray.monitor import Display, Journal, Nowhere, RunMonitor
 from snscc_ray.pace import Seconds, measure
 from snscc_ray.paths import arrow_storage, is_url
@@ -95,7 +95,7 @@ class Session:
         rows = list_rows(recipe.data)
         check(recipe, len(rows.ids), 1)
         probes = _probed(options, self.display.line)
-        check_visible(self.folder, some_files(rows))
+        check_visible(self.folder, rows.some_files)
         self.concurrent = _concurrent(options)
         # Each trial holds the set, and the object store holds it once.
         free = room(probes) // (self.concurrent + 1)

@@ -70,6 +70,13 @@ class Rows:
         """Whether any part can be read by itself, again in each epoch."""
         return self.files is not None or self.shards is not None
 
+    @property
+    def some_files(self) -> list[str]:
+        """All shards, or the first and the last image file: where to look who can see them."""
+        if self.shards is not None:
+            return [str(shard.file) for shard in self.shards]
+        return [str(self.files[0]), str(self.files[-1])] if self.files else []
+
 
 def in_batches(items: Sequence[Source] | np.ndarray) -> Iterator[list[Source]]:
     for start in range(0, len(items), BATCH):
