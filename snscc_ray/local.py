@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from snscc_ray import distributed
-from snscc_ray.config import Recipe
-from snscc_ray.data.imageset import Catalog, assemble
+from snscc_ray.config import DataSettings, Recipe
+from snscc_ray.data.imageset import Catalog, Rows, assemble
 from snscc_ray.data.resident import Images, ResidentData
 from snscc_ray.data.sources import list_rows
 from snscc_ray.data.streamed import StreamedData, threads_reader
@@ -126,22 +126,43 @@ def _within_budget(
 
 
 def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Catalog, Images]:
-    """The set, in memory or read as it is needed. Raises UserError."""
-    data, workers = recipe.data, recipe.runtime.decode_workers
-    rows = list_rows(data)
+    """The set of a run. Raises UserError where it cannot be trained on."""
+    rows = list_rows(recipe.data)
     check(recipe, len(rows.ids), distributed.world_size())
-    progress = display.counting("reading", "images")
-    mode, why = choose_mode(data, len(rows.ids), _free_bytes(device), rows.streamable)
+    mode = mode_for(recipe.data, rows, device, display)
     if mode == "stream":
         check_streamed(recipe)
+    workers = recipe.runtime.decode_workers
+    catalog, data = bring(recipe.data, rows, mode, device, display, workers)
+    check(recipe, len(catalog), distributed.world_size())
+    return catalog, data
+
+
+def mode_for(data: DataSettings, rows: Rows, device: torch.device, display: Display) -> str:
+    """resident or stream, by the memory of this machine; said only where it is stream."""
+    mode, why = choose_mode(data, len(rows.ids), _free_bytes(device), rows.streamable)
+    if mode == "stream":
         display.line(f"images streamed: {why}")
+    return mode
+
+
+def bring(
+    data: DataSettings,
+    rows: Rows,
+    mode: str,
+    device: torch.device,
+    display: Display,
+    workers: int = 0,
+) -> tuple[Catalog, Images]:
+    """A set in memory, or read as it is needed. Raises UserError."""
+    progress = display.counting("reading", "images")
+    if mode == "stream":
         streamed = survey(rows, data, workers=workers, progress=progress)
         display.finish()
         reader = threads_reader(streamed, data.memory_mb, workers)
         return streamed.catalog, StreamedData(streamed, device, reader)
     images = assemble(rows, data, workers, progress)
     display.finish()
-    check(recipe, len(images), distributed.world_size())
     return images.catalog, ResidentData(images.images, device)
 
 

@@ -250,9 +250,14 @@ class _Run:
         return saved is not None and saved["identity"] == self.identity(stage)
 
     def _save_final(self, stage: StageName, network: torch.nn.Module) -> None:
+        normalize = self.context.normalize  # who predicts has not the images it was measured on
         checkpoints.save(
             self.place(stage) / "final.pt",
-            {"identity": self.identity(stage), "network": network.state_dict()},
+            {
+                "identity": self.identity(stage),
+                "network": network.state_dict(),
+                "normalize": {"mean": list(normalize.mean), "std": list(normalize.std)},
+            },
         )
 
     def _load_final(self, stage: StageName, wanted_by: StageName, into: torch.nn.Module) -> None:

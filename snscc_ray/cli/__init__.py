@@ -12,6 +12,7 @@ from snscc_ray.cli.about import doctor, list_recipes
 from snscc_ray.cli.compare import compare
 from snscc_ray.cli.options import fail
 from snscc_ray.cli.pack import pack_folder
+from snscc_ray.cli.predict import predict
 from snscc_ray.cli.run import run
 from snscc_ray.cli.sweep import sweep
 from snscc_ray.errors import TrainingError, UserError
@@ -32,6 +33,7 @@ app = typer.Typer(
     """,
 )
 app.command("run")(run)
+app.command("predict")(predict)
 app.command("sweep")(sweep)
 app.command("compare")(compare)
 app.command("pack")(pack_folder)

@@ -32,9 +32,13 @@ def overrides_of(settings: list[str] | None, seed: int | None, data: str | None)
     if seed is not None:
         found.append(f"seed={seed}")
     if data is not None:
-        place = data if "://" in data else str(Path(data).expanduser())
-        found.append(f"data.path={json.dumps(place)}")
+        found.append(f"data.path={json.dumps(place_of(data))}")
     return found
+
+
+def place_of(data: str) -> str:
+    """A path or URL as it was given, with ~ for the home folder."""
+    return data if "://" in data else str(Path(data).expanduser())
 
 
 def fail(message: str, status: int) -> NoReturn:
