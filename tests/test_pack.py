@@ -151,7 +151,7 @@ def test_sizes_of_shards_and_row_groups(large: Path, packed_once: Path, tmp_path
 
 
 def pack_here(folder: Path, out: Path, options: pack.Options, **more: Any) -> pack.Summary:
-    given = {"jobs": 1, "skip_corrupt": False, "overwrite": False, "console": cli.out, **more}
+    given = {"jobs": 1, "skip_corrupt": False, "overwrite": False, "console": options.out, **more}
     return pack.pack(folder, out, options, **given)
 
 
