@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from snscc_ray import cli, pack
-from snscc_ray.cli import options
+from snscc_ray.cli.options import out as console
 from snscc_ray.config import DataSettings
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.sources import load_images
@@ -34,7 +34,7 @@ from tests.test_cli import Snscc, command, content, environment, refused, start
 
 @pytest.fixture
 def snscc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Snscc:
-    monkeypatch.setattr(options.out, "width", 160)
+    monkeypatch.setattr(console, "width", 160)
     return Snscc(capsys)
 
 
@@ -151,7 +151,7 @@ def test_sizes_of_shards_and_row_groups(large: Path, packed_once: Path, tmp_path
 
 
 def pack_here(folder: Path, out: Path, options: pack.Options, **more: Any) -> pack.Summary:
-    given = {"jobs": 1, "skip_corrupt": False, "overwrite": False, "console": options.out, **more}
+    given = {"jobs": 1, "skip_corrupt": False, "overwrite": False, "console": console, **more}
     return pack.pack(folder, out, options, **given)
 
 
