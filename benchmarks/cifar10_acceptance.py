@@ -23,11 +23,12 @@ import torch
 from rich.console import Console
 
 from benchmarks.report import describe_machine, print_table, revision
-from snscc_ray import checkpoints, recipes
+from snscc_ray import checkpoints
 from snscc_ray.config import STAGES, Recipe
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import TrainingError, UserError
 from snscc_ray.local import run_here
+from snscc_ray.overrides import override
 from snscc_ray.pieces import MIB, join_missing, split_large
 from snscc_ray.run import Request
 from snscc_ray.run_folder import read_recipe, write_recipe
@@ -85,9 +86,9 @@ def request_for(arguments: argparse.Namespace) -> Request:
     settings = [*arguments.settings, f"seed={arguments.seed}", place]
     if not (folder / "recipe.json").exists():
         return Request(arguments.recipe, settings, folder, budget=60 * arguments.minutes)
-    held = recipes.override(read_recipe(folder), [place])
+    held = override(read_recipe(folder), [place])
     lasting = [setting for setting in settings if ".epochs=" not in setting]  # those were chosen
-    if held.name != arguments.recipe or recipes.override(held, lasting) != held:
+    if held.name != arguments.recipe or override(held, lasting) != held:
         raise UserError(f"{folder} holds a run of other settings; use another --out")
     join_missing(folder)
     write_recipe(folder, held)

@@ -27,6 +27,7 @@ from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encod
 from snscc_ray.engine import fit
 from snscc_ray.monitor import Silent
 from snscc_ray.neighbors import MinedNeighbors, mine
+from snscc_ray.overrides import override
 from snscc_ray.stages.boost import Boost
 from snscc_ray.stages.context import Context, Stage
 from snscc_ray.stages.pretrain import Pretrain
@@ -53,10 +54,10 @@ def recipe_for(encoder: str) -> tuple[Recipe, int]:
     common = ["runtime.checkpoint_seconds=1e9"]
     common += [f"{stage}.epochs=1" for stage in VIEWS]
     if encoder == "digits":
-        return recipes.override(recipes.get("digits"), common), 256 * 10
+        return override(recipes.get("digits"), common), 256 * 10
     batch = 32 if not torch.cuda.is_available() else 512
     common += [f"{stage}.batch_size={batch}" for stage in VIEWS]
-    return recipes.override(recipes.get("cifar10"), common), batch * 3
+    return override(recipes.get("cifar10"), common), batch * 3
 
 
 def noise(recipe: Recipe, rows: int) -> Tensor:

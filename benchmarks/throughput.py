@@ -48,6 +48,7 @@ from snscc_ray.config import Recipe, SimclrView
 from snscc_ray.data.sources import load_images
 from snscc_ray.encoders import PretextNet, build_encoder, out_features
 from snscc_ray.losses import nt_xent
+from snscc_ray.overrides import override
 from snscc_ray.schedules import build_optimizer
 from snscc_ray.stages.context import Context, Stage
 from snscc_ray.workers import choose_device
@@ -124,7 +125,7 @@ def our_side(name: str, stage: Stage, context: Context) -> Side:
 
 
 def compiled_sides(context: Context) -> list[Side]:
-    recipe = recipes.override(context.recipe, ["runtime.compile=true"])
+    recipe = override(context.recipe, ["runtime.compile=true"])
     other = dataclasses.replace(context, recipe=recipe)
     return [our_side(name, stage_for(name, other), other) for name in VIEWS]
 
@@ -289,7 +290,7 @@ def recipe_for(arguments: argparse.Namespace) -> Recipe:
         settings.append("encoder.width=16")  # small enough for a CPU to feel what is around it
     for stage in VIEWS:
         settings += [f"{stage}.epochs=1", f"{stage}.batch_size={arguments.batch_size}"]
-    return recipes.override(recipes.get("cifar10"), settings)
+    return override(recipes.get("cifar10"), settings)
 
 
 def images_of(recipe: Recipe, path: Path | None, rows: int) -> Tensor:

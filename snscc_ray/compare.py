@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -26,7 +25,7 @@ from snscc_ray.data.sources import list_rows
 from snscc_ray.data.survey import choose_mode
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
-from snscc_ray.local import terminated_like_interrupted
+from snscc_ray.local import free_bytes, terminated_like_interrupted
 from snscc_ray.monitor import Display
 from snscc_ray.neighbors import MinedNeighbors
 from snscc_ray.run import check, normalisation
@@ -148,10 +147,7 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> ImageSet:
     """The set, in memory. Raises UserError, also for one that would have to be streamed."""
     rows = list_rows(recipe.data)
     check(recipe, len(rows.ids), 1)
-    free = psutil.virtual_memory().available
-    if device.type == "cuda":
-        free = min(free, torch.cuda.mem_get_info(device)[0])
-    mode, why = choose_mode(recipe.data, len(rows.ids), free, rows.streamable)
+    mode, why = choose_mode(recipe.data, len(rows.ids), free_bytes(device), rows.streamable)
     if mode == "stream":
         raise UserError(
             f"a comparison holds its images in memory ({why}); lower data.limit or "

@@ -140,7 +140,7 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Catal
 
 def mode_for(data: DataSettings, rows: Rows, device: torch.device, display: Display) -> str:
     """resident or stream, by the memory of this machine; said only where it is stream."""
-    mode, why = choose_mode(data, len(rows.ids), _free_bytes(device), rows.streamable)
+    mode, why = choose_mode(data, len(rows.ids), free_bytes(device), rows.streamable)
     if mode == "stream":
         display.line(f"images streamed: {why}")
     return mode
@@ -166,6 +166,7 @@ def bring(
     return images.catalog, ResidentData(images.images, device)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Of the memory that would hold a set: this process's share, and the GPU's where it has one."""
     host = psutil.virtual_memory().available // distributed.world_size()
     return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snscc_ray import recipes
 from snscc_ray.config import STAGES, Recipe, StageName, StageSettings
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.resident import ResidentData
 from snscc_ray.errors import UserError
 from snscc_ray.monitor import Silent
+from snscc_ray.overrides import override
 from snscc_ray.run import execute
 from snscc_ray.workers import LocalWorker
 
@@ -84,7 +84,7 @@ def _measure(
 ) -> dict[StageName, _Timed]:
     labels = None if known.labels is None else known.labels[:few]
     catalog = replace(known, ids=known.ids[:few], labels=labels)
-    short = recipes.override(recipe, [f"{stage}.epochs={_EPOCHS}" for stage in STAGES])
+    short = override(recipe, [f"{stage}.epochs={_EPOCHS}" for stage in STAGES])
     clock = _Clock()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

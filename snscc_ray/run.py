@@ -27,6 +27,7 @@ from snscc_ray.identity import stage_identity
 from snscc_ray.kmeans import kmeans
 from snscc_ray.metrics import oracle
 from snscc_ray.neighbors import MinedNeighbors
+from snscc_ray.overrides import override
 from snscc_ray.run_folder import read_recipe, remove_leftovers, remove_run, write_recipe
 from snscc_ray.stages.boost import Boost
 from snscc_ray.stages.context import Context
@@ -51,9 +52,7 @@ class Request:
     def recipe(self) -> Recipe:
         """The recipe asked for, overrides applied. Raises UserError."""
         name = self.recipe_name
-        return recipes.override(
-            recipes.get(name) if name else read_recipe(self.folder), self.overrides
-        )
+        return override(recipes.get(name) if name else read_recipe(self.folder), self.overrides)
 
 
 @dataclass(frozen=True)

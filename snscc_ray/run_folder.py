@@ -13,8 +13,8 @@ from typing import Any
 from snscc_ray import checkpoints
 from snscc_ray.config import STAGES, Recipe
 from snscc_ray.errors import UserError
+from snscc_ray.overrides import validate
 from snscc_ray.paths import is_url
-from snscc_ray.recipes import validate
 
 # What a run leaves behind, beside TensorBoard's events: in its folder and in those of its stages.
 _RUN_FILES = (

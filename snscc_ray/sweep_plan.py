@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from snscc_ray import checkpoints, recipes
+from snscc_ray import checkpoints
 from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.errors import UserError
+from snscc_ray.overrides import override
 from snscc_ray.run import finished, home
 from tune_spaces.space import Point, Space
 
@@ -49,7 +50,7 @@ def check_points(space: Space, recipe: Recipe) -> None:
     wrong = []
     for point in space.points:
         try:
-            recipes.override(recipe, _assignments(point))
+            override(recipe, _assignments(point))
         except UserError as error:
             wrong.append(f"{point.label}: {error}")
     if wrong:
@@ -69,7 +70,7 @@ def trials_of(
     """Every point with the seeds recipe.seed, +1, ... Raises UserError as `check_points` does."""
     trials = []
     for point, number in itertools.product(points, range(seeds)):
-        own = recipes.override(recipe, [*_assignments(point), f"seed={recipe.seed + number}"])
+        own = override(recipe, [*_assignments(point), f"seed={recipe.seed + number}"])
         last = STAGES.index(point.last_stage or "boost")
         chain = {stage: identity(own, stage) for stage in STAGES[: last + 1]}
         trials.append(Trial(point, own.seed, own, chain))

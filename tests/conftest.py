@@ -16,6 +16,7 @@ from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.resident import ResidentData
 from snscc_ray.data.sources import load_images
 from snscc_ray.engine import Monitor
+from snscc_ray.overrides import override
 from snscc_ray.run import Result, execute, normalisation
 from snscc_ray.stages.context import Context
 from snscc_ray.workers import Worker
@@ -65,7 +66,7 @@ def execute_on(
 
 def digits_table(rows: int) -> pa.Table:
     """The first real digits as PNG with their labels: what shards hold."""
-    images = load_images(recipes.override(recipes.get("digits"), [f"data.limit={rows}"]).data)
+    images = load_images(override(recipes.get("digits"), [f"data.limit={rows}"]).data)
     assert images.catalog.labels is not None
     encoded = []
     for pixels in images.images:
@@ -77,12 +78,12 @@ def digits_table(rows: int) -> pa.Table:
 
 @pytest.fixture
 def tiny() -> Recipe:
-    return recipes.override(recipes.get("digits"), TINY)
+    return override(recipes.get("digits"), TINY)
 
 
 @pytest.fixture(scope="session")
 def tiny_images() -> ImageSet:
-    return load_images(recipes.override(recipes.get("digits"), TINY).data)
+    return load_images(override(recipes.get("digits"), TINY).data)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from benchmarks.throughput import Side, flops_per_image, measure, peak_flops
 from snscc_ray import recipes
 from snscc_ray.config import StageName
 from snscc_ray.errors import UserError
+from snscc_ray.overrides import override
 from snscc_ray.run_folder import read_recipe, write_recipe
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def test_a_new_run_has_the_whole_time(tmp_path: Path) -> None:
 def test_the_same_command_goes_on_with_the_epochs_that_were_chosen_elsewhere(
     tmp_path: Path,
 ) -> None:
-    chosen = recipes.override(request_for(arguments(tmp_path)).recipe(), ["train.epochs=7"])
+    chosen = override(request_for(arguments(tmp_path)).recipe(), ["train.epochs=7"])
     write_recipe(tmp_path, chosen)
     request = request_for(arguments(tmp_path, data="b"))
     assert (request.budget, request.resume, request.recipe_name) == (None, True, None)
@@ -76,7 +77,7 @@ def test_the_result_has_a_line_for_each_stage_also_without_labels(tmp_path: Path
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_flops_are_those_of_the_encoder_forward_and_backward(name: StageName) -> None:
-    recipe = recipes.override(
+    recipe = override(
         recipes.get("cifar10"), ["encoder.name=convnet", "encoder.width=2", "data.image_size=8"]
     )
     context = context_for(recipe, noise(recipe, 32), CPU)

@@ -24,6 +24,7 @@ import snscc_ray.run
 from snscc_ray import checkpoints, cli, recipes
 from snscc_ray.cli import options
 from snscc_ray.config import STAGES, Recipe
+from snscc_ray.overrides import override
 from snscc_ray.run_folder import read_recipe
 from tests.conftest import TINY
 
@@ -209,7 +210,7 @@ def test_a_run_leaves_its_table_and_its_folder(tmp_path: Path) -> None:
         "boost/stage.json", "tensorboard", "tensorboard/pretrain", "tensorboard/train",
         "tensorboard/boost",
     }  # fmt: skip
-    tiny = recipes.override(recipes.get("digits"), TINY)
+    tiny = override(recipes.get("digits"), TINY)
     assert read_recipe(folder) == tiny
     mined = pq.read_table(folder / "pretrain" / "neighbors.parquet")
     assert mined.column_names == ["row", "neighbors", "distances", "confidence"]

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from snscc_ray import checkpoints, recipes
+from snscc_ray import checkpoints
 from snscc_ray.config import Recipe
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.monitor import Silent
+from snscc_ray.overrides import override
 from snscc_ray.workers import LocalWorker
 from tests.conftest import execute_on
 
@@ -30,7 +31,7 @@ def test_a_compiled_stage_has_the_losses_and_the_names_of_an_uncompiled_one(
     found: dict[bool, tuple[list[float], list[str]]] = {}
     for compiled in (False, True):
         settings = ["pretrain.batch_size=100", "pretrain.epochs=2"]
-        recipe = recipes.override(tiny, [*settings, f"runtime.compile={str(compiled).lower()}"])
+        recipe = override(tiny, [*settings, f"runtime.compile={str(compiled).lower()}"])
         folder, monitor = tmp_path / str(compiled), Losses()
         worker = LocalWorker(folder, torch.device("cpu"))
         execute_on(recipe, tiny_images, folder, worker, monitor, ("pretrain",))

@@ -19,6 +19,7 @@ from snscc_ray.data.imageset import ImageSet
 from snscc_ray.engine import Interrupted, fit
 from snscc_ray.errors import TrainingError
 from snscc_ray.monitor import Display, Journal, RunMonitor, Silent
+from snscc_ray.overrides import override
 from snscc_ray.schedules import learning_rate
 from snscc_ray.stages.pretrain import Pretrain
 from snscc_ray.workers import LocalWorker
@@ -47,7 +48,7 @@ def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, tiny_images: ImageSet
 ) -> dict[str, dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("whole")
-    recipe = recipes.override(recipes.get("digits"), TINY)
+    recipe = override(recipes.get("digits"), TINY)
     execute_on(recipe, tiny_images, folder, LocalWorker(folder, CPU), Silent())
     return finals(folder)
 
@@ -85,7 +86,7 @@ from snscc_ray.workers import LocalWorker
 from tests.conftest import execute_on
 
 folder, stage, step, *overrides = sys.argv[1:]
-recipe = recipes.override(recipes.get("digits"), overrides)
+recipe = override(recipes.get("digits"), overrides)
 
 class Killer(Silent):
     current, steps = "", 0
@@ -129,7 +130,7 @@ def test_a_finished_stage_is_reused_and_a_changed_one_is_not(
     worker = LocalWorker(tmp_path, CPU)
     execute_on(tiny, tiny_images, tmp_path, worker, Silent())
     written = {s: (tmp_path / s / "final.pt").stat().st_mtime_ns for s in STAGES}
-    changed = recipes.override(tiny, ["boost.top_fraction=0.5"])
+    changed = override(tiny, ["boost.top_fraction=0.5"])
     execute_on(changed, tiny_images, tmp_path, worker, Silent())
     again = {s: (tmp_path / s / "final.pt").stat().st_mtime_ns for s in STAGES}
     assert [again[s] == written[s] for s in STAGES] == [True, True, False]
@@ -224,7 +225,7 @@ def test_collapse_is_warned_of_within_an_epoch(
         def warn(self, stage: str, epoch: int, message: str) -> None:
             self.seen.append((stage, epoch, message))
 
-    collapsing = recipes.override(
+    collapsing = override(
         tiny,
         ["train.head=linear", "train.entropy_weight=0", "train.cluster_weight=0",
          "train.learning_rate=0.05", "train.agreement=log"],
@@ -246,7 +247,7 @@ def test_collapse_is_warned_of_within_an_epoch(
 def test_methods_and_precisions_learn(
     method: str, precision: str, tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
-    recipe = recipes.override(
+    recipe = override(
         tiny,
         [f"precision={precision}", f"pretrain.method={method}", "pretrain.queue_size=64",
          "pretrain.epochs=16", "pretrain.clip_norm=5", "pretrain.key_momentum=0.9",
@@ -278,7 +279,7 @@ def test_a_method_resumes_its_copy_of_the_network(
             if self.steps == 10:  # of seven an epoch
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    recipe = recipes.override(
+    recipe = override(
         tiny,
         [f"pretrain.method={method}", "pretrain.queue_size=64", "pretrain.key_momentum=0.9",
          "runtime.checkpoint_seconds=1000"],

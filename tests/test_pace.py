@@ -17,6 +17,7 @@ from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.eta import Eta
 from snscc_ray.local import run_here
+from snscc_ray.overrides import override
 from snscc_ray.pace import Seconds, measure, within
 from snscc_ray.run import Request
 from snscc_ray.run_folder import read_recipe
@@ -40,14 +41,14 @@ def test_the_epochs_end_in_time_and_one_more_of_each_would_not(seconds: float) -
     fitting = within(recipe, PACE, seconds, STAGES)
     assert cost(fitting) <= seconds
     more = [f"{stage}.epochs={count + 1}" for stage, count in epochs(fitting).items()]
-    assert cost(recipes.override(fitting, more)) > 0.9 * seconds
+    assert cost(override(fitting, more)) > 0.9 * seconds
     shares = [count / epochs(recipe)[stage] for stage, count in epochs(fitting).items()]
     if seconds >= 1000:
         assert max(shares) - min(shares) <= 1 / 20  # the proportion of the recipe, to an epoch
 
 
 def test_schedules_keep_their_shape() -> None:
-    recipe = recipes.override(
+    recipe = override(
         recipes.get("digits"),
         ["train.schedule=step", "train.milestones=[10,20]", "train.warmup_epochs=0"],
     )
@@ -61,7 +62,7 @@ def test_schedules_keep_their_shape() -> None:
 
 
 def test_stages_that_are_not_run_or_have_no_epochs_stay() -> None:
-    recipe = recipes.override(recipes.get("digits"), ["boost.epochs=0"])
+    recipe = override(recipes.get("digits"), ["boost.epochs=0"])
     assert epochs(within(recipe, PACE, 1000, STAGES))["boost"] == 0
     only = within(recipe, PACE, 1000, ("pretrain",))
     assert epochs(only) == {"pretrain": 470, "train": 30, "boost": 0}

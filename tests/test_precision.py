@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from snscc_ray import recipes
 from snscc_ray.config import Recipe
 from snscc_ray.data.imageset import ImageSet
+from snscc_ray.overrides import override
 from snscc_ray.schedules import build_optimizer
 from snscc_ray.stages.context import Context, Stage
 from tests.conftest import make_context
@@ -30,7 +30,7 @@ from tests.test_waiting import boost, pretrain, train
 def test_a_gpu_computes_in_bfloat16_unless_told_otherwise(
     device: str, precision: str, mixed: bool, context: Context
 ) -> None:
-    recipe = recipes.override(context.recipe, [f"precision={precision}"])
+    recipe = override(context.recipe, [f"precision={precision}"])
     assert replace(context, recipe=recipe, device=torch.device(device)).mixed == mixed
 
 
@@ -41,7 +41,7 @@ def test_the_encoder_runs_in_bfloat16_and_the_losses_in_float32(
     # Three channels: of one channel every layout is the same.
     images = tiny_images.images.expand(-1, 3, -1, -1).contiguous()
     settings = ["precision=bfloat16", "data.channels=3", "data.mean=[0.3,0.3,0.3]"]
-    recipe = recipes.override(tiny, [*settings, "data.std=[0.4,0.4,0.4]"])
+    recipe = override(tiny, [*settings, "data.std=[0.4,0.4,0.4]"])
     context = make_context(recipe, replace(tiny_images, images=images))
     stage = build(context)
     if hasattr(stage, "_p_NHC"):

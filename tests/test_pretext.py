@@ -13,6 +13,7 @@ from snscc_ray.config import Recipe
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.resident import Batch
 from snscc_ray.identity import stage_identity
+from snscc_ray.overrides import override
 from snscc_ray.stages.pretext.byol import Byol, momentum
 from snscc_ray.stages.pretrain import Pretrain
 from tests.conftest import make_context
@@ -20,7 +21,7 @@ from tests.conftest import make_context
 
 def byol_stage(tiny: Recipe, images: ImageSet, *assignments: str) -> Pretrain:
     torch.manual_seed(0)
-    recipe = recipes.override(tiny, ["pretrain.method=byol", *assignments])
+    recipe = override(tiny, ["pretrain.method=byol", *assignments])
     return Pretrain(make_context(recipe, images))
 
 
@@ -39,7 +40,7 @@ def step(stage: Pretrain) -> Tensor:
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_finished_stages_of_the_first_methods_are_found_again(method: str) -> None:
     """Written down: another hash would train every finished stage again."""
-    recipe = recipes.override(recipes.get("digits"), [f"pretrain.method={method}"])
+    recipe = override(recipes.get("digits"), [f"pretrain.method={method}"])
     assert (
         stage_identity(recipe, "pretrain", "pixels", "order")
         == {

@@ -5,6 +5,7 @@ import pytest
 from snscc_ray import recipes
 from snscc_ray.config import Recipe
 from snscc_ray.errors import UserError
+from snscc_ray.overrides import override, validate
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -12,7 +13,7 @@ def test_json_round_trip(name: str) -> None:
     recipe = recipes.get(name)
     assert recipe.name == name
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
-    assert recipes.validate(recipe.model_dump(mode="json")) == recipe
+    assert validate(recipe.model_dump(mode="json")) == recipe
 
 
 def test_the_papers_settings() -> None:
@@ -42,7 +43,7 @@ def test_ours_see_the_same_images_as_the_papers() -> None:
 
 
 def test_override_reaches_any_field() -> None:
-    recipe = recipes.override(
+    recipe = override(
         recipes.get("digits"),
         ["train.num_neighbors=20", "train.view.flip=0.25", "seed=3", "data.path=some where"],
     )
@@ -75,7 +76,7 @@ def test_override_reaches_any_field() -> None:
 )
 def test_a_wrong_override_names_field_value_and_mend(assignment: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
-        recipes.override(recipes.get("digits"), [assignment])
+        override(recipes.get("digits"), [assignment])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -10,6 +10,7 @@ import tune_spaces
 from snscc_ray import recipes
 from snscc_ray.config import STAGES, Recipe
 from snscc_ray.errors import UserError
+from snscc_ray.overrides import override
 from tune_spaces.paper import DATA_SETS, TABLE_IV
 from tune_spaces.space import Claim, Figures, Point, Space
 
@@ -17,7 +18,7 @@ PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper" / "snscc-paper.
 
 
 def applied(recipe: Recipe, point: Point) -> Recipe:
-    return recipes.override(recipe, [f"{k}={json.dumps(v)}" for k, v in point.overrides.items()])
+    return override(recipe, [f"{k}={json.dumps(v)}" for k, v in point.overrides.items()])
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
@@ -66,7 +67,7 @@ def test_train_longer_is_700_against_500_and_200_on_cifar10() -> None:
 
 
 def test_the_ablation_of_train_switches_the_papers_losses_and_keeps_the_rest() -> None:
-    recipe = recipes.override(recipes.get("digits"), ["train.local_weight=0.5"])
+    recipe = override(recipes.get("digits"), ["train.local_weight=0.5"])
     space = tune_spaces.load("ablation-train")(recipe)
     trains = {point.label: applied(recipe, point).train for point in space.points}
     weights = {
@@ -102,7 +103,7 @@ def test_without_soft_neighbors_none_is_left() -> None:
 
 
 def test_too_few_mined_neighbors_are_refused_and_not_raised() -> None:
-    recipe = recipes.override(recipes.get("digits"), ["pretrain.mined_neighbors=10"])
+    recipe = override(recipes.get("digits"), ["pretrain.mined_neighbors=10"])
     points = tune_spaces.load("neighbors")(recipe).points
     assert [applied(recipe, point).pretrain.mined_neighbors for point in points[:3]] == [10] * 3
     with pytest.raises(UserError, match=r"pretrain\.mined_neighbors=10; raise that too"):

@@ -21,6 +21,7 @@ from snscc_ray.identity import stage_identity
 from snscc_ray.kmeans import kmeans
 from snscc_ray.monitor import Silent
 from snscc_ray.neighbors import MinedNeighbors, mine
+from snscc_ray.overrides import override
 from snscc_ray.pseudo_labels import select_pseudo_labels
 from snscc_ray.stages import context as context_module
 from snscc_ray.stages import train as train_module
@@ -72,7 +73,7 @@ def boost_stage(context: Context) -> Boost:
 
 
 def with_settings(recipe: Recipe, images: ImageSet, *assignments: str) -> Context:
-    return make_context(recipes.override(recipe, assignments), images)
+    return make_context(override(recipe, assignments), images)
 
 
 def batch_of(context: Context, rows_B: Tensor) -> Batch:
@@ -335,7 +336,7 @@ def test_selection_within_the_batch(tiny: Recipe, tiny_images: ImageSet, tmp_pat
 def test_boost_that_does_harm_is_undone_and_says_so(
     tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
-    recipe = recipes.override(tiny, ["boost.learning_rate=3", "boost.confidence_threshold=0"])
+    recipe = override(tiny, ["boost.learning_rate=3", "boost.confidence_threshold=0"])
     monitor = Warnings()
     result = execute_on(recipe, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), monitor)
     train, boost = (result.figures["stages"][stage] for stage in ("train", "boost"))
@@ -431,7 +432,7 @@ def changed(recipe: Recipe, other: Recipe) -> list[StageName]:
 def test_what_determines_a_stage(
     assignment: str, stages: tuple[StageName, ...], tiny: Recipe
 ) -> None:
-    assert changed(tiny, recipes.override(tiny, [assignment])) == list(stages)
+    assert changed(tiny, override(tiny, [assignment])) == list(stages)
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
@@ -451,7 +452,7 @@ def test_a_boost_finished_before_a_field_came_is_found_again() -> None:
     digits = recipes.get("digits")
     known = "0eb8e4ce0e506332400e038dff42edb6"
     assert stage_identity(digits, "boost", "pixels", "order") == known
-    other = recipes.override(digits, ["boost.score_tolerance=0.02"])
+    other = override(digits, ["boost.score_tolerance=0.02"])
     assert stage_identity(other, "boost", "pixels", "order") != known
 
 
@@ -468,7 +469,7 @@ def test_first_weights_come_from_the_seed_alone(
     tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
     """Whatever was drawn before, and an untrained Pretrain mines the same neighbours."""
-    recipe = recipes.override(tiny, ["pretrain.epochs=0"])
+    recipe = override(tiny, ["pretrain.epochs=0"])
     folders = [tmp_path / "a", tmp_path / "b"]
     states = []
     for number, folder in enumerate(folders):

@@ -20,6 +20,7 @@ from snscc_ray.data.sources import list_rows, load_images
 from snscc_ray.data.streamed import StreamedData, threads_reader
 from snscc_ray.data.survey import survey
 from snscc_ray.monitor import Display, Journal, RunMonitor
+from snscc_ray.overrides import override
 from snscc_ray.run import execute
 from snscc_ray.workers import LocalWorker
 from tests.conftest import TINY, digits_table, equal_states, shards
@@ -40,7 +41,7 @@ def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(digits_shards: Path) -> Recipe:
     settings = [*TINY, "data.limit=null", "data.source=shards", f"data.path={digits_shards}"]
-    return recipes.override(recipes.get("digits"), [*settings, "data.memory_mb=1"])
+    return override(recipes.get("digits"), [*settings, "data.memory_mb=1"])
 
 
 def losses(folder: Path) -> list[dict[str, float]]:

@@ -19,13 +19,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from snscc_ray import recipes, views
+from snscc_ray import views
 from snscc_ray.config import Recipe
 from snscc_ray.data import resident
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.resident import Batch, ResidentData
 from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
 from snscc_ray.neighbors import MinedNeighbors
+from snscc_ray.overrides import override
 from snscc_ray.run import normalisation
 from snscc_ray.stages.boost import Boost
 from snscc_ray.stages.context import Context, Stage
@@ -95,7 +96,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch, tiny: Recipe, tiny_images: ImageSet
         monkeypatch.setattr(module, "send", sent)
 
     def make(*assignments: str) -> Context:
-        recipe = recipes.override(tiny, assignments)
+        recipe = override(tiny, assignments)
         normalize = normalisation(recipe, tiny_images.catalog)
         data = ResidentData(tiny_images.images.to(META), META)
         clean_view(data.images_NCHW[:1], normalize)  # its constants are made once and kept

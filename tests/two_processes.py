@@ -14,6 +14,7 @@ from snscc_ray import distributed, recipes
 from snscc_ray.data.sources import load_images
 from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
 from snscc_ray.neighbors import mine
+from snscc_ray.overrides import override
 from snscc_ray.stages.boost import Boost
 from snscc_ray.stages.context import Context, Stage
 from snscc_ray.stages.pretrain import Pretrain
@@ -23,7 +24,7 @@ from tests.conftest import TINY, make_context
 
 def one_step(stage_name: str, overrides: list[str]) -> dict[str, Any]:
     """Loss terms, gradients and batch-norm statistics after one step on this process's share."""
-    recipe = recipes.override(recipes.get("digits"), [*TINY, *overrides])
+    recipe = override(recipes.get("digits"), [*TINY, *overrides])
     images = load_images(recipe.data)
     context = make_context(recipe, images)
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from rich.table import Table
 from snscc_ray import recipes
 from snscc_ray.baselines.names import TITLES, chosen
 from snscc_ray.cli.options import Settings, fail, out, overrides_of
+from snscc_ray.overrides import override
 
 
 def compare(
@@ -40,7 +41,7 @@ def compare(
         snscc compare images --data ~/photos --set data.num_clusters=12 --methods kmeans,snscc
     """
     names = chosen(methods)
-    wanted = recipes.override(recipes.get(recipe), overrides_of(settings, seed, data))
+    wanted = override(recipes.get(recipe), overrides_of(settings, seed, data))
     # Imported here: torch takes seconds, which --help and a misspelt method should not wait for.
     from snscc_ray.compare import Request
     from snscc_ray.compare import compare as run_comparison

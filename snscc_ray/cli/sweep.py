@@ -9,6 +9,7 @@ import typer
 from snscc_ray import recipes
 from snscc_ray.cli.options import SCALE, Address, Settings, fail, out, overrides_of
 from snscc_ray.errors import UserError
+from snscc_ray.overrides import override
 
 _METRICS = (
     "health/score", "health/neighbor_agreement", "health/balance", "health/confidence",
@@ -97,7 +98,7 @@ def sweep(
             "takes a whole GPU; use 1 or 0"
         )
     overrides = overrides_of(settings, seed, data)
-    chosen = recipes.override(recipes.get(recipe), overrides)
+    chosen = override(recipes.get(recipe), overrides)
     label = space.replace(".py:", "-").replace("/", "-")
     folder = as_path(out_folder or f"runs/{recipe}-{label}")
     if metric.startswith("oracle/"):
