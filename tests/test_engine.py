@@ -26,6 +26,7 @@ from snscc_ray.workers import LocalWorker
 from tests.conftest import TINY, equal_states, execute_on, make_context
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class StopAtEpochEnd(Silent):
@@ -74,35 +75,6 @@ def test_stopping_at_any_epoch_boundary_changes_nothing(
         assert equal_states(resumed[name], uninterrupted[name]), name
 
 
-# A process that is killed, without warning, in the middle of an epoch.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from snscc_ray import recipes
-from snscc_ray.data.sources import load_images
-from snscc_ray.monitor import Silent
-from snscc_ray.workers import LocalWorker
-from tests.conftest import execute_on
-
-folder, stage, step, *overrides = sys.argv[1:]
-recipe = override(recipes.get("digits"), overrides)
-
-class Killer(Silent):
-    current, steps = "", 0
-    def start(self, name, epochs, steps, done):
-        self.current, self.steps = name, 0
-    def advance(self):
-        self.steps += 1
-        if self.current == stage and self.steps == int(step):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-torch.set_num_threads(int(os.environ["THREADS"]))
-worker = LocalWorker(Path(folder), torch.device("cpu"))
-execute_on(recipe, load_images(recipe.data), Path(folder), worker, Killer())
-"""
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_kill_in_mid_epoch_changes_nothing(
     stage: StageName, uninterrupted: dict[str, dict[str, Tensor]], tmp_path: Path
@@ -112,8 +84,9 @@ def test_a_kill_in_mid_epoch_changes_nothing(
     environment = {**os.environ, "THREADS": str(torch.get_num_threads())}
 
     def start(kill_at: int) -> int:
-        command = [sys.executable, "-c", KILLED, str(tmp_path), stage, str(kill_at), *overrides]
-        return subprocess.run(command, env=environment).returncode
+        words = [str(tmp_path), stage, str(kill_at), *overrides]
+        command = [sys.executable, "-m", "tests.killed_run", *words]
+        return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
     assert start(9) == -signal.SIGKILL
     latest = checkpoints.load(tmp_path / stage / "latest.pt")
