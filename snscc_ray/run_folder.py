@@ -21,7 +21,7 @@ _RUN_FILES = (
     "recipe.json", "metrics.json", "metrics.jsonl", "baselines.json", "assignments.parquet",
 )  # fmt: skip
 SEEN = ".seen-"
-_STAGE_FILES = ("final.pt", "latest.pt", "stage.json", "neighbors.parquet")
+_STAGE_FILES = ("final.pt", "latest.pt", "stage.json", "neighbors.parquet", "features.pt")
 _PACKAGES = ("snscc_ray", "torch", "torchvision", "numpy", "scikit-learn", "pyarrow")
 
 

@@ -1,0 +1,93 @@
+"""Encoder features of a finished run's own images, computed once and kept beside the stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snscc_ray import checkpoints
+from snscc_ray.config import Recipe, StageName
+from snscc_ray.data.imageset import Catalog
+from snscc_ray.data.resident import Images
+from snscc_ray.data.sources import list_rows
+from snscc_ray.encoders import build_encoder
+from snscc_ray.errors import UserError
+from snscc_ray.local import bring, mode_for
+from snscc_ray.monitor import Display
+from snscc_ray.run_folder import read_recipe
+from snscc_ray.stages.context import Context
+from snscc_ray.views import Normalize
+
+
+@dataclass(frozen=True)
+class Own:
+    """A run and the images it was made of, in the order of its assignments.parquet."""
+
+    folder: Path
+    recipe: Recipe
+    catalog: Catalog
+    data: Images
+    device: torch.device
+
+
+def own_images(folder: Path, device: torch.device, display: Display) -> Own:
+    """Read a run's images again. Raises UserError where they are gone or are others by now."""
+    recipe = read_recipe(folder)
+    rows = list_rows(recipe.data)
+    mode = mode_for(recipe.data, rows, device, display)
+    catalog, data = bring(recipe.data, rows, mode, device, display)
+    known = pq.read_table(folder / "assignments.parquet", columns=["id"])["id"].to_pylist()
+    if catalog.ids != known:
+        raise UserError(
+            f"{rows.place} holds other images than those {folder} was made of ({len(catalog)} "
+            f"now, {len(known)} then); put them back, or run the recipe again"
+        )
+    return Own(folder, recipe, catalog, data, device)
+
+
+def load_encoder(
+    folder: Path, recipe: Recipe, stage: StageName, device: torch.device
+) -> tuple[nn.Module, Normalize]:
+    """The encoder as a finished stage left it. Raises UserError."""
+    path = folder / stage / "final.pt"
+    held = checkpoints.load(path, device)
+    encoder = build_encoder(recipe.encoder, recipe.data.channels)
+    weights = {
+        name.removeprefix("encoder."): weight
+        for name, weight in held["network"].items()
+        if name.startswith("encoder.")
+    }
+    checkpoints.load_weights(encoder, weights, path)
+    encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    mean, std = (tuple(held["normalize"][name]) for name in ("mean", "std"))
+    return encoder, Normalize(mean, std)
+
+
+def stage_features(own: Own, stage: StageName) -> Tensor:
+    """L2-normalised features after a stage, (N, D) float32 on the CPU; half precision is kept."""
+    kept = kept_features(own.folder, stage)
+    if kept is not None:
+        return kept
+    encoder, normalize = load_encoder(own.folder, own.recipe, stage, own.device)
+    context = Context(own.recipe, own.data, None, normalize, own.device)
+    features_ND = F.normalize(context.clean_pass(encoder, encoder), dim=1).cpu().half()
+    identity = checkpoints.read_json(own.folder / stage / "stage.json")["identity"]
+    path = own.folder / stage / "features.pt"
+    checkpoints.save(path, {"identity": identity, "features": features_ND})
+    return features_ND.float()
+
+
+def kept_features(folder: Path, stage: StageName) -> Tensor | None:
+    """What `stage_features` kept of this very stage; None if it did not, or the stage is newer."""
+    path = folder / stage / "features.pt"
+    if not path.exists():
+        return None
+    held = checkpoints.load(path)
+    identity = checkpoints.read_json(folder / stage / "stage.json")["identity"]
+    features: Tensor = held["features"]
+    return features.float() if held["identity"] == identity else None

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+from snscc_ray.config import STAGES, StageName
+from snscc_ray.errors import UserError
+from snscc_ray.features import Own, kept_features, own_images, stage_features
+from snscc_ray.local import run_here
+from snscc_ray.monitor import Display
+from snscc_ray.predict import load_model
+from snscc_ray.run import Request
+from snscc_ray.views import clean_view
+from tests.conftest import TINY
+
+CPU = torch.device("cpu")
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "digits"
+    run_here(Request("digits", list(TINY), folder), QUIET)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(finished: Path) -> Own:
+    return own_images(finished, CPU, Display(QUIET))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_features_are_those_of_the_stage_and_are_kept(own: Own, stage: StageName) -> None:
+    assert kept_features(own.folder, stage) is None
+    features_ND = stage_features(own, stage)
+    kept = kept_features(own.folder, stage)
+    assert kept is not None and torch.allclose(features_ND, kept)
+    torch.testing.assert_close(
+        features_ND.norm(dim=1), torch.ones(len(own.data)), atol=1e-3, rtol=0
+    )
+    if stage == "boost":  # the network that predict loads
+        model = load_model(own.folder, "cpu")
+        images = next(own.data.slices(0, len(own.data), 4096))
+        model.network.eval()
+        with torch.no_grad():
+            z_ND = model.network(clean_view(images, model.normalize))[0]
+        torch.testing.assert_close(features_ND, F.normalize(z_ND, dim=1), atol=1e-3, rtol=0)
+
+
+def test_a_stage_trained_again_has_other_features(own: Own) -> None:
+    stage_features(own, "boost")
+    path = own.folder / "boost" / "stage.json"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace('"identity": "', '"identity": "0'))
+        assert kept_features(own.folder, "boost") is None
+    finally:
+        path.write_text(before)
+
+
+def test_other_images_are_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import snscc_ray.features as features
+
+    real = features.bring
+
+    def fewer(*arguments):  # type: ignore[no-untyped-def]
+        catalog, data = real(*arguments)
+        catalog.ids[0] = "another"
+        return catalog, data
+
+    monkeypatch.setattr(features, "bring", fewer)
+    with pytest.raises(UserError, match="holds other images"):
+        own_images(finished, CPU, Display(QUIET))
