@@ -155,6 +155,9 @@ class TrainSettings(StageSettings):
     objective: Literal["soft", "paper", "released"] = "soft"
     num_neighbors: Count = Field(10, description="K")
     entropy_weight: NonNegative = Field(5.0, description="ε")
+    max_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        1.0, description="how many times the smallest cluster the largest may be, unpunished"
+    )
     local_weight: NonNegative = Field(1.0, description="α1")
     global_weight: NonNegative = Field(1.0, description="α2")
     cluster_weight: NonNegative = Field(1.0, description="of Eq. 7")
@@ -171,6 +174,15 @@ class TrainSettings(StageSettings):
     head_scale: Positive = Field(10.0, description="prototype head: logits = scale × cosine")
     view: View
     original_view: View | None = Field(None, description="None: the clean image")
+
+    @model_validator(mode="after")
+    def _imbalance_is_for_soft(self) -> TrainSettings:
+        if self.max_imbalance > 1 and self.objective != "soft":
+            raise ValueError(
+                f"max_imbalance={self.max_imbalance:g} is for objective=soft; the sum of "
+                f"{self.objective} has no place for it"
+            )
+        return self
 
 
 class BoostSettings(StageSettings):

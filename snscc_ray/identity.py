@@ -12,7 +12,10 @@ from snscc_ray.config import STAGES, Recipe, StageName
 _VERSION = 2
 # Fields that came after it, and the value that does what was done before them: at that value they
 # do not count, so that the stages finished before them are found again.
-_LATER: dict[StageName, dict[str, Any]] = {"boost": {"score_tolerance": 1e-3}}
+_LATER: dict[StageName, dict[str, Any]] = {
+    "train": {"max_imbalance": 1.0},
+    "boost": {"score_tolerance": 1e-3},
+}
 
 
 def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: str) -> str:

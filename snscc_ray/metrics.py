@@ -10,6 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
+from snscc_ray.imbalance import enough_entropy
+
 # A fixed number, whatever K a recipe trains with, so that runs compare.
 HEALTH_NEIGHBORS = 10
 # What Wu et al. and those after them measure features with (they vote with 200 on ImageNet).
@@ -70,6 +72,7 @@ def health(
     neighbors_NK: Tensor,
     num_clusters: int,
     confidence_N: Tensor | None = None,
+    max_imbalance: float = 1.0,
 ) -> dict[str, float]:
     """Label-free figures of an assignment.
 
@@ -78,9 +81,10 @@ def health(
     """
     sizes = torch.bincount(clusters_N, minlength=num_clusters)
     even = balance(clusters_N, num_clusters)
+    enough = enough_entropy(num_clusters, max_imbalance) / math.log(num_clusters)
     agree = neighbor_agreement(clusters_N, neighbors_NK)
     figures = {
-        "health/score": agree * even,
+        "health/score": agree * min(1.0, even / enough),
         "health/neighbor_agreement": agree,
         "health/balance": even,
         # A cluster with under a tenth of an equal share is not in use.

@@ -24,6 +24,7 @@ from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encod
 from snscc_ray.engine import Monitor, fit
 from snscc_ray.errors import UserError
 from snscc_ray.identity import stage_identity
+from snscc_ray.imbalance import forced_balance, forced_warning
 from snscc_ray.kmeans import kmeans
 from snscc_ray.metrics import oracle
 from snscc_ray.neighbors import MinedNeighbors
@@ -220,6 +221,7 @@ class _Run:
             stage.prepare()
         fit(stage, self.context, self.worker, self.monitor, self.identity("train"))
         figures: dict[str, Any] = stage.finish()
+        self._note_forced_balance(figures)
         p_NC = probabilities(self.context, stage.network)[:, 0]
         if self.worker.rank == 0:
             self._save_final("train", stage.network)
@@ -243,6 +245,16 @@ class _Run:
             assert stage.p_NC is not None
             self._save_assignments(stage.p_NC)
         return figures
+
+    def _note_forced_balance(self, figures: dict[str, Any]) -> None:
+        pretrain = distributed.from_first(lambda: self.finished("pretrain"))
+        free = (pretrain or {}).get("health/free_balance")
+        if free is None:
+            return  # a Pretrain stage from before it was measured
+        forced = forced_balance(figures["health/balance"], free)
+        figures["health/forced_balance"] = forced
+        if warning := forced_warning(forced):
+            self.monitor.warn("train", self.recipe.train.epochs, warning)
 
     def _can_continue(self, stage: StageName) -> bool:
         saved = self.worker.latest_checkpoint(stage)

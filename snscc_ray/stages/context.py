@@ -73,6 +73,7 @@ class Context:
             neighbors_NK,
             self.recipe.data.num_clusters,
             confidence_N,
+            self.recipe.train.max_imbalance,
         )
         if self.labels_N is not None:
             figures |= metrics.oracle(self.labels_N, clusters_N)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from snscc_ray.config import TrainSettings
+from snscc_ray.imbalance import enough_entropy
 from snscc_ray.losses import (
     agreement,
     batch_pair_term,
@@ -79,7 +80,7 @@ def soft(p: Predictions, near: Neighborhood, settings: TrainSettings) -> dict[st
         "local": settings.local_weight * soft_attract(local, local_confidence, kind),
         "global": settings.global_weight * soft_attract(wide, wide_confidence, kind),
         "cluster": settings.cluster_weight * _cluster(p, settings),
-        "entropy": -settings.entropy_weight * _mean(marginal_entropy, p.p_HBC),
+        "entropy": -settings.entropy_weight * _mean(_spread(settings), p.p_HBC),
     }
     if p.mined_HBC is not None:
         terms["mined"] = settings.mined_weight * _mined(p, kind)
@@ -130,6 +131,16 @@ def _local_and_global(p: Predictions, near: Neighborhood) -> list[tuple[Tensor, 
         (o[:, :split], near.local_confidence_BK.repeat(H, 1)),
         (o[:, split:], near.global_confidence_BK.repeat(H, 1)),
     ]
+
+
+def _spread(settings: TrainSettings) -> Callable[[Tensor], Tensor]:
+    """Entropy of the mean prediction, of no worth beyond what the allowed imbalance has."""
+
+    def entropy(p_BC: Tensor) -> Tensor:
+        enough = enough_entropy(p_BC.shape[1], settings.max_imbalance)
+        return marginal_entropy(p_BC).clamp(max=enough)
+
+    return marginal_entropy if settings.max_imbalance == 1 else entropy
 
 
 def _mean(loss: Callable[..., Tensor], *heads: Tensor) -> Tensor:

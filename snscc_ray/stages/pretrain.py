@@ -13,6 +13,7 @@ from snscc_ray import distributed, metrics
 from snscc_ray.config import StageName, View
 from snscc_ray.data.resident import Batch
 from snscc_ray.encoders import PretextNet, build_encoder
+from snscc_ray.imbalance import uneven_clusters
 from snscc_ray.kmeans import kmeans
 from snscc_ray.neighbors import MinedNeighbors, mine
 from snscc_ray.stages.context import Context, Viewer
@@ -67,6 +68,10 @@ class Pretrain:
             lambda: kmeans(features_ND, clusters, context.key("kmeans"))
         )
         figures = context.measure(assignment_N, self.mined.neighbors_NK.cpu())
+        _, uneven_N = distributed.from_first(
+            lambda: uneven_clusters(features_ND, clusters, context.key("kmeans"))
+        )
+        figures["health/free_balance"] = metrics.balance(uneven_N, clusters)
         if context.labels_N is not None:
             figures["oracle/knn_acc"] = metrics.knn_accuracy(
                 context.labels_N.cpu(), self.mined.neighbors_NK, self.mined.distances_NK

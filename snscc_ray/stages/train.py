@@ -12,6 +12,7 @@ from snscc_ray import distributed, metrics, rng
 from snscc_ray.config import StageName
 from snscc_ray.data.resident import Batch, ResidentData
 from snscc_ray.encoders import ClusterHeads, ClusterNet, out_features
+from snscc_ray.imbalance import uneven_clusters
 from snscc_ray.kmeans import kmeans
 from snscc_ray.neighbors import MinedNeighbors
 from snscc_ray.stages.context import Context, Viewer
@@ -54,8 +55,9 @@ class Train:
             features_ND = pretext_features(self.context, self.network)
             clusters = self.context.recipe.data.num_clusters
             keys = [self.context.key("kmeans", head) for head in range(self.settings.num_heads)]
+            start = uneven_clusters if self.settings.max_imbalance > 1 else kmeans
             centres = distributed.from_first(
-                lambda: torch.stack([kmeans(features_ND, clusters, key)[0] for key in keys])
+                lambda: torch.stack([start(features_ND, clusters, key)[0] for key in keys])
             )
             self.network.heads.start_at(centres)
 
@@ -144,7 +146,14 @@ class Train:
         for p_NC in p_NHC.unbind(1):
             clusters_N = p_NC.argmax(1)
             clusters = self.context.recipe.data.num_clusters
-            scores.append(metrics.health(clusters_N, self._health_NK, clusters)["health/score"])
+            scores.append(
+                metrics.health(
+                    clusters_N,
+                    self._health_NK,
+                    clusters,
+                    max_imbalance=self.settings.max_imbalance,
+                )["health/score"]
+            )
         best = max(range(len(scores)), key=scores.__getitem__)
         confidence_N, clusters_N = p_NHC[:, best].max(1)
         return self.context.measure(clusters_N, self._health_NK, confidence_N), best

@@ -1,0 +1,59 @@
+"""Clusters of unequal size: how unequal they may be, where they start, and how to tell."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.cluster import AgglomerativeClustering
+from torch import Tensor
+
+from snscc_ray.kmeans import kmeans
+
+# k-means cuts large clusters into pieces of like size: so many pieces per cluster are put
+# together again by average linkage, which does not mind sizes.
+_PIECES = 3
+# Below it one group holds almost all: features too weak to say anything about sizes.
+_CREDIBLE_BALANCE = 0.6
+# On digits the difference is under .01 where sizes are equal, and .07 where they are 1:10.
+_FORCED = 0.04
+
+
+def expected_shares(clusters: int, ratio: float) -> Tensor:
+    """Shares of clusters whose sizes fall evenly from `ratio` to 1, float64 (C,), largest first."""
+    place_C = torch.linspace(1, 0, clusters, dtype=torch.float64)
+    return torch.softmax(place_C * torch.tensor(ratio, dtype=torch.float64).log(), dim=0)
+
+
+def enough_entropy(clusters: int, ratio: float) -> float:
+    """Entropy, in nats, of clusters as uneven as they may be; log C for ratio 1."""
+    return float(torch.special.entr(expected_shares(clusters, ratio)).sum())
+
+
+def uneven_clusters(features_ND: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(centres (C, D), assignment (N,)) of clusters that may be of any size, on the CPU."""
+    pieces = min(_PIECES * clusters, len(features_ND))
+    centres_PD, piece_N = kmeans(features_ND, pieces, seed)
+    group_P = AgglomerativeClustering(clusters, linkage="average").fit_predict(centres_PD.numpy())
+    cluster_N = torch.from_numpy(group_P).long()[piece_N]
+    rows_ND = features_ND.detach().cpu().float()
+    sums_CD = torch.zeros(clusters, rows_ND.shape[1]).index_add_(0, cluster_N, rows_ND)
+    # A piece, and so a group, may be empty where rows are equal.
+    return sums_CD / torch.bincount(cluster_N, minlength=clusters).clamp_min(1)[:, None], cluster_N
+
+
+def forced_balance(balance: float, free_balance: float) -> float:
+    """How much more even the clusters are than groups of the pretext features free to be uneven.
+
+    0 where the features are too weak to tell.
+    """
+    return max(0.0, balance - free_balance) if free_balance >= _CREDIBLE_BALANCE else 0.0
+
+
+def forced_warning(forced: float) -> str | None:
+    """What to say of it, if anything."""
+    if forced < _FORCED:
+        return None
+    return (
+        f"forced-balance: the clusters are more even than the images look (by {forced:.2f} of 1), "
+        "so large groups may have been cut up and small ones joined; if some kinds are much more "
+        "frequent than others, say how much: train.max_imbalance=10"
+    )
