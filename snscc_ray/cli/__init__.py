@@ -10,6 +10,7 @@ import typer
 
 from snscc_ray.cli.about import doctor, list_recipes
 from snscc_ray.cli.compare import compare
+from snscc_ray.cli.export import export
 from snscc_ray.cli.options import fail
 from snscc_ray.cli.pack import pack_folder
 from snscc_ray.cli.predict import predict
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("predict")(predict)
+app.command("export")(export)
 app.command("sweep")(sweep)
 app.command("compare")(compare)
 app.command("pack")(pack_folder)

@@ -1,0 +1,63 @@
+"""`snscc export`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from snscc_ray.cli.options import out
+from snscc_ray.errors import UserError
+
+
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder or URL of a finished run")],
+    onnx: Annotated[
+        str | None, typer.Option("--onnx", metavar="FILE", help="ONNX file to write")
+    ] = None,
+    torch: Annotated[
+        str | None, typer.Option("--torch", metavar="FILE", help="torch.export file to write")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the files")] = False,
+) -> None:
+    """Write the model of a finished run as one file that needs no snscc.
+
+    In: `images`, uint8 (B, channels, size, size) as RGB or grey values of 0 to 255, any B; the
+    normalisation is in the file. Out: `probabilities` (B, clusters) and `features` (B, D), of unit
+    length. The file is loaded again and compared with the model before it is put in place.
+
+    Examples:
+
+        snscc export runs/images --onnx model.onnx
+
+        snscc export runs/images --torch model.pt2 --onnx model.onnx
+
+    In Python:
+
+        onnxruntime.InferenceSession("model.onnx").run(None, {"images": array})
+
+        torch.export.load("model.pt2").module()(tensor)
+    """
+    # Imported here: torch takes seconds, which --help should not wait for.
+    from snscc_ray.export import Format
+    from snscc_ray.export import export as export_run
+    from snscc_ray.paths import as_path
+
+    given: dict[Format, str | None] = {"torch": torch, "onnx": onnx}
+    wanted = {kind: as_path(name) for kind, name in given.items() if name is not None}
+    if not wanted:
+        raise UserError("name a file to write: --onnx model.onnx, or --torch model.pt2")
+    if len(set(wanted.values())) < len(wanted):
+        raise UserError(f"--onnx and --torch are both {onnx}; give two files")
+    for kind, target in wanted.items():
+        if target.is_dir():
+            raise UserError(f"--{kind} {target} is a folder; give a file")
+        if target.exists() and not overwrite:
+            raise UserError(f"{target} exists; use --overwrite, or another --{kind}")
+    for kind, found in export_run(as_path(run), wanted).items():
+        out.print(
+            f"{wanted[kind]}: differs from the model by {found:.1e} at most",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
