@@ -28,6 +28,7 @@ from snscc_ray.errors import UserError
 from snscc_ray.local import free_bytes, terminated_like_interrupted
 from snscc_ray.monitor import Display
 from snscc_ray.neighbors import MinedNeighbors
+from snscc_ray.pretrained import check_encoder
 from snscc_ray.run import check, normalisation
 from snscc_ray.run_folder import (
     first_difference,
@@ -145,8 +146,14 @@ def _check_images(request: Request, held: dict[str, Any]) -> None:
 
 def _load(recipe: Recipe, device: torch.device, display: Display) -> ImageSet:
     """The set, in memory. Raises UserError, also for one that would have to be streamed."""
+    if recipe.encoder.weights is not None:
+        raise UserError(
+            "encoder.weights: a comparison is fair where every method starts from random weights; "
+            "leave them out"
+        )
     rows = list_rows(recipe.data)
     check(recipe, len(rows.ids), 1)
+    check_encoder(recipe, 1)
     mode, why = choose_mode(recipe.data, len(rows.ids), free_bytes(device), rows.streamable)
     if mode == "stream":
         raise UserError(

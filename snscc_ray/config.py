@@ -7,6 +7,7 @@ The Greek letters of the paper have the names the field uses: ε is `train.entro
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -112,10 +113,47 @@ class StrongView(Settings):
 View = Annotated[SimclrView | StrongView, Field(discriminator="kind")]
 
 
+BUILT_IN = ("convnet", "resnet18", "resnet50")
+
+
+def _an_encoder(name: str) -> str:
+    library, _, model = name.partition(":")
+    if name not in BUILT_IN and (library not in ("torchvision", "timm") or not model):
+        raise ValueError(
+            "use 'convnet', 'resnet18' or 'resnet50', or a model of a library as torchvision:NAME "
+            "or timm:NAME"
+        )
+    return name
+
+
+def _from_anywhere(weights: str) -> str:
+    # Workers on this machine and others must find the same file, wherever they are started.
+    known = weights == "default" or "://" in weights
+    return weights if known else str(Path(weights).expanduser().absolute())
+
+
 class EncoderSettings(Settings):
-    name: Literal["convnet", "resnet18", "resnet50"]
-    stem: Literal["small", "standard"] = Field("small", description="small: 3×3, no max-pool")
-    width: Count = Field(64, description="channels of the first block")
+    name: Annotated[str, AfterValidator(_an_encoder)] = Field(
+        description="convnet, resnet18, resnet50, torchvision:NAME or timm:NAME"
+    )
+    stem: Literal["small", "standard"] = Field(
+        "small", description="of the ResNets named here; small: 3×3, no max-pool"
+    )
+    width: Count = Field(64, description="of convnet: channels of the first block")
+    weights: Annotated[str, AfterValidator(_from_anywhere)] | None = Field(
+        None,
+        description="what Pretrain starts from: `default` (the library's own), or a checkpoint, "
+        "file or URL; None: random",
+    )
+
+    @model_validator(mode="after")
+    def _default_weights_exist(self) -> EncoderSettings:
+        if self.name == "convnet" and self.weights == "default":
+            raise ValueError(
+                "convnet has no default weights; use encoder.name=resnet18, or leave "
+                "encoder.weights out"
+            )
+        return self
 
 
 class StageSettings(Settings):

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snscc_ray.config import EncoderSettings, PretrainSettings, TrainSettings
+from snscc_ray import zoo
+from snscc_ray.config import BUILT_IN, EncoderSettings, PretrainSettings, TrainSettings
 
 
 class ConvNet(nn.Module):
@@ -58,10 +59,15 @@ def _resnet(settings: EncoderSettings, channels: int) -> nn.Module:
 
 
 def build_encoder(settings: EncoderSettings, channels: int) -> nn.Module:
-    """An encoder mapping (B, channels, H, W) to (B, `out_features`)."""
+    """An encoder with random weights mapping (B, channels, H, W) to (B, `out_features`).
+
+    Raises UserError for a model that its library does not have.
+    """
     if settings.name == "convnet":
         return ConvNet(channels, settings.width)
-    return _resnet(settings, channels)
+    if settings.name in BUILT_IN:
+        return _resnet(settings, channels)
+    return zoo.build(settings.name, channels)
 
 
 def _full(x: Tensor) -> Tensor:

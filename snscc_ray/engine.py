@@ -41,6 +41,8 @@ class Monitor(Protocol):
 
     def warn(self, stage: str, epoch: int, message: str) -> None: ...
 
+    def line(self, text: str) -> None: ...
+
 
 class Interrupted(Exception):
     """The person, or the machine, asked to stop; a checkpoint has been written."""

@@ -6,7 +6,8 @@ import hashlib
 import json
 from typing import Any
 
-from snscc_ray.config import STAGES, Recipe, StageName
+from snscc_ray.config import STAGES, EncoderSettings, Recipe, StageName
+from snscc_ray.pretrained import weights_identity
 
 # Raised whenever a change of this package changes what the same settings train.
 _VERSION = 2
@@ -22,7 +23,7 @@ def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: st
     """Of the stage's settings, the data's fingerprint and order, the seed, and the parent's.
 
     Pretrain does not depend on the number of clusters, and nothing on `runtime` or on the path
-    the images were read from.
+    the images were read from. Raises UserError when `encoder.weights` cannot be read.
     """
     parent = STAGES.index(stage) - 1
     data = recipe.data
@@ -40,13 +41,20 @@ def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: st
             "fingerprint": fingerprint,
             "seed": recipe.seed,
             "precision": recipe.precision,
-            "encoder": recipe.encoder.model_dump(mode="json"),
+            "encoder": _encoder(recipe.encoder),
             "normalize": [data.mean, data.std],
         }
     else:
         determines["num_clusters"] = data.num_clusters
     text = json.dumps(determines, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _encoder(settings: EncoderSettings) -> dict[str, Any]:
+    """The weights count by what they are and not by where they lie, and only where there are any:
+    runs from before there could be are found again."""
+    values = settings.model_dump(mode="json", exclude={"weights"})
+    return values if settings.weights is None else values | {"weights": weights_identity(settings)}
 
 
 def _settings(recipe: Recipe, stage: StageName) -> dict[str, Any]:

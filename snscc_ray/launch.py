@@ -54,6 +54,7 @@ from snscc_ray.errors import TrainingError, UserError
 from snscc_ray.local import terminated_like_interrupted
 from snscc_ray.monitor import Display, Journal, RunMonitor, Screen, Silent
 from snscc_ray.paths import arrow_storage, as_path, is_url
+from snscc_ray.pretrained import check_encoder
 from snscc_ray.relay import Relay, Telling, show
 from snscc_ray.run import Request, Result, check, execute, final_figures
 from snscc_ray.run_folder import SEEN, prepare_folder, remove_tree
@@ -222,6 +223,7 @@ def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     counts = range(scale.workers[0], scale.workers[1] + 1)
     for workers in counts:
         check(recipe, len(rows.ids), workers)
+    check_encoder(recipe, scale.workers[1])
     display = Display(console)
     # A report waits for the controller to look, which by default is every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")

@@ -24,6 +24,7 @@ from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.monitor import Display, Journal, RunMonitor, Silent
 from snscc_ray.pace import describe, measure, within
+from snscc_ray.pretrained import check_encoder
 from snscc_ray.run import Request, Result, check, execute, final_figures
 from snscc_ray.run_folder import prepare_folder
 from snscc_ray.workers import LocalWorker, Worker, choose_device, join_group, leave_group
@@ -129,6 +130,7 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Catal
     """The set of a run. Raises UserError where it cannot be trained on."""
     rows = list_rows(recipe.data)
     check(recipe, len(rows.ids), distributed.world_size())
+    check_encoder(recipe, distributed.world_size())
     mode = mode_for(recipe.data, rows, device, display)
     if mode == "stream":
         check_streamed(recipe)

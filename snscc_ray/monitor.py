@@ -228,6 +228,9 @@ class RunMonitor:
         self.journal.append({"stage": stage, "epoch": epoch, "warning": message})
         self.screen.line(f"warning {stage} epoch {epoch}: {message}")
 
+    def line(self, text: str) -> None:
+        self.screen.line(text)
+
     def finish(self) -> None:
         self.journal.finish()
         self.screen.finish()
@@ -245,6 +248,8 @@ class Silent:
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
 
     def warn(self, stage: str, epoch: int, message: str) -> None: ...
+
+    def line(self, text: str) -> None: ...
 
     def finish(self) -> None: ...
 

@@ -29,6 +29,7 @@ from snscc_ray.kmeans import kmeans
 from snscc_ray.metrics import oracle
 from snscc_ray.neighbors import MinedNeighbors
 from snscc_ray.overrides import override
+from snscc_ray.pretrained import start_encoder
 from snscc_ray.run_folder import read_recipe, remove_leftovers, remove_run, write_recipe
 from snscc_ray.stages.boost import Boost
 from snscc_ray.stages.context import Context
@@ -203,8 +204,12 @@ class _Run:
         return figures
 
     def _pretrain(self) -> dict[str, Any]:
+        settings = self.recipe.encoder
         with _seeded(self.context.key("pretrain", "init")):
-            stage = Pretrain(self.context)
+            encoder = build_encoder(settings, self.recipe.data.channels)
+            if settings.weights is not None and not self._can_continue("pretrain"):
+                self.monitor.line(str(start_encoder(settings, encoder)))
+            stage = Pretrain(self.context, encoder)
         fit(stage, self.context, self.worker, self.monitor, self.identity("pretrain"))
         figures: dict[str, Any] = stage.finish()
         if self.worker.rank == 0:

@@ -38,6 +38,7 @@ from snscc_ray.launch import check_visible, placed, train_group
 from snscc_ray.monitor import Display, Journal, Nowhere, RunMonitor
 from snscc_ray.pace import Seconds, measure
 from snscc_ray.paths import arrow_storage, is_url
+from snscc_ray.pretrained import check_encoder
 from snscc_ray.run import check, execute
 from snscc_ray.sweep_plan import Job, Ledger, searched
 from snscc_ray.workers import LocalWorker, choose_device
@@ -94,6 +95,7 @@ class Session:
         self.ledger = Ledger(self.folder.parent / "stages", self.folder)
         rows = list_rows(recipe.data)
         check(recipe, len(rows.ids), 1)
+        check_encoder(recipe, options.workers_per_trial)
         probes = _probed(options, self.display.line)
         check_visible(self.folder, rows.some_files)
         self.concurrent = _concurrent(options)

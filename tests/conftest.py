@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -89,6 +90,16 @@ def tiny_images() -> ImageSet:
 @pytest.fixture
 def context(tiny: Recipe, tiny_images: ImageSet) -> Context:
     return make_context(tiny, tiny_images)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Path]:
+    """torch.hub's own folder, of which torchvision takes what it finds there."""
+    former = torch.hub.get_dir()
+    torch.hub.set_dir(str(tmp_path / "hub"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    yield tmp_path / "hub" / "checkpoints"
+    torch.hub.set_dir(former)
 
 
 def make_context(recipe: Recipe, images: ImageSet) -> Context:

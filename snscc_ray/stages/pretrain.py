@@ -24,11 +24,12 @@ from snscc_ray.views import Normalize, make_view
 class Pretrain:
     name: StageName = "pretrain"
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, encoder: nn.Module | None = None) -> None:
+        """`encoder` is what is trained further; None: one with random weights."""
         self.context = context
         self.settings = context.recipe.pretrain
         data = context.recipe.data
-        encoder = build_encoder(context.recipe.encoder, data.channels)
+        encoder = encoder or build_encoder(context.recipe.encoder, data.channels)
         self.network = context.place(PretextNet(encoder, self.settings))
         self.pretext = build_pretext(context, self.network)
         self.mined: MinedNeighbors | None = None
