@@ -22,7 +22,7 @@ _RUN_FILES = (
 )  # fmt: skip
 SEEN = ".seen-"
 _STAGE_FILES = ("final.pt", "latest.pt", "stage.json", "neighbors.parquet", "features.pt")
-_PACKAGES = ("snscc_ray", "torch", "torchvision", "numpy", "scikit-learn", "pyarrow")
+_PACKAGES = ("snscc_ray", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pyarrow")
 
 
 def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

@@ -179,13 +179,11 @@ def snscc(capsys: pytest.CaptureFixture[str]) -> Snscc:
     return Snscc(capsys)
 
 
-@pytest.mark.parametrize("method", ["simclr", "byol"])
-def test_pretrain_starts_from_the_weights(method: str, snscc: Snscc, tmp_path: Path) -> None:
+def test_pretrain_starts_from_the_weights(snscc: Snscc, tmp_path: Path) -> None:
     """With no epochs, what Pretrain leaves is what it began with."""
     encoder = noisy(build_encoder(EncoderSettings(name="convnet", width=4), 1))
     torch.save({"state_dict": under("module.backbone.", encoder.state_dict())}, tmp_path / "x.pth")
     own = sets(*TINY, f"encoder.weights={tmp_path / 'x.pth'}", "pretrain.epochs=0")
-    own += sets(f"pretrain.method={method}")
     done = snscc("run", "digits", *own, "--stages", "pretrain", "--out", tmp_path / "run")
     assert done.status == 0, done
     assert f"weights from {tmp_path / 'x.pth'} (state_dict: module.backbone.)" in done.out
