@@ -49,6 +49,18 @@ def knn_accuracy(labels_N: Tensor, neighbors_NK: Tensor, distances_NK: Tensor) -
     return float((votes.argmax(1) == labels_N).double().mean())
 
 
+def confusion(labels_N: Tensor, clusters_N: Tensor) -> tuple[np.ndarray, list[int | None]]:
+    """Images of each label (rows) in each cluster, and the cluster that is matched to each label.
+
+    The match is that of `oracle`'s ACC; where there are fewer clusters than labels some have None.
+    """
+    labels, clusters = int(labels_N.max()) + 1, int(clusters_N.max()) + 1
+    counts = _contingency(labels_N, clusters_N)[:labels, :clusters]
+    rows, columns = linear_sum_assignment(-counts)
+    matched = dict(zip(rows.tolist(), columns.tolist(), strict=True))
+    return counts, [matched.get(label) for label in range(labels)]
+
+
 def _contingency(labels_N: Tensor, clusters_N: Tensor) -> np.ndarray:
     labels, clusters = labels_N.cpu().long(), clusters_N.cpu().long()
     size = int(max(labels.max(), clusters.max())) + 1

@@ -19,6 +19,7 @@ from snscc_ray.paths import is_url
 # What a run leaves behind, beside TensorBoard's events: in its folder and in those of its stages.
 _RUN_FILES = (
     "recipe.json", "metrics.json", "metrics.jsonl", "baselines.json", "assignments.parquet",
+    "report.html", "report.json",
 )  # fmt: skip
 SEEN = ".seen-"
 _STAGE_FILES = ("final.pt", "latest.pt", "stage.json", "neighbors.parquet", "features.pt")

@@ -14,6 +14,7 @@ from snscc_ray.cli.export import export
 from snscc_ray.cli.options import fail
 from snscc_ray.cli.pack import pack_folder
 from snscc_ray.cli.predict import predict
+from snscc_ray.cli.report import report
 from snscc_ray.cli.run import run
 from snscc_ray.cli.sweep import sweep
 from snscc_ray.errors import TrainingError, UserError
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command("run")(run)
 app.command("predict")(predict)
 app.command("export")(export)
+app.command("report")(report)
 app.command("sweep")(sweep)
 app.command("compare")(compare)
 app.command("pack")(pack_folder)

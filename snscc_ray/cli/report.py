@@ -1,0 +1,56 @@
+"""`snscc report`."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from snscc_ray.cli.options import out
+from snscc_ray.errors import UserError
+
+
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder or URL of a finished run")],
+    out_file: Annotated[
+        str | None,
+        typer.Option("--out", "-o", help="HTML file to write  [default: RUN/report.html]"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    open_it: Annotated[bool, typer.Option("--open", help="open it in the browser")] = False,
+) -> None:
+    """Make one web page of a finished run, to look at and to pass on.
+
+    The images of each cluster, typical and doubtful; whether the run can be trusted and why; the
+    features as a map; near-duplicates and outliers; every setting. One file, which opens without a
+    network; its numbers are in a .json file beside it. It holds small copies of your images.
+
+    Examples:
+
+        snscc report runs/digits --open
+
+        snscc report runs/images --out ~/photos.html
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: use auto, cpu or cuda")
+    if out_file is not None and not out_file.endswith(".html"):
+        raise UserError(f"--out {out_file}: give a name that ends in .html")
+    # Imported here: torch takes seconds, which --help should not wait for.
+    from snscc_ray.paths import as_path, is_url
+    from snscc_ray.report import report as make_report
+
+    folder = as_path(run)
+    target = as_path(out_file) if out_file is not None else folder / "report.html"
+    if open_it and is_url(target):
+        raise UserError("--open shows a file on this machine; give one with --out")
+    data_file = make_report(folder, target, out, device=device)
+    out.print(
+        f"\nReport: {target} (its numbers: {data_file})",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if open_it:
+        webbrowser.open(Path(target).absolute().as_uri())
