@@ -55,7 +55,7 @@ def confusion(labels_N: Tensor, clusters_N: Tensor) -> tuple[np.ndarray, list[in
     The match is that of `oracle`'s ACC; where there are fewer clusters than labels some have None.
     """
     labels, clusters = int(labels_N.max()) + 1, int(clusters_N.max()) + 1
-    counts = _contingency(labels_N, clusters_N)[:labels, :clusters]
+    counts = _contingency(labels_N, clusters_N).T[:labels, :clusters]
     rows, columns = linear_sum_assignment(-counts)
     matched = dict(zip(rows.tolist(), columns.tolist(), strict=True))
     return counts, [matched.get(label) for label in range(labels)]

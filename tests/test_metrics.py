@@ -34,6 +34,21 @@ def test_more_clusters_than_labels() -> None:
     assert figures["oracle/acc"] == pytest.approx(0.75)
 
 
+def test_confusion_matches_as_the_accuracy_does() -> None:
+    labels, clusters = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1, 1, 0, 1, 1])
+    counts, matched = metrics.confusion(labels, clusters)
+    assert counts.tolist() == [[0, 2], [1, 1], [0, 1]]
+    assert matched == [1, 0, None]
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (60,), generator=generator)
+    clusters = torch.randint(6, (60,), generator=generator)
+    counts, matched = metrics.confusion(labels, clusters)
+    hits = sum(
+        counts[label, cluster] for label, cluster in enumerate(matched) if cluster is not None
+    )
+    assert hits / 60 == pytest.approx(metrics.oracle(labels, clusters)["oracle/acc"])
+
+
 def test_knn_accuracy_against_a_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     N, K = 60, 23
