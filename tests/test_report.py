@@ -113,6 +113,8 @@ def test_figures_that_are_absent_are_not_mentioned_and_warnings_are_told() -> No
 def test_nearly_all_is_not_called_all() -> None:
     texts = " ".join(s.text for s in judge(health(confident_share=0.9991), 10).sentences)
     assert "over 99% of the images" in texts and "100%" not in texts
+    texts = " ".join(s.text for s in judge(health(confident_share=0.001), 10).sentences)
+    assert "under 1% of the images" in texts and "0% of the images are put" not in texts
 
 
 # ------------------------------------------------------------------------------------- pick

@@ -23,7 +23,12 @@ def render(content: dict[str, Any], sprites: Sprites) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "number": number, "duration": duration}
+    environment.filters |= {
+        "percent": percent,
+        "fraction": fraction,
+        "number": number,
+        "duration": duration,
+    }
     script = _text("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     clusters = content["summary"]["clusters"]
@@ -79,6 +84,11 @@ def colors(count: int) -> list[str]:
 
 def percent(share: float) -> str:
     return f"{share:.0%}" if share < 0.995 or share == 1 else "99%+"
+
+
+def fraction(share: float) -> str:
+    """A percentage to a tenth, which is 0 only where nothing is."""
+    return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
 def number(value: float) -> str:

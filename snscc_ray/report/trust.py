@@ -85,7 +85,7 @@ def _in_use(figures: Mapping[str, float], num_clusters: int) -> Iterator[Sentenc
         return
     used = int(figures[name])
     if _collapsed(figures, num_clusters):
-        text = f"Only {used} of the {num_clusters} clusters hold images: the others collapsed."
+        text = f"Only {used} of the {num_clusters} clusters are in use: the others collapsed."
         todo = "Raise train.entropy_weight and run again, or ask for fewer clusters."
         yield Sentence("bad", text, todo, name, used)
     elif used < num_clusters:
@@ -214,7 +214,7 @@ def _spread_enough(figures: Mapping[str, float]) -> bool:
 
 def _percent(share: float) -> str:
     """Whole percents, and never 0% or 100% for what is not quite that."""
-    if 0 < share < 0.005:
+    if 0 < share < 0.01:
         return "under 1%"
     if 0.995 <= share < 1:
         return "over 99%"
