@@ -60,9 +60,9 @@ def health(**figures: float) -> dict[str, float]:
         ),
         (health(clusters_in_use=9), "mixed", ["health/clusters_in_use"]),
         (health(balance=0.7), "mixed", ["health/balance"]),
-        (health(forced_balance=0.9), "doubtful", ["health/forced_balance"]),
-        (health(forced_balance=0.4), "mixed", ["health/forced_balance"]),
-        (health(forced_balance=0.0), "likely good", []),
+        # As measured on digits: sizes of 1 to 10, and equal ones.
+        (health(forced_balance=0.07), "mixed", ["health/forced_balance"]),
+        (health(forced_balance=0.01), "likely good", []),
         (health(confident_share=0.01), "mixed", ["health/confident_share"]),
         (
             health(confident_share=0.01, neighbor_agreement=0.6),
@@ -108,6 +108,12 @@ def test_figures_that_are_absent_are_not_mentioned_and_warnings_are_told() -> No
     trust = judge({"health/clusters_in_use": 10}, 10, ["train, epoch 0: collapse: only 2"])
     assert [s.figure for s in trust.sentences] == ["health/clusters_in_use", "warning"]
     assert trust.verdict == "likely good" and "only 2" in trust.sentences[1].text
+
+
+def test_unevenness_that_was_allowed_is_not_held_against_a_run() -> None:
+    figures = health(balance=0.75)
+    assert judge(figures, 10).verdict == "mixed"
+    assert judge(figures, 10, max_imbalance=20).verdict == "likely good"
 
 
 def test_nearly_all_is_not_called_all() -> None:
@@ -316,6 +322,9 @@ def test_the_numbers_shown_are_kept_as_data(snscc: Snscc, finished: Path) -> Non
     data = read(finished / "report.json")
     assigned = pq.read_table(finished / "assignments.parquet").to_pylist()
     metrics = read(finished / "metrics.json")
+    told = {sentence["figure"]: sentence["value"] for sentence in data["trust"]["sentences"]}
+    train = metrics["stages"]["train"]
+    assert told["health/forced_balance"] == train["health/forced_balance"]
     assert data["summary"]["images"] == 200 and data["stages"] == metrics["stages"]
     assert sum(line["size"] for line in data["clusters"]) == 200
     for line in data["clusters"]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from snscc_ray import metrics
-from snscc_ray.config import StageName
+from snscc_ray.config import Recipe, StageName
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.features import Own
 from snscc_ray.neighbors import MinedNeighbors
 from snscc_ray.report import pick
 from snscc_ray.report.embed import embed
 from snscc_ray.report.facts import Facts
-from snscc_ray.report.trust import judge
+from snscc_ray.report.trust import TOLD_BY_FIGURES, judge
 from snscc_ray.report.words import FIGURES, in_words
 
 GENERATOR = "snscc report"  # by which a file is known as ours
@@ -49,7 +49,7 @@ def build(
         "generator": GENERATOR,
         "run": own.folder.name or own.folder.resolve().name,
         "summary": _summary(own, facts),
-        "trust": _trust(facts, recipe.data.num_clusters),
+        "trust": _trust(facts, recipe),
         "stages": facts.stages,
         "clusters": _clusters(facts, recipe.data.num_clusters),
         "galleries": [vars(gallery) for gallery in galleries],
@@ -105,11 +105,18 @@ def _summary(own: Own, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _trust(facts: Facts, num_clusters: int) -> dict[str, Any]:
+def _trust(facts: Facts, recipe: Recipe) -> dict[str, Any]:
     warnings = [
-        f"{line['stage']}, epoch {line['epoch']}: {line['warning']}" for line in facts.warnings
+        f"{line['stage']}, epoch {line['epoch'] + 1}: {line['warning']}"
+        for line in facts.warnings
+        if not line["warning"].startswith(TOLD_BY_FIGURES)
     ]
-    trust = judge(facts.last_figures(), num_clusters, warnings)
+    trust = judge(
+        facts.last_figures(),
+        recipe.data.num_clusters,
+        warnings,
+        max_imbalance=recipe.train.max_imbalance,
+    )
     sentences = [vars(sentence) for sentence in trust.sentences]
     return {"verdict": trust.verdict, "summary": trust.summary, "sentences": sentences}
 

@@ -54,9 +54,12 @@ class Facts:
     picked: Picked | None
 
     def last_figures(self) -> dict[str, float]:
-        """Health of the last stage, and what only the last epoch of each stage says."""
+        """Health of the last stage, what only Train notes, and what only a last epoch says."""
         last = {"pretrain": "health/projection_spread", "boost": "health/selected_share"}
         found = dict(list(self.stages.values())[-1])
+        forced = self.stages.get("train", {}).get("health/forced_balance")
+        if forced is not None:
+            found["health/forced_balance"] = forced
         for stage in STAGES:
             lines, name = self.epochs.get(stage), last.get(stage)
             if lines and name and lines[-1].get(name) is not None:

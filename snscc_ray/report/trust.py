@@ -7,6 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from snscc_ray.imbalance import enough_entropy, forced_warning
+
+# Warnings that a figure of the finished run tells as well.
+TOLD_BY_FIGURES = ("forced-balance", "boost-worse")
+
 Level = Literal["good", "note", "caution", "bad"]
 
 # Where a sentence changes its tone. Experience with runs of this tool, not theory.
@@ -14,7 +19,6 @@ _AGREE_GOOD, _AGREE_BAD = 0.8, 0.5
 _EVEN_GOOD, _EVEN_BAD = 0.8, 0.4
 _SURE_GOOD, _SURE_BAD = 0.5, 0.1
 _ABOVE_CHANCE_BAD = 0.2
-_FORCED_CAUTION, _FORCED_BAD = 0.3, 0.7
 # As in `metrics`: networks that learn have stayed above .4, and below .05 nothing is left.
 _SPREAD_GOOD, _SPREAD_BAD = 0.4, 0.05
 
@@ -47,17 +51,24 @@ _SUMMARIES = {
 }
 
 
-def judge(figures: Mapping[str, float], num_clusters: int, warnings: Sequence[str] = ()) -> Trust:
+def judge(
+    figures: Mapping[str, float],
+    num_clusters: int,
+    warnings: Sequence[str] = (),
+    *,
+    max_imbalance: float = 1.0,
+) -> Trust:
     """A verdict on the label-free figures of a run's last stage.
 
     figures: `health/...` by name; a figure that is absent is not mentioned.
     warnings: those given while it trained; each is told and, as it may have passed since, none
     decides.
+    max_imbalance: how uneven the clusters were allowed to be.
     """
     sentences = (
         *_in_use(figures, num_clusters),
         *_agreement(figures, num_clusters),
-        *_balance(figures, num_clusters),
+        *_balance(figures, num_clusters, max_imbalance),
         *_forced(figures),
         *_confidence(figures, num_clusters),
         *_training(figures),
@@ -121,14 +132,19 @@ def _agreement(figures: Mapping[str, float], num_clusters: int) -> Iterator[Sent
         yield Sentence("bad" if bad else "caution", text, todo, name, value)
 
 
-def _balance(figures: Mapping[str, float], num_clusters: int) -> Iterator[Sentence]:
+def _balance(
+    figures: Mapping[str, float], num_clusters: int, max_imbalance: float
+) -> Iterator[Sentence]:
     name = "health/balance"
     if name not in figures:
         return
     value = figures[name]
     equal = math.exp(value * math.log(num_clusters))
-    if value >= _EVEN_GOOD:
-        text = f"The clusters are of similar sizes (as even as {equal:.1f} equal ones)."
+    # As in health/score: what the settings allow is not held against a run.
+    of_allowed = value * math.log(num_clusters) / enough_entropy(num_clusters, max_imbalance)
+    if of_allowed >= _EVEN_GOOD:
+        kind = "of similar sizes" if max_imbalance == 1 else "no more uneven than was allowed"
+        text = f"The clusters are {kind} (as even as {equal:.1f} equal ones)."
         yield Sentence("good", text, "", name, value)
         return
     text = f"Sizes are very uneven: as if there were only {equal:.1f} clusters of equal size."
@@ -136,7 +152,7 @@ def _balance(figures: Mapping[str, float], num_clusters: int) -> Iterator[Senten
         "That is right if some kinds of image are rare in your set; otherwise raise "
         "train.entropy_weight."
     )
-    yield Sentence("bad" if value < _EVEN_BAD else "caution", text, todo, name, value)
+    yield Sentence("bad" if of_allowed < _EVEN_BAD else "caution", text, todo, name, value)
 
 
 def _forced(figures: Mapping[str, float]) -> Iterator[Sentence]:
@@ -144,15 +160,16 @@ def _forced(figures: Mapping[str, float]) -> Iterator[Sentence]:
     value = figures.get(name)
     if value is None:
         return
-    if value < _FORCED_CAUTION:
-        text = "The sizes of the clusters come from the images, not from the settings."
+    if forced_warning(value) is None:
+        text = "Nothing suggests that even sizes were forced onto uneven images."
         yield Sentence("good", text, "", name, value)
         return
-    bad = value >= _FORCED_BAD
-    degree = "were" if bad else "may have been"
-    text = f"The even sizes {degree} forced by the settings rather than found in the images."
-    todo = "If your set is uneven, lower train.entropy_weight and compare the clusters."
-    yield Sentence("bad" if bad else "caution", text, todo, name, value)
+    text = (
+        "The clusters are more even than the images look: large groups may have been cut up and "
+        "small ones joined."
+    )
+    todo = "If some kinds are much more frequent than others, run with train.max_imbalance=10."
+    yield Sentence("caution", text, todo, name, value)
 
 
 def _confidence(figures: Mapping[str, float], num_clusters: int) -> Iterator[Sentence]:

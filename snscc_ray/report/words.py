@@ -76,10 +76,11 @@ def _pretrain(pretrain: PretrainSettings) -> str:
 
 
 def _train(train: TrainSettings) -> str:
+    uneven = f"; sizes may differ {train.max_imbalance:g} times" if train.max_imbalance > 1 else ""
     return (
         f"Train: {_epochs(train.epochs)}: an image and its {train.num_neighbors} nearest "
         "look-alikes are to share a cluster, the closest counting most, while clusters are kept "
-        f"from being empty (with weight {train.entropy_weight:g})."
+        f"from being empty (with weight {train.entropy_weight:g}){uneven}."
     )
 
 
