@@ -65,13 +65,12 @@ def run_here(
     try:
         first = distributed.rank() == 0
         display = Display(console if first else Console(quiet=True))
-        catalog, data = _load(recipe, device, display)
+        catalog, data = load(recipe, device, display)
         display.line(
             f"{recipe.name}: {len(catalog):,} images of {recipe.data.image_size} px, "
             f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
         )
-        for identifier, reason in catalog.skipped:
-            display.line(f"left out {identifier}: {reason}")
+        say_skipped(catalog, display)
         if request.budget is not None:
             left = request.budget - (time.monotonic() - began)
             recipe = _within_budget(request, recipe, catalog, data, left, display)
@@ -126,7 +125,13 @@ def _within_budget(
     return fitting
 
 
-def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Catalog, Images]:
+def say_skipped(catalog: Catalog, display: Display) -> None:
+    """Name every image that is left out, and why."""
+    for identifier, reason in catalog.skipped:
+        display.line(f"left out {identifier}: {reason}")
+
+
+def load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Catalog, Images]:
     """The set of a run. Raises UserError where it cannot be trained on."""
     rows = list_rows(recipe.data)
     check(recipe, len(rows.ids), distributed.world_size())

@@ -19,8 +19,10 @@ from snscc_ray.paths import is_url
 # What a run leaves behind, beside TensorBoard's events: in its folder and in those of its stages.
 _RUN_FILES = (
     "recipe.json", "metrics.json", "metrics.jsonl", "baselines.json", "assignments.parquet",
-    "report.html", "report.json",
+    "report.html", "report.json", "fit.json", "clusters.json",
 )  # fmt: skip
+# What `snscc fit` was asked and chose, and the number of clusters that it found.
+FIT_FILE, COUNT_FILE = "fit.json", "clusters.json"
 SEEN = ".seen-"
 _STAGE_FILES = ("final.pt", "latest.pt", "stage.json", "neighbors.parquet", "features.pt")
 _PACKAGES = ("snscc_ray", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pyarrow")
@@ -40,6 +42,11 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
     if resume:
         if not path.exists():
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
+        if (folder / FIT_FILE).exists() and not (folder / "train" / "stage.json").exists():
+            raise UserError(
+                f"--resume: {folder} was begun by `snscc fit`; the same `snscc fit` command goes "
+                "on with it"
+            )
         difference = first_difference(
             read_recipe(folder).model_dump(mode="json"), recipe.model_dump(mode="json")
         )

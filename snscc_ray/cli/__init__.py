@@ -11,6 +11,7 @@ import typer
 from snscc_ray.cli.about import doctor, list_recipes
 from snscc_ray.cli.compare import compare
 from snscc_ray.cli.export import export
+from snscc_ray.cli.fit import fit
 from snscc_ray.cli.options import fail
 from snscc_ray.cli.pack import pack_folder
 from snscc_ray.cli.predict import predict
@@ -27,13 +28,14 @@ app = typer.Typer(
 
     Examples:
 
-        snscc run digits
+        snscc fit ~/photos --clusters auto
 
-        snscc recipes
+        snscc run digits
 
         snscc doctor
     """,
 )
+app.command("fit")(fit)
 app.command("run")(run)
 app.command("predict")(predict)
 app.command("export")(export)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from snscc_ray.cli.options import SCALE, Address, Settings, fail, out, overrides_of
+from snscc_ray.cli.options import SCALE, Address, Settings, fail, out, overrides_of, seconds_of
 from snscc_ray.config import STAGES, StageName
 from snscc_ray.errors import UserError
 
@@ -95,7 +94,7 @@ def run(
     from snscc_ray.run import Request
 
     chosen_stages = _stages(stages)
-    seconds = None if budget is None else _seconds(budget)
+    seconds = None if budget is None else seconds_of(budget)
     if recipe is None and not (resume and out_folder):
         raise UserError("name a recipe (`snscc recipes` lists them), or give --resume --out DIR")
     overrides = overrides_of(settings, seed, data)
@@ -123,13 +122,6 @@ def run(
         fail(f"stopped; continue with: {command}", 130)
     if result is not None:
         _print_result(result.figures, result.folder)
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
-    if found is None or float(found[1]) == 0:
-        raise UserError(f"--budget {text}: give a number and a unit, as in 90s, 25m or 2h")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _workers(text: str) -> tuple[int, int] | None:

@@ -64,26 +64,30 @@ class Pretrain:
         context = self.context
         features_ND = pretext_features(context, self.network)
         self.mined = mine(features_ND, context.recipe.pretrain.mined_neighbors)
-        clusters = context.recipe.data.num_clusters
-        _, assignment_N = distributed.from_first(
-            lambda: kmeans(features_ND, clusters, context.key("kmeans"))
-        )
-        figures = context.measure(assignment_N, self.mined.neighbors_NK.cpu())
-        _, uneven_N = distributed.from_first(
-            lambda: uneven_clusters(features_ND, clusters, context.key("kmeans"))
-        )
-        figures["health/free_balance"] = metrics.balance(uneven_N, clusters)
-        if context.labels_N is not None:
-            figures["oracle/knn_acc"] = metrics.knn_accuracy(
-                context.labels_N.cpu(), self.mined.neighbors_NK, self.mined.distances_NK
-            )
-        return figures
+        return measure_features(context, features_ND, self.mined)
 
     def state(self) -> dict[str, Any]:
         return self.pretext.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.pretext.load_state(state)
+
+
+def measure_features(
+    context: Context, features_ND: Tensor, mined: MinedNeighbors
+) -> dict[str, float]:
+    """What groupings of the features are like, into the recipe's number of clusters."""
+    clusters, key = context.recipe.data.num_clusters, context.key("kmeans")
+    even_N, uneven_N = distributed.from_first(
+        lambda: [group(features_ND, clusters, key)[1] for group in (kmeans, uneven_clusters)]
+    )
+    figures = context.measure(even_N, mined.neighbors_NK.cpu())
+    figures["health/free_balance"] = metrics.balance(uneven_N, clusters)
+    if context.labels_N is not None:
+        figures["oracle/knn_acc"] = metrics.knn_accuracy(
+            context.labels_N.cpu(), mined.neighbors_NK, mined.distances_NK
+        )
+    return figures
 
 
 def _two_views(

@@ -1,0 +1,187 @@
+"""A recipe for a person's own images, from what they look like and what the machine is.
+
+Every choice comes with its reason, in words. Only settings are chosen here; the number of
+clusters is given, or estimated later from the features (`cluster_count`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from snscc_ray import recipes
+from snscc_ray.config import (
+    BoostSettings,
+    DataSettings,
+    EncoderSettings,
+    PretrainSettings,
+    Recipe,
+    SimclrView,
+    StrongView,
+    TrainSettings,
+    View,
+)
+from snscc_ray.errors import UserError
+from snscc_ray.look import Look
+
+FEWEST = 20  # images: with fewer there is nothing for a network to learn from
+# Steps, not epochs, are what a network needs: a small set is gone over more often. What digits,
+# whole and cut down to 710 rows, came out well with (docs/log.md).
+_CPU_STEPS = (750, 200, 120)
+_GPU_STEPS = (20_000, 10_000, 4_000)
+_MOST_EPOCHS = 1000
+_GPU_SIZES = (32, 64, 96)  # of images, in pixels; larger ones only for encoders that know them
+_SMALLEST = 8  # the ConvNet halves twice
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One thing that was chosen, and why."""
+
+    what: str
+    value: str
+    why: str
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a person said; None: choose."""
+
+    clusters: int | None
+    image_size: int | None = None
+    max_imbalance: float = 1.0
+    encoder: EncoderSettings | None = None
+
+
+def choose(
+    name: str, data: dict[str, Any], seen: Look, *, gpu: bool, wishes: Wishes
+) -> tuple[Recipe, list[Pick]]:
+    """The recipe, and what was picked for it.
+
+    data: the fields of DataSettings that say where the images are. Raises UserError for too few.
+    """
+    if seen.rows < FEWEST:
+        raise UserError(f"{seen.rows} images are too few to learn from; give {FEWEST} or more")
+    picks: list[Pick] = []
+
+    def pick(what: str, value: object, why: str) -> None:
+        picks.append(Pick(what, str(value), why))
+
+    encoder = wishes.encoder
+    known = encoder is not None and encoder.weights is not None
+    size = wishes.image_size or _size(seen.side, gpu=gpu, known=known)
+    if wishes.image_size is None:
+        pick("image size", f"{size} px", _why_size(seen.side, size, gpu=gpu, known=known))
+    channels = 1 if seen.grey and not known else 3
+    pick("colours", "grey" if channels == 1 else "RGB", "what a sample of the images has")
+    if encoder is None:
+        encoder, why = _encoder(size, gpu=gpu)
+        pick("encoder", _named(encoder), why)
+    batch = _batch(seen.rows, most=512 if gpu else 256)
+    pick("batch", batch, f"large enough to tell images apart by, out of {seen.rows:,}")
+    steps = _GPU_STEPS if gpu else _CPU_STEPS
+    counts = [min(_MOST_EPOCHS, math.ceil(s / math.ceil(seen.rows / batch))) for s in steps]
+    if known:
+        counts[0] = 0  # what it knows is more than these images could teach it
+    pick(
+        "epochs",
+        " + ".join(map(str, counts)),
+        "the encoder comes trained: no Pretrain" if known else f"about {steps[0]:,} steps first",
+    )
+    weak, strong = _views(size, channels, gpu=gpu)
+    pick(
+        "augmentation",
+        "crops, turns, brightness" if channels == 1 else "crops, flips, colours",
+        "grey images are often signs or scans, which a flip would change"
+        if channels == 1
+        else "photographs keep their meaning under these",
+    )
+    neighbors = max(1, min(10, seen.rows // 20))
+    common: dict[str, Any] = {"batch_size": batch, "schedule": "cosine"}
+    return Recipe(
+        name=name,
+        data=DataSettings(
+            num_clusters=wishes.clusters or 2,
+            image_size=size,
+            channels=channels,
+            mean=recipes.IMAGENET_MEAN if known else None,
+            std=recipes.IMAGENET_STD if known else None,
+            **data,
+        ),
+        encoder=encoder,
+        pretrain=PretrainSettings(
+            epochs=counts[0],
+            optimizer="adam",
+            learning_rate=1e-3,
+            warmup_epochs=min(5, counts[0] // 20),
+            temperature=0.5,
+            projection_dim=64 if encoder.name == "convnet" else 128,
+            projection_hidden=128 if encoder.name == "convnet" else 512,
+            mined_neighbors=2 * neighbors,
+            view=weak,
+            **common,
+        ),
+        train=TrainSettings(
+            epochs=counts[1],
+            learning_rate=1e-4 if known else 1e-3,
+            entropy_weight=10,
+            max_imbalance=wishes.max_imbalance,
+            num_neighbors=neighbors,
+            mined_from="predictions",
+            view=strong,
+            **common,
+        ),
+        boost=BoostSettings(epochs=counts[2], num_neighbors=neighbors, view=strong, **common),
+    ), picks
+
+
+def _size(side: int, *, gpu: bool, known: bool) -> int:
+    if known:
+        return 224 if gpu else 128
+    if not gpu:
+        return max(_SMALLEST, min(32, side))
+    return max(
+        [_SMALLEST if side < _GPU_SIZES[0] else _GPU_SIZES[0]]
+        + [size for size in _GPU_SIZES if size <= side]
+    )
+
+
+def _why_size(side: int, size: int, *, gpu: bool, known: bool) -> str:
+    has = f"the images' shorter side is {side} px"
+    if known:
+        return f"what the encoder was trained at, or near it; {has}"
+    if side <= size:
+        return has
+    return f"{has}; more " + ("is rarely worth its time" if gpu else "takes hours without a GPU")
+
+
+def _encoder(size: int, *, gpu: bool) -> tuple[EncoderSettings, str]:
+    if not gpu:
+        return EncoderSettings(name="convnet", width=32 if size > 16 else 24), "small: no GPU here"
+    stem = "small" if size <= 64 else "standard"
+    return EncoderSettings(name="resnet18", stem=stem), f"there is a GPU; its stem suits {size} px"
+
+
+def _named(encoder: EncoderSettings) -> str:
+    width = f", width {encoder.width}" if encoder.name == "convnet" else ""
+    return f"{encoder.name}{width}"
+
+
+def _batch(rows: int, most: int) -> int:
+    """The largest power of two that is at most half of the rows."""
+    return min(most, 1 << int(math.log2(rows // 2)))
+
+
+def _views(size: int, channels: int, *, gpu: bool) -> tuple[View, View]:
+    """For Pretrain, and for Train and Boost."""
+    if channels == 1:
+        grey = SimclrView(
+            crop_scale=(0.4, 1.0), flip=0, saturation=0, hue=0, grayscale=0, rotate_degrees=18
+        )
+        return grey, grey
+    weak = SimclrView()
+    return weak, StrongView(cutout=size // 2) if gpu else SimclrView(crop_scale=(0.4, 1.0))

@@ -1,0 +1,149 @@
+"""`snscc fit`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from snscc_ray.cli.options import Settings, fail, out, place_of, seconds_of
+from snscc_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from snscc_ray.fit import Fitted
+
+
+def fit(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="folder of images, or shards")],
+    clusters: Annotated[
+        str, typer.Option(help="how many kinds there are, or auto: estimate it")
+    ] = "auto",
+    out_folder: Annotated[
+        str | None, typer.Option("--out", help="run folder  [default: runs/NAME OF DATA]")
+    ] = None,
+    max_cluster_imbalance: Annotated[
+        float,
+        typer.Option(min=1, help="how many times the rarest kind the most frequent one may be"),
+    ] = 1.0,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="start from one that is trained: torchvision:resnet50, timm:NAME, or a "
+            "checkpoint  [default: a new one, as large as the machine allows]"
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=4, max=1024, help="pixels  [default: by data and machine]")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="fill 90s, 25m or 2h, or so  [default: what it takes, at most 30m without a GPU "
+            "and 2h with one]",
+        ),
+    ] = None,
+    labels: Annotated[
+        bool,
+        typer.Option("--labels", help="sub-folders are classes: measure by them, learn nothing"),
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="of everything random in the run")] = None,
+    settings: Settings = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the run in --out")
+    ] = False,
+) -> None:
+    """Find out what is in a folder of images: no labels, no settings.
+
+    Chooses image size, encoder, batch and epochs from the images and the machine, says what and
+    why and how long it will take, runs, and writes a report. Stopped or killed, the same command
+    goes on.
+
+    Examples:
+
+        snscc fit ~/photos
+
+        snscc fit ~/photos --clusters 12 --budget 10m
+
+        snscc fit ~/photos --max-cluster-imbalance 10 --out runs/uneven
+
+        snscc fit s3://bucket/shards --encoder torchvision:resnet50
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: use auto, cpu or cuda")
+    count = _count(clusters)
+    seconds = None if budget is None else seconds_of(budget)
+    place = place_of(data)
+    # Imported here: torch takes seconds, which --help should not wait for.
+    from snscc_ray.choose import Wishes
+    from snscc_ray.engine import Interrupted
+    from snscc_ray.fit import FitRequest, fit_images
+    from snscc_ray.paths import as_path
+    from snscc_ray.pretrained import encoder_settings
+    from snscc_ray.report import report
+
+    chosen = None if encoder is None else encoder_settings(encoder)
+    name = as_path(place).name.removesuffix(".parquet") or "images"
+    folder = as_path(out_folder or f"runs/{name}")
+    request = FitRequest(
+        source=place,
+        folder=folder,
+        wishes=Wishes(count, image_size, max_cluster_imbalance, chosen),
+        folders_are_labels=labels,
+        overrides=(*(settings or ()), *([] if seed is None else [f"seed={seed}"])),
+        budget=seconds,
+        device=device,
+        overwrite=overwrite,
+    )
+    try:
+        fitted = fit_images(request, out)
+    except (Interrupted, KeyboardInterrupt):
+        fail(f"stopped; the same command goes on with {shlex.quote(str(folder))}", 130)
+    _show(fitted, folder)
+    page = folder / "report.html"
+    report(folder, page, out, device=device)
+    _line(f"\nReport: {page}")
+    _line(f"New images: snscc predict {shlex.quote(str(folder))} FOLDER")
+
+
+def _count(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 2:
+        raise UserError(f"--clusters {text}: give a number of 2 or more, or auto")
+    return int(text)
+
+
+def _show(fitted: Fitted, folder: Path) -> None:
+    import pyarrow.parquet as pq
+
+    found = pq.read_table(folder / "assignments.parquet", columns=["id", "cluster", "confidence"])
+    table = Table("cluster", "images", "share", "mean confidence", box=None)
+    sizes = found.group_by("cluster").aggregate([("id", "count"), ("confidence", "mean")])
+    for row in sizes.sort_by("cluster").to_pylist():
+        table.add_row(
+            str(row["cluster"]),
+            f"{row['id_count']:,}",
+            f"{row['id_count'] / found.num_rows:.0%}",
+            f"{row['confidence_mean']:.2f}",
+        )
+    out.print()
+    out.print(table)
+    figures = fitted.result.figures
+    last = list(figures["stages"].values())[-1]
+    if "oracle/acc" in last:
+        names = ("acc", "nmi", "ari")
+        shown = ", ".join(f"{name.upper()} {last[f'oracle/{name}']:.3f}" for name in names)
+        _line(f"By the labels, which only measure: {shown}.")
+    if figures["skipped"]:
+        _line(f"{figures['skipped']} unreadable images were left out; the report names them.")
+    told = "" if fitted.told_seconds is None else f" (told: {fitted.told_seconds / 60:.1f})"
+    _line(f"It took {fitted.took_seconds / 60:.1f} minutes{told}.")
+
+
+def _line(text: str) -> None:
+    out.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snscc_ray.choose import Wishes, choose
+from snscc_ray.config import DataSettings, EncoderSettings, Recipe
+from snscc_ray.data.sources import list_rows
+from snscc_ray.errors import UserError
+from snscc_ray.look import Look, look
+from snscc_ray.run import check
+
+WHERE: dict[str, Any] = {"source": "auto", "path": "anywhere"}
+
+
+def chosen(seen: Look, *, gpu: bool = False, **wishes: Any) -> Recipe:
+    recipe, picks = choose("mine", WHERE, seen, gpu=gpu, wishes=Wishes(**{"clusters": 5, **wishes}))
+    assert all(pick.value and pick.why for pick in picks)
+    return recipe
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("side", [8, 13, 28, 96, 3000])
+@pytest.mark.parametrize("rows", [20, 47, 300, 5000, 1_000_000])
+def test_what_is_chosen_can_be_run(rows: int, side: int, grey: bool, gpu: bool) -> None:
+    recipe = chosen(Look(rows, side, grey, True), gpu=gpu)
+    check(recipe, rows, 1)
+    assert recipe.data.channels == (1 if grey else 3)
+    assert recipe.data.image_size <= max(side, 32)
+    assert recipe.pretrain.epochs <= 1000
+    if grey:
+        assert recipe.pretrain.view.flip == 0
+
+
+def test_small_sets_are_gone_over_more_often() -> None:
+    few, many = (chosen(Look(rows, 28, False, True)) for rows in (500, 20_000))
+    assert few.pretrain.epochs > 10 * many.pretrain.epochs
+    assert few.pretrain.batch_size <= 250 < many.pretrain.batch_size
+
+
+def test_a_gpu_gets_more() -> None:
+    seen = Look(5000, 200, False, True)
+    cpu, gpu = chosen(seen), chosen(seen, gpu=True)
+    assert cpu.encoder.name == "convnet" and gpu.encoder.name == "resnet18"
+    assert cpu.data.image_size < gpu.data.image_size
+    assert cpu.pretrain.epochs < gpu.pretrain.epochs
+
+
+def test_wishes_are_kept() -> None:
+    trained = EncoderSettings(name="resnet18", stem="standard", weights="default")
+    recipe = chosen(Look(5000, 200, True, True), image_size=48, max_imbalance=7.0, encoder=trained)
+    assert recipe.data.image_size == 48 and recipe.train.max_imbalance == 7
+    assert recipe.encoder == trained and recipe.pretrain.epochs == 0
+    assert recipe.data.channels == 3 and recipe.data.mean is not None
+
+
+def test_too_few_images() -> None:
+    with pytest.raises(UserError, match=r"19 images are too few.*20"):
+        chosen(Look(19, 32, False, True))
+
+
+def pictures(folder: Path, colours: int, greys: int) -> Path:
+    drawing = np.random.default_rng(0)
+    for number in range(colours + greys):
+        pixels = drawing.integers(0, 256, (30 + number, 40, 3), np.uint8)
+        if number >= colours:
+            pixels[...] = pixels[..., :1]
+        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=95)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no")
+    return folder
+
+
+@pytest.mark.parametrize(("colours", "greys", "grey"), [(0, 9, True), (5, 5, False), (9, 0, False)])
+def test_a_look_at_a_folder(tmp_path: Path, colours: int, greys: int, grey: bool) -> None:
+    place = pictures(tmp_path, colours, greys)
+    data = DataSettings(source="auto", path=str(place), num_clusters=2, image_size=32)
+    seen = look(list_rows(data))
+    assert seen.rows == colours + greys + 1 and seen.grey == grey
+    assert 30 <= seen.side <= 40
+
+
+def test_nothing_to_look_at(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"no")
+    data = DataSettings(source="auto", path=str(tmp_path), num_clusters=2, image_size=32)
+    with pytest.raises(UserError, match="none of the first images"):
+        look(list_rows(data))

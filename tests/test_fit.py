@@ -1,0 +1,160 @@
+"""`snscc fit`, as a person uses it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from snscc_ray.cli import options
+from snscc_ray.cluster_count import estimate, expected_seconds
+from tests.conftest import digits_table
+from tests.synthetic import make
+from tests.test_cli import Snscc, refused
+from tests.test_predict import images
+
+QUICK = ["--set", "pretrain.epochs=2", "--set", "train.epochs=2", "--set", "boost.epochs=1"]
+ROWS = 150
+
+
+@pytest.fixture
+def snscc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Snscc:
+    monkeypatch.setattr(options.out, "width", 160)
+    return Snscc(capsys)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as files, one of them broken."""
+    folder = images(tmp_path_factory.mktemp("fit") / "scans", digits_table(ROWS))
+    (folder / "torn.png").write_bytes(b"\x89PNG torn")
+    return folder
+
+
+def held(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
+def test_a_folder_becomes_clusters_and_a_report(scans: Path, snscc: Snscc, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = snscc("fit", scans, "--clusters", 4, "--out", out, *QUICK)
+    assert done.status == 0, done.err
+    for said in ("image size: 8 px", "encoder: convnet", "left out torn.png", "minutes", "report"):
+        assert said in done.out, said
+    found = pq.read_table(out / "assignments.parquet")
+    assert found.num_rows == ROWS and set(found["cluster"].to_pylist()) <= set(range(4))
+    assert "label" not in found.column_names
+    assert {pick["what"] for pick in held(out, "fit.json")["picked"]} > {"encoder", "epochs"}
+    page = (out / "report.html").read_text()
+    assert "torn.png" in page and "width 24" in page
+    again = snscc("fit", scans, "--clusters", 4, "--out", out, *QUICK)
+    assert again.status == 0 and "going on with the run" in again.out
+    assert pq.read_table(out / "assignments.parquet").equals(found)
+
+
+def test_the_number_of_clusters_is_estimated(scans: Path, snscc: Snscc, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = snscc("fit", scans, "--out", out, *QUICK)
+    assert done.status == 0, done.err
+    counted = held(out, "clusters.json")
+    assert counted["chosen"] == held(out, "recipe.json")["recipe"]["data"]["num_clusters"]
+    assert counted["why"] in done.out.replace("\n", " ")
+    pretrain = held(out, "metrics.json")["stages"]["pretrain"]
+    assert pretrain["health/clusters_in_use"] <= counted["chosen"]
+    assert len(held(out, "pretrain/stage.json")["figures"]) == len(pretrain)
+    if counted["chosen"] != 10:  # the figures are of the number found, not of the provisional one
+        before = snscc("fit", scans, "--clusters", 10, "--out", tmp_path / "ten", *QUICK)
+        assert before.status == 0
+        ten = held(tmp_path / "ten", "metrics.json")["stages"]["pretrain"]
+        assert ten["health/score"] != pretrain["health/score"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_fit_goes_on(scans: Path, snscc: Snscc, tmp_path: Path, stop: int) -> None:
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    settings = ["--set", "pretrain.epochs=30", *QUICK[2:], "--set", "runtime.checkpoint_steps=1"]
+    words = ["fit", str(scans), "--out", str(out), *settings]
+    command = [sys.executable, "-m", "snscc_ray", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 120
+    while not (out / "pretrain" / "latest.pt").exists() and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(stop)
+    _, said = process.communicate(timeout=60)
+    assert not (out / "clusters.json").exists()
+    if stop == signal.SIGTERM:
+        assert process.returncode == 130 and "the same command goes on" in said
+    refused(snscc("run", "--resume", "--out", out), "begun by `snscc fit`")
+    refused(snscc(*words, "--clusters", 3), "already holds")
+    assert snscc(*words).status == 0
+    assert snscc("fit", scans, "--out", whole, *settings).status == 0
+    one, two = (pq.read_table(place / "assignments.parquet") for place in (out, whole))
+    assert one.equals(two)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--clusters", "1"], ["--clusters 1", "2 or more"]),
+        (["--clusters", "many"], ["--clusters many", "auto"]),
+        (["--clusters", "200"], ["data.num_clusters=200", "151"]),
+        (["--device", "tpu"], ["--device tpu"]),
+        (["--encoder", "resnet19"], ["resnet19", "resnet18"]),
+        (["--max-cluster-imbalance", "0.5"], ["imbalance", "1"]),
+        (["--budget", "soon"], ["--budget soon", "25m"]),
+        (["--set", "train.epoch=3"], ["train.epoch"]),
+        (["--labels"], ["lies in no sub-folder"]),
+    ],
+)
+def test_mistakes_are_one_line(
+    scans: Path, snscc: Snscc, tmp_path: Path, words: list[str], says: list[str]
+) -> None:
+    refused(snscc("fit", scans, "--out", tmp_path / "run", *words), *says)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------ how many
+
+
+@pytest.mark.parametrize("kinds", [2, 3, 7, 15])
+def test_groups_that_are_apart_are_counted(kinds: int) -> None:
+    drawing = torch.Generator().manual_seed(kinds)
+    centres = torch.nn.functional.normalize(torch.randn(kinds, 32, generator=drawing), dim=1)
+    rows = centres.repeat_interleave(40, 0) + 0.07 * torch.randn(40 * kinds, 32, generator=drawing)
+    found = estimate(torch.nn.functional.normalize(rows, dim=1), seed=0)
+    assert found.chosen == kinds
+    assert found.runner_up != kinds and found.runner_up in found.tried
+    assert all(len(values) == len(found.tried) for values in found.criteria.values())
+    again = estimate(torch.nn.functional.normalize(rows, dim=1), seed=0)
+    assert again == found
+
+
+def test_few_rows_and_equal_rows_are_counted_without_a_fall() -> None:
+    assert estimate(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), 0).chosen in (
+        2,
+        3,
+    )
+    assert expected_seconds(20, 4) > 0
+
+
+@pytest.mark.slow
+def test_seven_kinds_of_pictures_are_found(snscc: Snscc, tmp_path: Path) -> None:
+    """From files to clusters without an option; a label is only looked at here, at the end."""
+    place = make(tmp_path / "kinds", kinds=7, each=90, seed=7)
+    done = snscc("fit", place, "--labels", "--out", tmp_path / "run")
+    assert done.status == 0, done.err
+    assert abs(held(tmp_path / "run", "clusters.json")["chosen"] - 7) <= 1
+    assert held(tmp_path / "run", "metrics.json")["stages"]["boost"]["oracle/acc"] > 0.85
