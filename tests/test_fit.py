@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from snscc_ray.cli import options
 from snscc_ray.cluster_count import estimate, expected_seconds
@@ -158,3 +160,75 @@ def test_seven_kinds_of_pictures_are_found(snscc: Snscc, tmp_path: Path) -> None
     assert done.status == 0, done.err
     assert abs(held(tmp_path / "run", "clusters.json")["chosen"] - 7) <= 1
     assert held(tmp_path / "run", "metrics.json")["stages"]["boost"]["oracle/acc"] > 0.85
+
+
+# ------------------------------------------------------------------------- what folders hold
+
+
+def mixed(folder: Path, count: int) -> set[str]:
+    """Images of every kind, sizes and depths mixed, and the names of the hundredth that is torn."""
+    drawing = np.random.default_rng(0)
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
+        ("JPEG", "RGB", {}), ("JPEG", "L", {}), ("JPEG", "CMYK", {}), ("PNG", "RGBA", {}),
+        ("PNG", "I;16", {}), ("PNG", "P", {}), ("WEBP", "RGB", {}), ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {}), ("JPEG", "RGB", {"turned": 6}), ("TIFF", "L", {}),
+    ]  # fmt: skip
+    torn = set()
+    for number in range(count):
+        kind, mode, more = kinds[number % len(kinds)]
+        wide, high = drawing.integers(20, 60, 2)
+        pixels = drawing.integers(0, 256, (high, wide, 3)).astype(np.uint8)
+        image = Image.fromarray(pixels)
+        if mode == "I;16":
+            image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+        elif mode != "RGB":
+            image = image.convert(mode)
+        name = f"{'deep/er/' * (number % 3)}{number:04}.{kind.lower()}"
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        if more:
+            exif[0x0112] = more["turned"]
+        image.save(path, kind, **({"exif": exif} if more else {}))
+        if number % 100 == 50:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            torn.add(name)
+    return torn
+
+
+def test_no_image_of_a_mixed_folder_is_lost_in_silence(snscc: Snscc, tmp_path: Path) -> None:
+    torn = mixed(tmp_path / "mixed", 220)
+    out = tmp_path / "run"
+    done = snscc(
+        "fit", tmp_path / "mixed", "--clusters", 3, "--image-size", 16, "--out", out, *QUICK
+    )
+    assert done.status == 0, done.err
+    assert "RGB" in done.out and f"{len(torn)} unreadable images were left out" in done.out
+    found = set(pq.read_table(out / "assignments.parquet")["id"].to_pylist())
+    there = {
+        p.relative_to(tmp_path / "mixed").as_posix() for p in (tmp_path / "mixed").rglob("*.*")
+    }
+    assert found == there - torn and len(torn) == 2
+    page = (out / "report.html").read_text()
+    assert all(name in page for name in torn)
+
+
+@pytest.mark.slow
+def test_uneven_digits(snscc: Snscc, tmp_path: Path) -> None:
+    """Ten classes of 174 down to 17: told of where sizes are taken to be equal, found where not."""
+    table = digits_table(1797)
+    labels = table["label"].to_numpy()
+    sizes = np.round(174 * 0.1 ** (np.arange(10) / 9)).astype(int)
+    rows = np.concatenate([np.flatnonzero(labels == c)[:n] for c, n in enumerate(sizes)])
+    (tmp_path / "uneven").mkdir()
+    pq.write_table(table.take(np.sort(rows)), tmp_path / "uneven" / "a.parquet")
+    words = ["fit", tmp_path / "uneven", "--clusters", 10]
+    even = snscc(*words, "--out", tmp_path / "even")
+    assert even.status == 0 and "forced-balance" in even.out
+    free = snscc(*words, "--max-cluster-imbalance", 10, "--out", tmp_path / "free")
+    assert free.status == 0 and "forced-balance" not in free.out
+    acc = [
+        held(tmp_path / run, "metrics.json")["stages"]["boost"]["oracle/acc"]
+        for run in ("even", "free")
+    ]
+    assert acc[1] >= 0.9 and acc[1] > acc[0] + 0.1
