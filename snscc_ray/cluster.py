@@ -192,13 +192,18 @@ def unseen(address: str, marker: str, token: str, files: list[str]) -> str | Non
             f"node {node} does not see {path.parent}: give a --storage that every node sees, such "
             "as s3://BUCKET/runs or a shared file system"
         )
+    return unread(address, files)
+
+
+def unread(address: str, files: list[str]) -> str | None:
+    """Which of the files this node cannot read; None: it reads them all."""
     for file in files:
         try:
             with as_path(file).open("rb") as opened:
                 opened.read(4)
         except OSError as error:
             return (
-                f"node {node} cannot read {file} ({error.strerror or error}): give a --data that "
-                "every node sees, or copy it there"
+                f"node {_called(address)} cannot read {file} ({error.strerror or error}): give a "
+                "--data that every node sees, or copy it there"
             )
     return None

@@ -41,13 +41,20 @@ def own_images(folder: Path, device: torch.device, display: Display) -> Own:
     rows = list_rows(recipe.data)
     mode = mode_for(recipe.data, rows, device, display)
     catalog, data = bring(recipe.data, rows, mode, device, display)
-    known = pq.read_table(folder / "assignments.parquet", columns=["id"])["id"].to_pylist()
+    known = own_ids(folder)
     if catalog.ids != known:
         raise UserError(
             f"{rows.place} holds other images than those {folder} was made of ({len(catalog)} "
             f"now, {len(known)} then); put them back, or run the recipe again"
         )
     return Own(folder, recipe, catalog, data, device)
+
+
+def own_ids(folder: Path) -> list[str]:
+    """The ids of a run's own images, in their order."""
+    with (folder / "assignments.parquet").open("rb") as file:
+        ids: list[str] = pq.read_table(file, columns=["id"])["id"].to_pylist()
+    return ids
 
 
 def load_encoder(

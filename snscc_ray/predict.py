@@ -6,32 +6,54 @@ own set gets the very cluster that assignments.parquet says.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
 from snscc_ray import checkpoints
-from snscc_ray.checkpoints import write_whole
+from snscc_ray.answers import Known, answers, write
 from snscc_ray.config import DataSettings, Recipe, StageName
-from snscc_ray.data.imageset import Catalog
-from snscc_ray.data.resident import Images
+from snscc_ray.data.imageset import Rows
+from snscc_ray.data.resident import Images, ResidentData
 from snscc_ray.data.sources import list_rows
 from snscc_ray.encoders import ClusterHeads, ClusterNet, build_encoder, out_features
 from snscc_ray.errors import UserError
+from snscc_ray.features import kept_features, own_ids, own_images, stage_features
 from snscc_ray.local import bring, mode_for
 from snscc_ray.monitor import Display
 from snscc_ray.run_folder import read_recipe
 from snscc_ray.stages.context import Context
-from snscc_ray.stages.train import probabilities
 from snscc_ray.views import Normalize
 from snscc_ray.workers import choose_device
 
 _CLUSTERING: tuple[StageName, ...] = ("boost", "train")  # the last one there is counts
+# Rows answered at a time: those of a clean pass.
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which images to put into which run's clusters, and what to say of each."""
+
+    run: Path
+    source: str  # folder of images, or shards
+    out: Path
+    top: int = 3  # clusters to list
+    nearest: int = 3  # images of the run's own to list
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was written, and how many images could not be read."""
+
+    table: pa.Table
+    left_out: int
 
 
 @dataclass(frozen=True)
@@ -39,14 +61,51 @@ class Model:
     """What a finished run has learned."""
 
     recipe: Recipe
+    stage: StageName
     network: ClusterNet
     normalize: Normalize
     device: torch.device
 
-    def probabilities(self, images: Images) -> Tensor:
-        """Cluster probabilities of images in their order, (N, C) float32 on the CPU."""
+    def look(self, images: Images) -> tuple[Tensor, Tensor]:
+        """L2-normalised features (N, D) and cluster probabilities (N, C) of images in their
+        order, float32 on the device, from one pass."""
+
+        def both(x_BCHW: Tensor) -> Tensor:
+            z_BD, logits_HBC = self.network(x_BCHW)
+            return torch.cat([z_BD, logits_HBC[0].softmax(1)], dim=1)
+
         context = Context(self.recipe, images, None, self.normalize, self.device)
-        return probabilities(context, self.network)[:, 0]
+        both_N = context.clean_pass(self.network, both)
+        clusters = self.recipe.data.num_clusters
+        z_ND, p_NC = both_N.split([both_N.shape[1] - clusters, clusters], dim=1)
+        return z_ND, p_NC
+
+    def on(self, device: torch.device) -> Model:
+        self.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return replace(self, device=device)
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """All that is needed to answer for an image, wherever it is asked."""
+
+    model: Model
+    top: int
+    known: Known | None
+
+    def __call__(self, images_BCHW: Tensor) -> pa.Table:
+        """A row for each of any number of uint8 images, see `answers`."""
+        parts = [
+            answers(*self.model.look(ResidentData(part, self.model.device)), self.top, self.known)
+            for part in images_BCHW.split(_ROWS)
+        ]
+        return pa.concat_tables(parts)
+
+    def on(self, device: torch.device) -> Answerer:
+        known = self.known
+        if known is not None:
+            known = replace(known, features_MD=known.features_MD.to(device))
+        return replace(self, model=self.model.on(device), known=known)
 
 
 def load_model(folder: Path, device: str = "auto") -> Model:
@@ -70,31 +129,58 @@ def load_model(folder: Path, device: str = "auto") -> Model:
     heads = ClusterHeads(recipe.train, out_features(encoder), clusters, heads=1)
     network = ClusterNet(encoder, heads)
     checkpoints.load_weights(network, held["network"], path)
-    network.to(chosen, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = (tuple(held["normalize"][name]) for name in ("mean", "std"))
-    return Model(recipe, network, Normalize(mean, std), chosen)
+    return Model(recipe, stage, network, Normalize(mean, std), chosen).on(chosen)
 
 
-def predict(
-    run: Path, source: str, out: Path, console: Console, *, device: str = "auto", top: int = 3
-) -> tuple[Catalog, pa.Table]:
-    """Cluster the images in a folder or in Parquet shards, and write a row for each to `out`.
+def predict(question: Question, console: Console, device: str = "auto") -> Found:
+    """Cluster the images in a folder or in Parquet shards, and write a row for each.
 
-    Columns: id, cluster, confidence, and the `top` clusters with their confidences. Unreadable
-    images are left out and said. Raises UserError; nothing is written then.
+    Columns: id and those of `answers`. Unreadable images are left out and said. Raises UserError;
+    nothing is written then.
     """
-    model = load_model(run, device)
     display = Display(console)
-    settings = _settings(model.recipe, source)
+    answerer, settings, rows = prepare(question, display, device)
+    device_ = answerer.model.device
+    mode = mode_for(settings, rows, device_, display)
+    catalog, data = bring(settings, rows, mode, device_, display)
+    tell = display.counting("predict", "images")
+    parts: list[pa.Table] = []
+    done = 0
+    for images in data.slices(0, len(data), _ROWS):
+        parts.append(answerer(images))
+        done += len(images)
+        tell(done, len(data))
+    display.finish()
+    return conclude(question, catalog.ids, catalog.skipped, parts, display)
+
+
+def prepare(
+    question: Question, display: Display, device: str
+) -> tuple[Answerer, DataSettings, Rows]:
+    """Who answers, on a device, and the images that are asked of. Raises UserError."""
+    model = load_model(question.run, device)
+    settings = _settings(model.recipe, question.source)
     rows = list_rows(settings)
-    mode = mode_for(settings, rows, model.device, display)
-    images, data = bring(settings, rows, mode, model.device, display)
-    for identifier, reason in images.skipped:
+    known = _known(question, model, display) if question.nearest else None
+    return Answerer(model, question.top, known), settings, rows
+
+
+def conclude(
+    question: Question,
+    ids: list[str],
+    skipped: Iterable[tuple[str, str]],
+    parts: list[pa.Table],
+    display: Display,
+) -> Found:
+    """Say what is left out, and write the answers for the ids, which come in parts."""
+    left_out = 0
+    for identifier, reason in skipped:
+        left_out += 1
         display.line(f"left out {identifier}: {reason}")
-    p_NC = model.probabilities(data)
-    table = _table(images.ids, p_NC, min(top, p_NC.shape[1]))
-    write_whole(out, lambda file: pq.write_table(table, file))
-    return images, table
+    table = pa.concat_tables(parts).add_column(0, "id", pa.array(ids, pa.string()))
+    write(table, question.out)
+    return Found(table, left_out)
 
 
 def _settings(recipe: Recipe, source: str) -> DataSettings:
@@ -112,16 +198,17 @@ def _settings(recipe: Recipe, source: str) -> DataSettings:
     )
 
 
-def _table(ids: list[str], p_NC: Tensor, top: int) -> pa.Table:
-    # Sorted, not topk: of equal probabilities the first cluster stands first, as in training.
-    order_NC = p_NC.argsort(dim=1, descending=True, stable=True)[:, :top]
-    sorted_NC = p_NC.gather(1, order_NC)
-    return pa.table(
-        {
-            "id": pa.array(ids, pa.string()),
-            "cluster": pa.array(order_NC[:, 0].int().numpy()),
-            "confidence": pa.array(sorted_NC[:, 0].numpy()),
-            "top_clusters": pa.array(order_NC.int().tolist(), pa.list_(pa.int32())),
-            "top_confidences": pa.array(sorted_NC.tolist(), pa.list_(pa.float32())),
-        }
-    )
+def _known(question: Question, model: Model, display: Display) -> Known | None:
+    """The run's own images by the features of its last stage; None, and why, without them."""
+    run = question.run
+    try:
+        features_MD = kept_features(run, model.stage)
+        if features_MD is None:
+            display.line("looking at the run's own images, once, to know the nearest")
+            features_MD = stage_features(own_images(run, model.device, display), model.stage)
+    except (UserError, OSError) as error:
+        display.line(f"no nearest images, as the run's own are not at hand: {error}")
+        return None
+    # They are kept in half precision, in which they are no longer of length 1.
+    features_MD = F.normalize(features_MD, dim=1).to(model.device)
+    return Known(pa.array(own_ids(run), pa.string()), features_MD, question.nearest)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,11 +12,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
 
 from snscc_ray import checkpoints, cli
 from snscc_ray.cli import options
+from snscc_ray.encoders import ClusterNet
+from snscc_ray.features import own_images
+from snscc_ray.monitor import Display
+from snscc_ray.predict import Question, prepare
 from tests.conftest import TINY, digits_table
-from tests.ray_tools import sets
+from tests.ray_tools import own_ray, sets
 from tests.test_cli import Snscc, content, refused
 
 ROWS = 203
@@ -127,8 +137,162 @@ def test_what_is_there_is_not_replaced(trained: Path, snscc: Snscc, tmp_path: Pa
     refused(snscc(*words, tmp_path / "out.parquet"), "exists", "--overwrite")
     refused(snscc(*words, tmp_path), "is a folder")
     (tmp_path / "empty").mkdir()
-    refused(snscc("predict", trained / "run", tmp_path / "empty", "-o", tmp_path / "o"), "nothing")
+    nothing = ["predict", trained / "run", tmp_path / "empty", "-o", tmp_path / "o.csv"]
+    refused(snscc(*nothing), "nothing known")
+    refused(snscc(*words, tmp_path / "new.txt"), "--out", ".parquet", ".csv")
     (tmp_path / "empty").rmdir()
     assert content(tmp_path) == before
     assert snscc(*words, tmp_path / "out.parquet", "--overwrite").status == 0
     assert pq.read_table(tmp_path / "out.parquet").num_rows == ROWS
+
+
+# ---------------------------------------------------------------------- nearest, CSV, batches, Ray
+
+
+def own_features(run: Path) -> Tensor:
+    return torch.nn.functional.normalize(
+        checkpoints.load(run / "boost" / "features.pt")["features"].double(), dim=1
+    )
+
+
+def test_the_nearest_are_those_of_the_greatest_cosine(
+    trained: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.parquet"
+    words = ["predict", trained / "run", trained / "shards", "-o", out, "--overwrite"]
+    snscc(*words, "--nearest", 4)
+    z_ND = own_features(trained / "run")
+    ids = pq.read_table(trained / "run" / "assignments.parquet")["id"].to_pylist()
+    for row, cosines_N in zip(pq.read_table(out).to_pylist(), z_ND @ z_ND.T, strict=True):
+        assert len(set(row["nearest"])) == 4
+        told = torch.tensor(row["nearest_similarity"], dtype=torch.float64)
+        assert torch.equal(told, told.sort(descending=True).values)
+        # Kept in half precision, and so close ones may change places.
+        atol = 2e-3
+        torch.testing.assert_close(told, cosines_N.topk(4).values, rtol=0, atol=atol)
+        named = cosines_N[[ids.index(name) for name in row["nearest"]]]
+        torch.testing.assert_close(told, named, rtol=0, atol=atol)
+        assert told[0] == pytest.approx(1, abs=1e-5)  # the image itself is among them
+    more = snscc(*words, "--nearest", 1000)
+    assert "run's own images" not in more.out  # their features were kept
+    assert {len(row) for row in pq.read_table(out)["nearest"].to_pylist()} == {ROWS}
+    snscc(*words, "--nearest", 0)
+    assert not {"nearest", "nearest_similarity"} & set(pq.read_table(out).column_names)
+
+
+def change_recipe(run: Path, **fields: object) -> None:
+    held = json.loads((run / "recipe.json").read_text())
+    held["recipe"]["data"] |= fields
+    (run / "recipe.json").write_text(json.dumps(held))
+
+
+def test_nearest_images_are_left_out_where_the_own_ones_are_gone(
+    trained: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    (run / "boost" / "features.pt").unlink(missing_ok=True)
+    change_recipe(run, path=str(tmp_path / "gone"))
+    done = snscc("predict", run, trained / "shards", "-o", tmp_path / "out.parquet")
+    assert done.status == 0, done
+    (line,) = [line for line in done.out.splitlines() if "nearest" in line and "no " in line]
+    assert "gone does not exist" in line
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found.num_rows == ROWS and "nearest" not in found.column_names
+
+
+def test_each_image_passes_once(
+    trained: Path, snscc: Snscc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["predict", trained / "run", trained / "shards", "--overwrite", "-o"]
+    snscc(*words, tmp_path / "out.parquet")
+    passed: list[int] = []
+    forward = ClusterNet.forward
+
+    def counted(self: ClusterNet, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        passed.append(len(x_BCHW))
+        return forward(self, x_BCHW)
+
+    monkeypatch.setattr(ClusterNet, "forward", counted)
+    snscc(*words, tmp_path / "out.parquet")
+    assert sum(passed) == ROWS
+
+
+def test_a_streamed_set_gets_the_same_answers(trained: Path, snscc: Snscc, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    for mode in ("resident", "stream"):
+        change_recipe(run, mode=mode)
+        done = snscc("predict", run, trained / "shards", "-o", tmp_path / f"{mode}.parquet")
+        assert ("images streamed" in done.out) == (mode == "stream")
+    resident, stream = (pq.read_table(tmp_path / f"{m}.parquet") for m in ("resident", "stream"))
+    assert resident.equals(stream)
+
+
+def test_a_spreadsheet_holds_what_parquet_does(trained: Path, snscc: Snscc, tmp_path: Path) -> None:
+    few = images(tmp_path / "few", digits_table(3))
+    (few / "000.png").rename(few / 'a, "b".png')
+    for name in ("out.parquet", "out.CSV"):
+        assert snscc("predict", trained / "run", few, "-o", tmp_path / name).status == 0
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    with (tmp_path / "out.CSV").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    assert 'a, "b".png' in [line["id"] for line in lines]
+    for line, row in zip(lines, rows, strict=True):
+        assert int(line["cluster"]) == row["cluster"]
+        assert float(line["confidence"]) == pytest.approx(row["confidence"], abs=1e-6)
+        assert [int(v) for v in line["top_clusters"].split("|")] == row["top_clusters"]
+        assert line["nearest"].split("|") == row["nearest"]
+        for name in ("top_confidences", "nearest_similarity"):
+            told = [float(value) for value in line[name].split("|")]
+            assert told == pytest.approx(row[name], abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 50, 202])
+def test_the_same_image_gets_the_same_answer_whatever_the_batch(trained: Path, size: int) -> None:
+    """To the last bit on a CPU, the order of the images being another one too."""
+    display = Display(Console(quiet=True))
+    question = Question(trained / "run", str(trained / "shards"), Path("unused"), top=10)
+    answerer, _, _ = prepare(question, display, "cpu")
+    data = own_images(trained / "run", torch.device("cpu"), display).data
+    all_NCHW = next(data.slices(0, ROWS, ROWS))
+    whole = answerer(all_NCHW)
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(size))
+    parts = pa.concat_tables([answerer(part) for part in all_NCHW[order].split(size)])
+    assert parts.equals(whole.take(pa.array(order.numpy())))
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_answers_in_the_same_order(trained: Path, tmp_path: Path) -> None:
+    mixed = images(tmp_path / "mixed", digits_table(ROWS))
+    for name in ("000.png", "100.png", "202.png"):
+        (mixed / name).write_bytes(b"no image at all")
+    workers = min(2, os.cpu_count() or 1)
+    with own_ray() as ray:
+        words = ["predict", trained / "run", mixed, "-o"]
+        here = ray.snscc(*words, tmp_path / "here.parquet")
+        there = ray.snscc(*words, tmp_path / "there.parquet", "--workers", workers)
+        assert here.wait().err == there.wait().err == "", there.said()
+        said = there.out
+    assert said.count("left out 100.png: not an image") == 1
+    assert "200 images, 3 unreadable ones left out" in said
+    ours, theirs = (pq.read_table(tmp_path / f"{n}.parquet") for n in ("here", "there"))
+    assert theirs.schema == ours.schema
+    assert theirs["id"].equals(ours["id"])
+    for one, two in zip(theirs.to_pylist(), ours.to_pylist(), strict=True):
+        assert one["cluster"] == two["cluster"] and one["nearest"] == two["nearest"]
+        for name in ("top_confidences", "nearest_similarity"):
+            assert one[name] == pytest.approx(two[name], rel=0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--gpu"], ["--gpu", "--workers"]),
+        (["--workers", "1", "--device", "cpu"], ["--device"]),
+    ],
+)
+def test_options_that_contradict_each_other(
+    options: list[str], says: list[str], trained: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    words = ["predict", trained / "run", trained / "shards", "-o", tmp_path / "out.csv"]
+    refused(snscc(*words, *options), *says)

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -50,6 +50,26 @@ def seconds_of(budget: str) -> float:
 def place_of(data: str) -> str:
     """A URL as it was given, a path in full: a run is looked at from other folders later."""
     return data if "://" in data else str(Path(data).expanduser().absolute())
+
+
+def launcher() -> Any:
+    """The module of runs on Ray. Raises UserError where Ray is not installed."""
+    try:
+        from snscc_ray import launch
+    except ImportError as error:
+        raise UserError(
+            f"--workers needs Ray ({error}); pip install 'ray[data,train,tune]', or leave "
+            "--workers out"
+        ) from error
+    return launch
+
+
+def refuse_alone(**given: object) -> None:
+    """Options that mean nothing without workers are mistakes, not wishes to be ignored."""
+    for name, value in given.items():
+        if value:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} is for Ray workers; add --workers N")
 
 
 def fail(message: str, status: int) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from snscc_ray.cli.options import out, place_of
+from snscc_ray.cli.options import SCALE, Address, launcher, out, place_of, refuse_alone
 from snscc_ray.errors import UserError
 
 
@@ -15,44 +15,70 @@ def predict(
     run: Annotated[str, typer.Argument(metavar="RUN", help="folder or URL of a finished run")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="folder of images, or shards")],
     out_file: Annotated[
-        str, typer.Option("--out", "-o", help="Parquet file to write")
+        str, typer.Option("--out", "-o", help="file to write, .parquet or .csv")
     ] = "predictions.parquet",
     top: Annotated[int, typer.Option(min=1, help="clusters to list for each image")] = 3,
+    nearest: Annotated[
+        int, typer.Option(min=0, help="most similar images of the run to list for each; 0: none")
+    ] = 3,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace --out")] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Ray workers; 0: this process, without Ray", rich_help_panel=SCALE
+        ),
+    ] = 0,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="a GPU for each worker", rich_help_panel=SCALE)
+    ] = False,
+    address: Address = None,
 ) -> None:
     """Put new images into the clusters of a finished run; no training.
 
-    Writes id, cluster, confidence, top_clusters and top_confidences.
+    Writes id, cluster, confidence, top_clusters, top_confidences, nearest and nearest_similarity.
 
     Examples:
 
         snscc predict runs/digits new_images/
 
-        snscc predict runs/images s3://bucket/shards -o new.parquet
+        snscc predict runs/images ~/new_photos -o new.csv
+
+        snscc predict runs/images s3://bucket/shards -o new.parquet --workers 8 --gpu --address auto
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: use auto, cpu or cuda")
+    if workers == 0:
+        refuse_alone(gpu=gpu, address=address)
+    elif device != "auto":
+        raise UserError("--device is of this process; leave it out with --workers, or add --gpu")
     # Imported here: torch takes seconds, which --help should not wait for.
+    from snscc_ray.answers import check_name
+    from snscc_ray.cluster import Scale
     from snscc_ray.paths import as_path
-    from snscc_ray.predict import predict as predict_images
+    from snscc_ray.predict import Question
+    from snscc_ray.predict import predict as predict_here
 
     target = as_path(out_file)
     if target.is_dir():
         raise UserError(f"--out {out_file} is a folder; give a file, such as new.parquet")
+    check_name(target)
     if target.exists() and not overwrite:
         raise UserError(f"{out_file} exists; use --overwrite, or another --out")
-    images, found = predict_images(
-        as_path(run), place_of(data), target, out, device=device, top=top
-    )
+    question = Question(as_path(run), place_of(data), target, top, nearest)
+    if workers:
+        scale = Scale((workers, workers), gpu, address=address)
+        found = launcher().predict_on_ray(question, out, scale)
+    else:
+        found = predict_here(question, out, device)
     table = Table("cluster", "images", "mean confidence", box=None)
-    sizes = found.group_by("cluster").aggregate([("id", "count"), ("confidence", "mean")])
+    sizes = found.table.group_by("cluster").aggregate([("id", "count"), ("confidence", "mean")])
     for row in sizes.sort_by("cluster").to_pylist():
         table.add_row(str(row["cluster"]), f"{row['id_count']:,}", f"{row['confidence_mean']:.3f}")
     out.print(table)
-    left_out = f", {len(images.skipped)} unreadable ones left out" if images.skipped else ""
+    left_out = f", {found.left_out} unreadable ones left out" if found.left_out else ""
     out.print(
-        f"\n{found.num_rows:,} images{left_out}: {out_file}",
+        f"\n{found.table.num_rows:,} images{left_out}: {out_file}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from snscc_ray.cli.options import SCALE, Address, Settings, fail, out, overrides_of, seconds_of
+from snscc_ray.cli.options import (
+    SCALE,
+    Address,
+    Settings,
+    fail,
+    launcher,
+    out,
+    overrides_of,
+    refuse_alone,
+    seconds_of,
+)
 from snscc_ray.config import STAGES, StageName
 from snscc_ray.errors import UserError
 
@@ -107,13 +117,13 @@ def run(
     counts = _workers(workers)
     try:
         if counts is None:
-            _refuse_alone(gpu=gpu, cpus_per_worker=cpus_per_worker, address=address)
+            refuse_alone(gpu=gpu, cpus_per_worker=cpus_per_worker, address=address)
             result = run_here(request, out)
         else:
             if budget is not None:
                 raise UserError("--budget measures this process; leave it out with --workers")
             scale = Scale(counts, gpu, cpus_per_worker, address, wait)
-            result = _launcher().run_on_ray(request, out, scale)
+            result = launcher().run_on_ray(request, out, scale)
     except Interrupted:
         command = f"snscc run --resume --out {shlex.quote(str(folder))}"
         if counts is not None:
@@ -136,25 +146,6 @@ def _workers(text: str) -> tuple[int, int] | None:
     if not 1 <= counts[0] <= counts[1]:
         raise UserError(f"--workers {text}: give a number, 0 for none, or MIN:MAX as in 2:8")
     return counts
-
-
-def _launcher() -> Any:
-    try:
-        from snscc_ray import launch
-    except ImportError as error:
-        raise UserError(
-            f"--workers needs Ray ({error}); pip install 'ray[data,train,tune]', or leave "
-            "--workers out"
-        ) from error
-    return launch
-
-
-def _refuse_alone(**given: object) -> None:
-    """Options that mean nothing without workers are mistakes, not wishes to be ignored."""
-    for name, value in given.items():
-        if value:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} is for Ray workers; add --workers N")
 
 
 def _stages(text: str) -> tuple[StageName, ...]:

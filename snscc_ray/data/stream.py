@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
@@ -30,7 +30,14 @@ from snscc_ray import distributed
 from snscc_ray.config import DataSettings, Recipe
 from snscc_ray.data.imageset import Catalog, Rows, assemble
 from snscc_ray.data.resident import Images, ResidentData, Viewer
-from snscc_ray.data.slices import VIEWS_BYTES, Findings, Slice, examine, image_bytes
+from snscc_ray.data.slices import (
+    VIEWS_BYTES,
+    Findings,
+    Slice,
+    examine,
+    image_bytes,
+    read_slice,
+)
 from snscc_ray.data.streamed import Decoded, Reader, StreamedData, decoded
 from snscc_ray.data.survey import StreamedSet, check_streamed, choose_mode, conclude, plan
 from snscc_ray.errors import UserError
@@ -165,6 +172,39 @@ def ray_reader(streamed: StreamedSet, memory_mb: int) -> Reader:
     return read
 
 
+def ray_answers(
+    rows: Rows,
+    data: DataSettings,
+    make: Callable[[], Callable[[Tensor], pa.Table]],
+    replicas: int,
+    bundle: Mapping[str, float],
+) -> Generator[tuple[int, list[tuple[int, str]], pa.Table | None]]:
+    """What `replicas` actors say of a set that is read once, in the order of its rows.
+
+    Each actor holds `bundle` of the cluster and calls `make` once, for a function from images
+    (uint8 (B, C, S, S), on the CPU) to a row of a table for each. Yields, part by part, how many
+    rows were read, (row, reason) of the unreadable ones, and the table of the others (None: there
+    are none). Raises UserError for rows that cannot be streamed, or a file that cannot be read.
+    """
+    slices = plan(rows, data)
+    read = partial(_read, channels=data.channels, size=data.image_size)
+    replicas = min(replicas, len(slices))
+    dataset = _dataset(slices, image_bytes(data), read, _cpus(), _STORE_BYTES, replicas)
+    dataset = dataset.map_batches(
+        _Replica,
+        fn_constructor_args=(make, (data.channels, data.image_size, data.image_size)),
+        batch_size=1,  # what one task has read
+        batch_format="pyarrow",
+        num_cpus=None if "GPU" in bundle else bundle["CPU"],
+        num_gpus=bundle.get("GPU"),
+        compute=ray.data.ActorPoolStrategy(size=replicas),
+    )
+    _settle(dataset, _STORE_BYTES)
+    with closing(_rows_of(dataset)) as found:
+        for row in found:
+            yield pickle.loads(row["answers"].as_py())
+
+
 def _cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
@@ -186,9 +226,14 @@ def _dataset(
     work: Callable[[Sequence[Slice], int], pa.Table],
     tasks: int,
     store_bytes: int,
+    least: int = 1,
 ) -> ray.data.Dataset:
-    """`work(slices, number of the first)` of all slices in order, `tasks` of them at a time."""
-    groups = _grouped(slices, row_bytes, min(_TASK_BYTES, store_bytes // (4 * tasks)))
+    """`work(slices, number of the first)` of all slices in order, `tasks` of them at a time.
+
+    `least`: into how many parts the work is to be cut at least; there must be as many slices.
+    """
+    share = sum(map(len, slices)) * row_bytes // least
+    groups = _grouped(slices, row_bytes, min(_TASK_BYTES, store_bytes // (4 * tasks), share))
     items = [{"work": pickle.dumps(group)} for group in groups]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _run,
@@ -198,13 +243,18 @@ def _dataset(
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=min(tasks, len(items))),
     )
+    _settle(dataset, store_bytes)
+    return dataset
+
+
+def _settle(dataset: ray.data.Dataset, store_bytes: int) -> None:
+    """Rows in order, within a bound of memory, and without a word."""
     context = dataset.context
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=store_bytes
     )
-    return dataset
 
 
 def _grouped(
@@ -288,6 +338,36 @@ def _survey(
         table = table.append_column("number", numbers)
         table = table.append_column("pixels", _binary(contents))
     return table
+
+
+def _read(slices: Sequence[Slice], first: int, channels: int, size: int) -> pa.Table:
+    failed: list[tuple[int, str]] = []
+    contents: list[np.ndarray] = []
+    for piece in slices:
+        pixels, failures = read_slice(piece, channels, size)
+        failed += [(piece.first + row, reason) for row, reason in failures]
+        contents.append(np.delete(pixels, [row for row, _ in failures], axis=0))
+    about = pickle.dumps((sum(piece.rows for piece in slices), failed))
+    return _table(about=pa.array([about], pa.binary()), pixels=_binary([contents]))
+
+
+class _Replica:
+    """One of the actors that answer."""
+
+    def __init__(
+        self, make: Callable[[], Callable[[Tensor], pa.Table]], shape: tuple[int, int, int]
+    ) -> None:
+        self._answer, self._shape = make(), shape
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if table["error"][0].is_valid:
+            return table
+        # A copy: what the object store holds may not be written to, which torch minds.
+        pixels = np.array(np.frombuffer(table["pixels"][0].as_buffer(), np.uint8))
+        images = torch.from_numpy(pixels).reshape(-1, *self._shape)
+        answered = self._answer(images) if len(images) else None
+        rows, failed = pickle.loads(table["about"][0].as_py())
+        return _table(answers=pa.array([pickle.dumps((rows, failed, answered))], pa.binary()))
 
 
 def _table(**columns: pa.Array) -> pa.Table:
