@@ -89,7 +89,7 @@ def fit_images(request: FitRequest, console: Console) -> Fitted:
         prepare_folder(folder, recipe, resume=False, overwrite=request.overwrite)
     else:
         display.line(f"going on with the run in {folder}")
-    catalog, data = load(recipe, device, display)
+    catalog, data = load(recipe, list_rows(recipe.data), device, display)
     say_skipped(catalog, display)
     for pick in picks:
         display.line(f"  {pick.what}: {pick.value} ({pick.why})")

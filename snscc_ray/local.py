@@ -65,7 +65,7 @@ def run_here(
     try:
         first = distributed.rank() == 0
         display = Display(console if first else Console(quiet=True))
-        catalog, data = load(recipe, device, display)
+        catalog, data = load(recipe, list_rows(recipe.data), device, display)
         display.line(
             f"{recipe.name}: {len(catalog):,} images of {recipe.data.image_size} px, "
             f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
@@ -131,9 +131,10 @@ def say_skipped(catalog: Catalog, display: Display) -> None:
         display.line(f"left out {identifier}: {reason}")
 
 
-def load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Catalog, Images]:
+def load(
+    recipe: Recipe, rows: Rows, device: torch.device, display: Display
+) -> tuple[Catalog, Images]:
     """The set of a run. Raises UserError where it cannot be trained on."""
-    rows = list_rows(recipe.data)
     check(recipe, len(rows.ids), distributed.world_size())
     check_encoder(recipe, distributed.world_size())
     mode = mode_for(recipe.data, rows, device, display)

@@ -1,0 +1,283 @@
+"""The whole method as a scikit-learn estimator: Pretrain → Train → Boost in `fit`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    ClusterMixin,
+    TransformerMixin,
+)
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import (
+    check_array,
+    check_is_fitted,
+    check_non_negative,
+    validate_data,
+)
+from torch import Tensor
+
+from snscc_ray import recipes
+from snscc_ray.config import DataSettings, Recipe
+from snscc_ray.data.given import (
+    as_bytes,
+    is_ray_dataset,
+    rows_of_array,
+    rows_of_dataset,
+    rows_of_paths,
+)
+from snscc_ray.data.imageset import Rows
+from snscc_ray.data.sources import list_rows
+from snscc_ray.engine import Interrupted
+from snscc_ray.errors import UserError
+from snscc_ray.local import bring, load, mode_for
+from snscc_ray.monitor import Display, Journal, RunMonitor
+from snscc_ray.overrides import override, validate
+from snscc_ray.paths import as_path
+from snscc_ray.predict import Model, load_model
+from snscc_ray.run import execute
+from snscc_ray.run_folder import first_difference, holds_something, read_recipe
+from snscc_ray.workers import LocalWorker, choose_device
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Images as they were handed over, in rows, and where they are read from again."""
+
+    rows: Rows | None  # None: what lies at the path
+    path: str | None
+
+
+class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
+    """Clusters images without labels by Soft Neighbors Supported Contrastive Clustering.
+
+    Parameters
+    ----------
+    n_clusters : how many clusters to find.
+    recipe : what to run, by a name of `snscc recipes`.
+    settings : changes to it, each `FIELD=VALUE` as after `--set`.
+    image_size : side in pixels that images are brought to; None: the recipe's.
+    image_shape : (H, W), (H, W, C) or (C, H, W) of the rows of a table; None: square and grey.
+    random_state : a seed; None: the recipe's, so that a fit can be repeated.
+    device : auto, cpu or cuda.
+    folder : where the run folder is to stay; None: nothing stays. A fit that was stopped there
+        goes on, and one that is finished is found again.
+    verbose : 1 shows what `snscc run` shows.
+
+    Attributes
+    ----------
+    labels_ : the cluster of each image, int (N,).
+    probabilities_ : of each cluster for each image, float32 (N, n_clusters).
+    ids_ : what the images are called: their number, or the file.
+    n_features_in_ : the length of a row, where X was a table.
+
+    X, in `fit` and after it, is an array or a torch tensor of images, (N, H, W), (N, H, W, C) or
+    (N, C, H, W), or a table with an image in each row; its values are integers from 0 to 255 or
+    floats from 0 to 1. Or a list of paths, or one path or URL (a folder of images, or shards), or
+    a Ray Dataset with a column `image`.
+    """
+
+    def __init__(
+        self,
+        n_clusters: int = 8,
+        *,
+        recipe: str = "images",
+        settings: Sequence[str] = (),
+        image_size: int | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        random_state: Any = None,
+        device: str = "auto",
+        folder: str | Path | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.n_clusters = n_clusters
+        self.recipe = recipe
+        self.settings = settings
+        self.image_size = image_size
+        self.image_shape = image_shape
+        self.random_state = random_state
+        self.device = device
+        self.folder = folder
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> SNSCC:
+        """Train on images; y is ignored.
+
+        Raises ValueError for a wrong parameter or wrong images, before anything is trained, and
+        TrainingError for a run that cannot go on.
+        """
+        with _value_errors():
+            self._check_parameters()
+            given = self._given(X, reset=True)
+            recipe = self._recipe(given)
+            device = choose_device(recipe.runtime.device)
+            display = self._display()
+            rows = given.rows or list_rows(recipe.data)
+            if self.folder is not None:
+                folder = as_path(self.folder)
+                _check_folder(folder, recipe)
+                self._fit(recipe, rows, folder, device, display)
+            else:
+                with tempfile.TemporaryDirectory(prefix="snscc") as temporary:
+                    self._fit(recipe, rows, Path(temporary), device, display)
+        return self
+
+    def _fit(
+        self, recipe: Recipe, rows: Rows, folder: Path, device: torch.device, display: Display
+    ) -> None:
+        catalog, data = load(recipe, rows, device, display)
+        monitor = RunMonitor(Journal(folder), display)
+        try:
+            execute(recipe, catalog, data, folder, LocalWorker(folder, device), monitor)
+        except Interrupted as stop:
+            raise KeyboardInterrupt from stop
+        finally:
+            monitor.finish()
+        model = load_model(folder, device.type)
+        z_ND, p_NC = model.look(data)
+        # It goes where the estimator is copied to, which may have no GPU.
+        self.model_ = model.on(torch.device("cpu"))
+        self.probabilities_ = p_NC.cpu().numpy()
+        self.labels_ = self.probabilities_.argmax(axis=1)
+        self.ids_ = np.array(catalog.ids)
+        self._n_features_out = z_ND.shape[1]
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The cluster of each image, int (N,)."""
+        return self.predict_proba(X).argmax(axis=1)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The probability of each cluster for each image, float32 (N, n_clusters)."""
+        return self._look(X)[1].cpu().numpy()
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Features of the images, each of length 1, float32 (N, D)."""
+        return self._look(X)[0].cpu().numpy()
+
+    def _look(self, X: Any) -> tuple[Tensor, Tensor]:
+        check_is_fitted(self)
+        with _value_errors():
+            model: Model = self.model_
+            given = self._given(X, reset=False)
+            data = _data_settings(model.recipe.data, given)
+            rows = given.rows or list_rows(data)
+            device, display = choose_device(self.device), self._display()
+            mode = mode_for(data, rows, device, display)
+            _, images = bring(data, rows, mode, device, display)
+            try:
+                return model.on(device).look(images)
+            finally:
+                model.on(torch.device("cpu"))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.input_tags.positive_only = True
+        tags.transformer_tags.preserves_dtype = []  # features are float32
+        return tags
+
+    def _display(self) -> Display:
+        return Display(Console(quiet=not self.verbose))
+
+    def _check_parameters(self) -> None:
+        if not isinstance(self.n_clusters, Integral) or self.n_clusters < 2:
+            raise ValueError(f"n_clusters={self.n_clusters!r}: give an integer of 2 or more")
+        if isinstance(self.settings, str):
+            raise ValueError(f"settings={self.settings!r}: give a list of FIELD=VALUE")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device={self.device!r}: use auto, cpu or cuda")
+
+    def _recipe(self, given: _Given) -> Recipe:
+        """The recipe with all that the parameters say. Raises UserError or ValueError."""
+        recipe = override(_base_recipe(self.recipe, given), self.settings)
+        data: dict[str, Any] = {"num_clusters": int(self.n_clusters)}
+        if self.image_size is not None:
+            data["image_size"] = self.image_size
+        if recipe.data.skip_corrupt:
+            raise ValueError("data.skip_corrupt would leave rows of X without a label; remove them")
+        values = recipe.model_dump()
+        values["data"] = _data_settings(recipe.data, given).model_dump() | data
+        values["runtime"] |= {"device": self.device}
+        if self.random_state is not None:
+            values["seed"] = _seed(self.random_state)
+        return validate(values)
+
+    def _given(self, X: Any, *, reset: bool) -> _Given:
+        if isinstance(X, str | Path):
+            return _Given(None, str(X))
+        if is_ray_dataset(X):
+            return _Given(rows_of_dataset(X), None)
+        if isinstance(X, list | tuple) and X and all(isinstance(path, str | Path) for path in X):
+            return _Given(rows_of_paths(X), None)
+        if isinstance(X, Tensor):
+            X = X.detach().cpu().numpy()
+        fewest = 2 if reset else 1
+        if (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) <= 2:
+            table = validate_data(self, X, reset=reset, ensure_min_samples=fewest)
+            images = self._images(table)
+        else:
+            images = as_bytes(check_array(X, allow_nd=True, ensure_min_samples=fewest))
+        return _Given(rows_of_array(images), None)
+
+    def _images(self, table: np.ndarray) -> np.ndarray:
+        """The image in each row of a table. Raises ValueError where its shape is not known."""
+        length = table.shape[1]
+        side = round(length**0.5)
+        shape = (side, side) if self.image_shape is None else tuple(self.image_shape)
+        if np.prod(shape) != length:
+            raise ValueError(
+                f"X has rows of {length} numbers, and image_shape={self.image_shape}: give the "
+                "image_shape of the rows, as (H, W), (H, W, C) or (C, H, W)"
+            )
+        check_non_negative(table, type(self).__name__)
+        return as_bytes(table).reshape(len(table), *shape)
+
+
+def _base_recipe(name: str, given: _Given) -> Recipe:
+    """The recipe of that name, for the images that are given. Raises UserError."""
+    return recipes.get(name)
+
+
+def _data_settings(data: DataSettings, given: _Given) -> DataSettings:
+    """The settings of a set for other images of its form."""
+    place = {"source": "auto", "path": given.path, "classes": (), "download": False}
+    return data.model_copy(update=place)
+
+
+def _seed(random_state: Any) -> int:
+    if isinstance(random_state, Integral):
+        return int(random_state)
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _check_folder(folder: Path, recipe: Recipe) -> None:
+    """Raises ValueError for a folder that holds something else than this run."""
+    if not holds_something(folder):
+        return
+    if not (folder / "recipe.json").exists():
+        raise ValueError(f"folder={str(folder)!r} holds files that are no run; give another")
+    there = read_recipe(folder).model_dump(mode="json")
+    if difference := first_difference(there, recipe.model_dump(mode="json")):
+        raise ValueError(
+            f"folder={str(folder)!r} holds the run of another recipe ({difference}); give another"
+        )
+
+
+@contextmanager
+def _value_errors() -> Iterator[None]:
+    """A mistake as scikit-learn reports it."""
+    try:
+        yield
+    except UserError as error:
+        raise ValueError(str(error)) from error
