@@ -61,7 +61,6 @@ class Model:
     """What a finished run has learned."""
 
     recipe: Recipe
-    stage: StageName
     network: ClusterNet
     normalize: Normalize
     device: torch.device
@@ -80,7 +79,12 @@ class Model:
         z_ND, p_NC = both_N.split([both_N.shape[1] - clusters, clusters], dim=1)
         return z_ND, p_NC
 
+    def probabilities(self, images: Images) -> Tensor:
+        """Cluster probabilities of images in their order, (N, C) float32 on the CPU."""
+        return self.look(images)[1].cpu()
+
     def on(self, device: torch.device) -> Model:
+        """The same network, moved to another device."""
         self.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return replace(self, device=device)
 
@@ -116,9 +120,7 @@ def load_model(folder: Path, device: str = "auto") -> Model:
             f"{folder} holds a run that is not finished; `snscc run --resume --out {folder}` goes "
             "on with it"
         )
-    stage = next((s for s in _CLUSTERING if (folder / s / "final.pt").exists()), None)
-    if stage is None:
-        raise UserError(f"{folder} holds no Train stage, so there are no clusters to predict")
+    stage = _last_stage(folder)
     chosen = choose_device(device)
     path = folder / stage / "final.pt"
     held = checkpoints.load(path, chosen)
@@ -130,7 +132,15 @@ def load_model(folder: Path, device: str = "auto") -> Model:
     network = ClusterNet(encoder, heads)
     checkpoints.load_weights(network, held["network"], path)
     mean, std = (tuple(held["normalize"][name]) for name in ("mean", "std"))
-    return Model(recipe, stage, network, Normalize(mean, std), chosen).on(chosen)
+    return Model(recipe, network, Normalize(mean, std), chosen).on(chosen)
+
+
+def _last_stage(folder: Path) -> StageName:
+    """The last stage that has clusters. Raises UserError where there is none."""
+    for stage in _CLUSTERING:
+        if (folder / stage / "final.pt").exists():
+            return stage
+    raise UserError(f"{folder} holds no Train stage, so there are no clusters to predict")
 
 
 def predict(question: Question, console: Console, device: str = "auto") -> Found:
@@ -200,12 +210,12 @@ def _settings(recipe: Recipe, source: str) -> DataSettings:
 
 def _known(question: Question, model: Model, display: Display) -> Known | None:
     """The run's own images by the features of its last stage; None, and why, without them."""
-    run = question.run
+    run, stage = question.run, _last_stage(question.run)
     try:
-        features_MD = kept_features(run, model.stage)
+        features_MD = kept_features(run, stage)
         if features_MD is None:
             display.line("looking at the run's own images, once, to know the nearest")
-            features_MD = stage_features(own_images(run, model.device, display), model.stage)
+            features_MD = stage_features(own_images(run, model.device, display), stage)
     except (UserError, OSError) as error:
         display.line(f"no nearest images, as the run's own are not at hand: {error}")
         return None
