@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import tempfile
@@ -46,7 +47,7 @@ class Screen(Protocol):
 
 
 class Display:
-    """A progress bar on a terminal, and a line now and then elsewhere."""
+    """A progress bar on a terminal or in a notebook, and a line now and then elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -63,7 +64,7 @@ class Display:
         self._shown = time.monotonic()
         self._eta = Eta(self._total, done, self._shown)
         self._note = ""
-        if self.console.is_terminal:
+        if _draws(self.console):
             self._progress = Progress(
                 TextColumn("[bold]{task.description:8}"),
                 BarColumn(),
@@ -116,6 +117,13 @@ class Display:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _draws(console: Console) -> bool:
+    """Whether a bar can be drawn: on a terminal, and in a notebook that has widgets."""
+    return console.is_terminal or (
+        console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    )
 
 
 class Journal:

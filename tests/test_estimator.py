@@ -22,8 +22,9 @@ from sklearn.utils.estimator_checks import check_clustering, parametrize_with_ch
 import snscc_ray.run
 from snscc_ray import SNSCC
 from snscc_ray.data.imageset import ImageSet
+from snscc_ray.engine import Interrupted
 from snscc_ray.local import run_here
-from snscc_ray.run import Request
+from snscc_ray.run import Request, _Run
 from snscc_ray.run_folder import read_recipe
 from tests.conftest import TINY
 
@@ -178,6 +179,20 @@ def test_a_folder_that_stays(
     (tmp_path / "else" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="no run"):
         SNSCC(10, folder=tmp_path / "else", **DIGITS).fit(digits)
+
+
+def test_a_fit_that_was_stopped_goes_on(
+    fitted: SNSCC, digits: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: object) -> None:
+        raise Interrupted
+
+    model = SNSCC(10, folder=tmp_path / "run", **DIGITS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Run, "_train", stop)
+        model.fit(digits)
+    monkeypatch.setattr(_Run, "_pretrain", None)  # that stage was finished
+    assert np.array_equal(model.fit(digits).probabilities_, fitted.probabilities_)
 
 
 # -------------------------------------------------------------------------------------- mistakes
