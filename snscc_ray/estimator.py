@@ -29,6 +29,7 @@ from sklearn.utils.validation import (
 from torch import Tensor
 
 from snscc_ray import recipes
+from snscc_ray.choose import Wishes, choose
 from snscc_ray.config import DataSettings, Recipe
 from snscc_ray.data.given import (
     as_bytes,
@@ -42,6 +43,7 @@ from snscc_ray.data.sources import list_rows
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.local import bring, load, mode_for
+from snscc_ray.look import look
 from snscc_ray.monitor import Display, Journal, RunMonitor
 from snscc_ray.overrides import override, validate
 from snscc_ray.paths import as_path
@@ -65,7 +67,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
     Parameters
     ----------
     n_clusters : how many clusters to find.
-    recipe : what to run, by a name of `snscc recipes`.
+    recipe : what to run, by a name of `snscc recipes`; auto: chosen as `snscc fit` does, by the
+        images and the machine.
     settings : changes to it, each `FIELD=VALUE` as after `--set`.
     image_size : side in pixels that images are brought to; None: the recipe's.
     image_shape : (H, W), (H, W, C) or (C, H, W) of the rows of a table; None: square and grey.
@@ -92,7 +95,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         self,
         n_clusters: int = 8,
         *,
-        recipe: str = "images",
+        recipe: str = "auto",
         settings: Sequence[str] = (),
         image_size: int | None = None,
         image_shape: tuple[int, ...] | None = None,
@@ -200,7 +203,10 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
 
     def _recipe(self, given: _Given) -> Recipe:
         """The recipe with all that the parameters say. Raises UserError or ValueError."""
-        recipe = override(_base_recipe(self.recipe, given), self.settings)
+        recipe = _base_recipe(
+            self.recipe, given, Wishes(int(self.n_clusters), self.image_size), self.device
+        )
+        recipe = override(recipe, self.settings)
         data: dict[str, Any] = {"num_clusters": int(self.n_clusters)}
         if self.image_size is not None:
             data["image_size"] = self.image_size
@@ -244,9 +250,14 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         return as_bytes(table).reshape(len(table), *shape)
 
 
-def _base_recipe(name: str, given: _Given) -> Recipe:
-    """The recipe of that name, for the images that are given. Raises UserError."""
-    return recipes.get(name)
+def _base_recipe(name: str, given: _Given, wishes: Wishes, device: str) -> Recipe:
+    """The recipe of that name, or one for the images that are given. Raises UserError."""
+    if name != "auto":
+        return recipes.get(name)
+    place: dict[str, Any] = {"source": "auto", "path": given.path}
+    rows = given.rows or list_rows(DataSettings(num_clusters=2, image_size=32, **place))
+    gpu = choose_device(device).type == "cuda"
+    return choose("auto", place, look(rows), gpu=gpu, wishes=wishes)[0]
 
 
 def _data_settings(data: DataSettings, given: _Given) -> DataSettings:

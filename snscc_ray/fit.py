@@ -21,7 +21,7 @@ from snscc_ray.encoders import build_encoder, out_features
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.features import Own, stage_features
-from snscc_ray.local import load, say_skipped
+from snscc_ray.local import load, say_skipped, terminated_like_interrupted
 from snscc_ray.look import look
 from snscc_ray.monitor import Display, Journal, RunMonitor
 from snscc_ray.neighbors import MinedNeighbors
@@ -74,6 +74,7 @@ class Fitted:
     estimate: Estimate | None
 
 
+@terminated_like_interrupted()
 def fit_images(request: FitRequest, console: Console) -> Fitted:
     """Choose a recipe, say why and how long it will take, and run it.
 

@@ -73,7 +73,7 @@ DO_NOT_APPLY = {
 
 
 @parametrize_with_checks(
-    [Pictures(2, settings=(*QUICK, *epochs(1, 1, 1)), device="cpu")],
+    [Pictures(2, recipe="images", settings=(*QUICK, *epochs(1, 1, 1)), device="cpu")],
     expected_failed_checks=lambda estimator: DO_NOT_APPLY,
 )
 def test_scikit_learn_finds_its_conventions_kept(estimator: Any, check: Any) -> None:
@@ -81,7 +81,20 @@ def test_scikit_learn_finds_its_conventions_kept(estimator: Any, check: Any) -> 
 
 
 def test_scikit_learn_sees_it_cluster() -> None:
-    check_clustering("Pictures", Pictures(settings=(*QUICK, *epochs(8, 8, 0)), device="cpu"))
+    check_clustering(
+        "Pictures", Pictures(recipe="images", settings=(*QUICK, *epochs(8, 8, 0)), device="cpu")
+    )
+
+
+def test_without_a_recipe_it_chooses_as_fit_does() -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3), np.uint8)
+    model = SNSCC(3, settings=epochs(1, 1, 1), device="cpu").fit(colours)
+    chosen = model.model_.recipe
+    assert (chosen.data.image_size, chosen.data.channels) == (12, 3)
+    assert chosen.encoder.name == "convnet" and chosen.pretrain.batch_size == 16
+    assert model.labels_.shape == (40,) and np.array_equal(model.predict(colours), model.labels_)
+    with pytest.raises(ValueError, match="too few"):
+        SNSCC(3).fit(colours[:10])
 
 
 # ------------------------------------------------------------------------------- the same engine

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from snscc_ray.data.decode import Source
-from snscc_ray.data.imageset import Rows, in_batches
+from snscc_ray.data.imageset import Batches, Rows
 from snscc_ray.errors import UserError
 
 
@@ -127,7 +127,7 @@ def _unpickle(source: str, file: Path, md5: str) -> Any:
 def _cifar_images(source: str, used: list[tuple[Path, str, int]]) -> Iterator[list[Source]]:
     for file, md5, rows in used:
         images = _unpickle(source, file, md5)["data"][:rows].reshape(-1, 3, 32, 32)
-        yield from in_batches(images.transpose(0, 2, 3, 1))
+        yield from Batches(images.transpose(0, 2, 3, 1))
 
 
 # ------------------------------------------------------------------------------------ STL-10
@@ -154,7 +154,7 @@ def _read_stl10(source: str, dataset: Any, folder: Path, limit: int | None) -> R
     return Rows(
         place=str(folder),
         ids=ids,
-        batches=(batch for part in parts for batch in in_batches(part)),
+        batches=(batch for part in parts for batch in Batches(part)),
         labels=np.concatenate(labels),
         class_names=tuple(names.read_text().splitlines()) if names.is_file() else None,
     )

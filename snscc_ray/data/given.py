@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from snscc_ray.data.decode import Source
-from snscc_ray.data.imageset import Rows, in_batches
+from snscc_ray.data.imageset import Batches, Rows
 from snscc_ray.data.sources import image_id
 from snscc_ray.paths import as_path
 
@@ -20,7 +20,7 @@ def rows_of_paths(paths: Sequence[str | Path]) -> Rows:
     return Rows(
         place="the list of paths",
         ids=[image_id(str(file)) for file in files],
-        batches=in_batches(files),
+        batches=Batches(files),
         files=files,
     )
 
@@ -45,7 +45,7 @@ def rows_of_array(images: np.ndarray) -> Rows:
     return Rows(
         place="X",
         ids=[str(row) for row in range(len(images))],
-        batches=in_batches(np.ascontiguousarray(images)),
+        batches=Batches(np.ascontiguousarray(images)),
     )
 
 
@@ -92,7 +92,7 @@ def rows_of_dataset(dataset: Any) -> Rows:
         image = row["image"]
         sources.append(_squeezed(as_bytes(image)) if isinstance(image, np.ndarray) else image)
         ids.append(str(row.get("id", number)))
-    return Rows(place="the Ray Dataset", ids=ids, batches=in_batches(sources))
+    return Rows(place="the Ray Dataset", ids=ids, batches=Batches(sources))
 
 
 def _squeezed(image: np.ndarray) -> np.ndarray:

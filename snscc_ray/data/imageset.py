@@ -78,9 +78,15 @@ class Rows:
         return [str(self.files[0]), str(self.files[-1])] if self.files else []
 
 
-def in_batches(items: Sequence[Source] | np.ndarray) -> Iterator[list[Source]]:
-    for start in range(0, len(items), BATCH):
-        yield list(items[start : start + BATCH])
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Items, so many at a time, as often as they are asked for."""
+
+    items: Sequence[Source] | np.ndarray
+
+    def __iter__(self) -> Iterator[list[Source]]:
+        for start in range(0, len(self.items), BATCH):
+            yield list(self.items[start : start + BATCH])
 
 
 def assemble(

@@ -12,7 +12,7 @@ import numpy as np
 
 from snscc_ray.config import DataSettings
 from snscc_ray.data.archives import ARCHIVES, archive_folder, read_archive
-from snscc_ray.data.imageset import ImageSet, Rows, assemble, in_batches
+from snscc_ray.data.imageset import Batches, ImageSet, Rows, assemble
 from snscc_ray.data.shards import read_shards, shard_files
 from snscc_ray.errors import UserError
 from snscc_ray.paths import as_path, is_url
@@ -147,7 +147,7 @@ def _digits(limit: int | None) -> Rows:
     return Rows(
         place="the digits of scikit-learn",
         ids=[f"digits/{row:04d}" for row in range(len(images))],
-        batches=in_batches(images),
+        batches=Batches(images),
         labels=labels[:limit].astype(np.int64),
         class_names=tuple("0123456789"),
     )
@@ -251,7 +251,7 @@ def _file_rows(
     return Rows(
         place=str(root),
         ids=[image_id(file) for file in files],
-        batches=in_batches(paths),
+        batches=Batches(paths),
         labels=labels,
         class_names=classes,
         files=paths,
