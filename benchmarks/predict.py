@@ -100,7 +100,8 @@ def measure(encoder: str, rows: int, repeats: int, place: Path) -> dict[str, obj
     rounds = [{name: _seconds(kind, fixed) for name, kind in kinds.items()} for _ in range(repeats)]
     speed = {name: rows / statistics.median(r[name] for r in rounds) for name in kinds}
     ratios = {name: sorted(r["bare"] / r[name] for r in rounds) for name in ("resident", "whole")}
-    row: dict[str, object] = {"encoder": encoder, "images": rows, "own_images": KNOWN}
+    row: dict[str, object] = {"encoder": encoder, "images": rows, "resident_own_images": KNOWN}
+    row["whole_own_images"] = OWN
     row |= {f"{name}_images_per_second": round(value, 1) for name, value in speed.items()}
     for name, found in ratios.items():
         row |= {
