@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from snscc_ray import local, pace, recipes
-from snscc_ray.cli.run import _seconds
+from snscc_ray.cli.options import seconds_of
 from snscc_ray.config import STAGES, Recipe
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.engine import Interrupted
@@ -137,13 +137,13 @@ def test_what_was_chosen_is_the_recipe_of_the_run(
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("25m", 1500), ("1.5h", 5400)])
 def test_a_time_is_a_number_and_a_unit(text: str, seconds: float) -> None:
-    assert _seconds(text) == seconds
+    assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["soon", "25", "0m", "-3m", "m", "1h30m"])
 def test_another_time_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=f"--budget {text}: give a number and a unit"):
-        _seconds(text)
+        seconds_of(text)
 
 
 def test_a_budget_too_small_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
