@@ -55,5 +55,6 @@ def forced_warning(forced: float) -> str | None:
     return (
         f"forced-balance: the clusters are more even than the images look (by {forced:.2f} of 1), "
         "so large groups may have been cut up and small ones joined; if some kinds are much more "
-        "frequent than others, say how much: train.max_imbalance=10"
+        "frequent than others, say how much: --max-cluster-imbalance 10 of `snscc fit`, or "
+        "train.max_imbalance=10"
     )
