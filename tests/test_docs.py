@@ -15,6 +15,7 @@ from snscc_ray import cli, metrics, recipes
 from snscc_ray.choose import Wishes, choose
 from snscc_ray.config import Recipe
 from snscc_ray.errors import UserError
+from snscc_ray.imbalance import forced_warning
 from snscc_ray.look import Look
 from snscc_ray.overrides import override
 from snscc_ray.report.trust import TOLD_BY_FIGURES
@@ -142,8 +143,10 @@ def test_every_warning_is_explained_and_none_is_invented() -> None:
     assert set(told) == real
     assert real <= set(re.findall(r"^\| `([a-z-]+)`", text_of(TROUBLE), re.MULTILINE))
     # Word for word, but for the numbers.
-    for name, message in metrics.warnings(worst, 10).items():
-        assert re.sub(r"\d+", "0", told[name]) == re.sub(r"\d+", "0", message)
+    forced = str(forced_warning(1.0)).removeprefix("forced-balance: ")
+    exact = {**metrics.warnings(worst, 10), "forced-balance": forced}
+    for name, message in exact.items():
+        assert re.sub(r"[\d.]+", "0", told[name]) == re.sub(r"[\d.]+", "0", message)
     code = source()
     for name in real:
         assert f"{name}: " in code or f'"{name}"' in code, name
