@@ -28,7 +28,7 @@ from snscc_ray.neighbors import MinedNeighbors
 from snscc_ray.overrides import override, validate
 from snscc_ray.pace import describe, measure, within
 from snscc_ray.run import Result, check, execute, final_figures, normalisation
-from snscc_ray.run_folder import COUNT_FILE, FIT_FILE, prepare_folder, remove_run
+from snscc_ray.run_folder import COUNT_FILE, FIT_FILE, holds_something, prepare_folder, remove_run
 from snscc_ray.stages.context import Context
 from snscc_ray.stages.pretrain import measure_features
 from snscc_ray.workers import LocalWorker, choose_device
@@ -86,6 +86,11 @@ def fit_images(request: FitRequest, console: Console) -> Fitted:
     recipe, told = _begun(request), None
     picks: list[Pick] = []
     if recipe is None:
+        if holds_something(folder) and not request.overwrite:
+            raise UserError(
+                f"{folder} already holds something else than this very run; use --overwrite to "
+                "replace it, or another --out"
+            )
         recipe, picks = _chosen(request, device)
         prepare_folder(folder, recipe, resume=False, overwrite=request.overwrite)
     else:

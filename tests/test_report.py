@@ -17,14 +17,17 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from snscc_ray import recipes
 from snscc_ray.cli import options
 from snscc_ray.config import STAGES
 from snscc_ray.data.resident import ResidentData
 from snscc_ray.errors import UserError
 from snscc_ray.local import run_here
 from snscc_ray.neighbors import MinedNeighbors
+from snscc_ray.overrides import override
 from snscc_ray.report import charts, embed, facts, page, pick, sprites
 from snscc_ray.report.trust import judge
+from snscc_ray.report.words import in_words
 from snscc_ray.run import Request
 from tests.conftest import TINY
 from tests.test_cli import PHOTOS, Snscc, photos, refused, sets  # noqa: F401
@@ -429,3 +432,10 @@ def test_each_cluster_has_its_colour(count: int) -> None:
 )
 def test_durations_are_said_as_a_person_would(seconds: float, words: str) -> None:
     assert page.duration(seconds) == words
+
+
+def test_an_encoder_that_came_trained_is_called_that() -> None:
+    trained = ["encoder.name=torchvision:resnet18", "encoder.weights=default", "pretrain.epochs=0"]
+    said = " ".join(in_words(override(recipes.get("images"), trained), 100))
+    assert "torchvision:resnet18, which came trained" in said and "Pretrain was left out" in said
+    assert "trained from scratch" in " ".join(in_words(recipes.get("images"), 100))

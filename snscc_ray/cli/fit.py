@@ -140,7 +140,7 @@ def _show(fitted: Fitted, folder: Path) -> None:
         shown = ", ".join(f"{name.upper()} {last[f'oracle/{name}']:.3f}" for name in names)
         _line(f"By the labels, which only measure: {shown}.")
     if figures["skipped"]:
-        _line(f"{figures['skipped']} unreadable images were left out; the report names them.")
+        _line(f"Left out as unreadable: {figures['skipped']}; the report names them.")
     told = "" if fitted.told_seconds is None else f" (told: {fitted.told_seconds / 60:.1f})"
     _line(f"It took {fitted.took_seconds / 60:.1f} minutes{told}.")
 

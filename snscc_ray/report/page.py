@@ -92,8 +92,10 @@ def fraction(share: float) -> str:
 
 
 def number(value: float) -> str:
-    """Whole numbers whole, others to three digits."""
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
+    """Whole numbers whole, others to three digits; very small ones short, to fit beside an axis."""
+    if float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.0e}"
 
 
 def duration(seconds: float) -> str:

@@ -65,10 +65,14 @@ def in_words(recipe: Recipe, images: int) -> list[str]:
 
 def _encoder(encoder: EncoderSettings) -> str:
     width = f" of width {encoder.width}" if encoder.name == "convnet" else ""
-    return f"The network is {_ENCODERS[encoder.name]}{width}, trained from scratch."
+    known = _ENCODERS.get(encoder.name, encoder.name)
+    start = "trained from scratch" if encoder.weights is None else "which came trained"
+    return f"The network is {known}{width}, {start}."
 
 
 def _pretrain(pretrain: PretrainSettings) -> str:
+    if pretrain.epochs == 0:
+        return "Pretrain was left out: the network is taken as it came."
     return (
         f"Pretrain: {_epochs(pretrain.epochs)} by {_METHODS[pretrain.method]}, "
         f"{pretrain.batch_size} images at a time: two altered copies of an image are to look alike."
