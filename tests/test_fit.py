@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.kinds import make
 from snscc_ray.cli import options
 from snscc_ray.cluster_count import estimate, expected_seconds
 from tests.conftest import digits_table
-from tests.synthetic import make
 from tests.test_cli import Snscc, refused
 from tests.test_predict import images
 

@@ -1,0 +1,120 @@
+"""`snscc fit` on folders of known content: how many kinds it counts, how right it is, how long.
+
+digits    scikit-learn's 1,797 digits as PNG files, the number of clusters estimated
+kinds-N   pictures of 3, 7 and 15 kinds (benchmarks.kinds), the number estimated
+uneven    710 of the digits, classes of 174 down to 17, ten clusters asked for; `even` without and
+          `free` with a --max-cluster-imbalance of 10, three seeds each
+
+Labels are looked at afterwards. A case that the JSON holds already is not run again.
+
+    python -m benchmarks.fit --out FILE.json --work FOLDER [--cases NAME,…]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from sklearn.datasets import load_digits
+
+from benchmarks.kinds import make
+from benchmarks.report import describe_machine, print_table, revision, save
+from snscc_ray.choose import Wishes
+from snscc_ray.fit import FitRequest, fit_images
+
+UNEVEN = np.round(174 * 0.1 ** (np.arange(10) / 9)).astype(int)
+
+
+@dataclass(frozen=True)
+class Case:
+    images: Callable[[Path], Path]  # writes them into the folder, and returns it
+    kinds: int
+    wishes: Wishes
+    seed: int = 0
+
+
+def digits(folder: Path, sizes: np.ndarray | None = None) -> Path:
+    """Digits in a sub-folder for each; `sizes`: so many of the first of each."""
+    pixels_NHW, label_N = load_digits().images, load_digits().target
+    for label in range(10):
+        place = folder / str(label)
+        place.mkdir(parents=True)
+        rows = np.flatnonzero(label_N == label)
+        for row in rows if sizes is None else rows[: sizes[label]]:
+            pixels = np.round(pixels_NHW[row] * 255 / 16).astype(np.uint8)
+            Image.fromarray(pixels).save(place / f"{row:04}.png")
+    return folder
+
+
+def cases() -> dict[str, Case]:
+    found = {"digits": Case(digits, 10, Wishes(None))}
+    for kinds, each in ((3, 200), (7, 90), (15, 45)):
+        found[f"kinds-{kinds}"] = Case(
+            lambda folder, kinds=kinds, each=each: make(folder, kinds, each, seed=kinds),  # type: ignore[misc]
+            kinds,
+            Wishes(None),
+        )
+    for seed in range(3):
+        for name, ratio in (("even", 1.0), ("free", 10.0)):
+            found[f"uneven-{name}-{seed}"] = Case(
+                lambda folder: digits(folder, UNEVEN), 10, Wishes(10, None, ratio), seed
+            )
+    return found
+
+
+def measured(name: str, case: Case, work: Path) -> dict[str, Any]:
+    """One case, run or gone on with."""
+    images = work / "images" / name
+    if not images.exists():
+        case.images(images)
+    request = FitRequest(
+        str(images),
+        work / "runs" / name,
+        case.wishes,
+        folders_are_labels=True,
+        overrides=(f"seed={case.seed}",),
+    )
+    done = fit_images(request, Console())
+    stages = done.result.figures["stages"]
+    return {
+        "case": name,
+        "images": done.result.figures["rows"],
+        "kinds": case.kinds,
+        "counted": done.estimate.chosen if done.estimate else None,
+        "runner_up": done.estimate.runner_up if done.estimate else None,
+        "acc_pretext_kmeans": stages["pretrain"]["oracle/acc"],
+        "acc_train": stages["train"]["oracle/acc"],
+        "acc_boost": stages["boost"]["oracle/acc"],
+        "forced_balance": stages["train"]["health/forced_balance"],
+        "minutes_told": None if done.told_seconds is None else done.told_seconds / 60,
+        "minutes_taken": done.took_seconds / 60,
+        "revision": revision(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--cases", default=",".join(cases()))
+    arguments = parser.parse_args()
+    known = json.loads(arguments.out.read_text())["results"] if arguments.out.exists() else []
+    rows = {row["case"]: row for row in known}
+    for name in arguments.cases.split(","):
+        if name not in rows:
+            rows[name] = measured(name, cases()[name], arguments.work)
+            machine = describe_machine(torch.get_num_threads())
+            save(arguments.out, machine, [rows[n] for n in cases() if n in rows])
+    print_table(list(rows.values()))
+
+
+if __name__ == "__main__":
+    main()
