@@ -11,12 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow as pa
 import ray
 import ray.train
 import torch
@@ -43,26 +41,23 @@ from snscc_ray.cluster import (
     look,
     room,
     stderr_into,
-    unread,
     unseen,
     why_failed,
     why_not_joined,
 )
 from snscc_ray.config import Recipe, StageName
-from snscc_ray.data.imageset import Catalog, all_corrupt
+from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.sources import list_rows
-from snscc_ray.data.stream import Load, ray_answers, share_images
+from snscc_ray.data.stream import Load, share_images
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import TrainingError, UserError
 from snscc_ray.local import terminated_like_interrupted
 from snscc_ray.monitor import Display, Journal, RunMonitor, Screen, Silent
 from snscc_ray.paths import arrow_storage, as_path, is_url
-from snscc_ray.predict import Answerer, Found, Question, conclude, prepare
 from snscc_ray.pretrained import check_encoder
 from snscc_ray.relay import Relay, Telling, show
 from snscc_ray.run import Request, Result, check, execute, final_figures
 from snscc_ray.run_folder import SEEN, prepare_folder, remove_tree
-from snscc_ray.workers import choose_device
 
 # Ray Train's own folder within the run folder; it is removed once the run is finished.
 _RAY = "ray"
@@ -119,7 +114,7 @@ def placed(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
     Raises UserError when they cannot be placed: at once on this machine alone, which does not
     grow, and after `scale.wait` seconds on a cluster, saying what is free.
     """
-    bundle, fewest = _bundle(scale), scale.workers[0]
+    bundle, fewest = bundle_of(scale), scale.workers[0]
     if scale.alone:
         check_fits(bundle, fewest, ray.available_resources(), ray.cluster_resources())
     group = placement_group([bundle] * fewest, strategy="PACK")
@@ -144,7 +139,8 @@ def placed(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
         remove_placement_group(group)
 
 
-def _bundle(scale: Scale) -> dict[str, float]:
+def bundle_of(scale: Scale) -> dict[str, float]:
+    """What each worker holds of the cluster."""
     return scale.bundle(ray.cluster_resources().get("CPU", 1))
 
 
@@ -184,7 +180,7 @@ def check_visible(folder: Path, files: Sequence[str]) -> None:
     made = [] if is_url(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
     write_whole(marker, lambda file: file.write(token.encode()))
     try:
-        _ask_every_node(unseen, str(marker), token, list(files))
+        ask_every_node(unseen, str(marker), token, list(files))
     finally:
         with suppress(OSError):
             marker.unlink()
@@ -192,7 +188,7 @@ def check_visible(folder: Path, files: Sequence[str]) -> None:
                 place.rmdir()
 
 
-def _ask_every_node(problem_of: Callable[..., str | None], *arguments: object) -> None:
+def ask_every_node(problem_of: Callable[..., str | None], *arguments: object) -> None:
     """Raises UserError for the first node that has a problem with what it is asked.
 
     One task on every node that is up, wherever workers will be placed: after a loss they may be
@@ -211,55 +207,6 @@ def _ask_every_node(problem_of: Callable[..., str | None], *arguments: object) -
     for problem in ray.get(checks):
         if problem is not None:
             raise UserError(problem)
-
-
-# ---------------------------------------------------------------------------------- new images
-
-
-def predict_on_ray(question: Question, console: Console, scale: Scale) -> Found:
-    """`predict` by a model on each of the workers, the images read by the whole cluster.
-
-    Raises UserError.
-    """
-    display = Display(console)
-    answerer, data, rows = prepare(question, display, "auto" if scale.gpu else "cpu")
-    if not rows.streamable:
-        raise UserError(
-            f"--workers: {rows.place} holds no image files and no Parquet shards, which is what "
-            "workers read; leave --workers out"
-        )
-    with connected(scale):
-        with placed(scale, display.line) as probes:
-            check_alike(probes, scale.gpu)
-        _ask_every_node(unread, rows.some_files)
-        make = partial(_answerer, ray.put(answerer.on(torch.device("cpu"))), gpu=scale.gpu)
-        tell = display.counting("predict", "images")
-        failed: dict[int, str] = {}
-        parts: list[pa.Table] = []
-        done = 0
-        found = ray_answers(rows, data, make, scale.workers[0], _bundle(scale))
-        # Ray's C++ part says there that a restart of Ray Data's own actors could fail.
-        with tempfile.TemporaryFile("w+") as said, stderr_into(said):
-            try:
-                for read, failures, table in found:
-                    failed |= failures
-                    parts += [table] if table is not None else []
-                    tell(done := done + read, len(rows.ids))
-            except ray.exceptions.RayError as error:
-                raise TrainingError(f"a worker failed, nothing is written: {error}") from error
-            finally:
-                display.finish()
-    if not parts:
-        raise all_corrupt(rows, *next(iter(failed.items())))
-    ids = [name for row, name in enumerate(rows.ids) if row not in failed]
-    skipped = [(rows.ids[row], reason) for row, reason in failed.items()]
-    return conclude(question, ids, skipped, parts, display)
-
-
-def _answerer(reference: Any, gpu: bool) -> Answerer:
-    """What one worker answers with, on the worker."""
-    held: Answerer = ray.get(reference)
-    return held.on(choose_device("cuda" if gpu else "cpu"))
 
 
 # -------------------------------------------------------------------------------------- the run
@@ -377,7 +324,7 @@ def _scaling(scale: Scale) -> ScalingConfig:
     return ScalingConfig(
         num_workers=fewest if fewest == most else (fewest, most),
         use_gpu=scale.gpu,
-        resources_per_worker=_bundle(scale),
+        resources_per_worker=bundle_of(scale),
         placement_strategy="PACK",
     )
 

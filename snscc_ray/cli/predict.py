@@ -68,7 +68,10 @@ def predict(
     question = Question(as_path(run), place_of(data), target, top, nearest)
     if workers:
         scale = Scale((workers, workers), gpu, address=address)
-        found = launcher().predict_on_ray(question, out, scale)
+        launcher()  # says what is missing where Ray is not installed
+        from snscc_ray.predict_workers import predict_on_ray
+
+        found = predict_on_ray(question, out, scale)
     else:
         found = predict_here(question, out, device)
     table = Table("cluster", "images", "mean confidence", box=None)

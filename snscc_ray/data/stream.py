@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +40,7 @@ from snscc_ray.data.slices import (
 )
 from snscc_ray.data.streamed import Decoded, Reader, StreamedData, decoded
 from snscc_ray.data.survey import StreamedSet, check_streamed, choose_mode, conclude, plan
-from snscc_ray.errors import UserError
+from snscc_ray.errors import TrainingError, UserError
 from snscc_ray.monitor import Display
 
 logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -56,6 +56,8 @@ _STORE_BYTES = 256 << 20
 
 # Brings a set to a device; picklable, and called in each worker.
 Load = Callable[[torch.device], Images]
+
+Held = TypeVar("Held")  # what an actor answers with
 
 
 @dataclass(frozen=True)
@@ -175,18 +177,21 @@ def ray_reader(streamed: StreamedSet, memory_mb: int) -> Reader:
 def ray_answers(
     rows: Rows,
     data: DataSettings,
-    make: Callable[[], Callable[[Tensor], pa.Table]],
+    held: Held,
+    ready: Callable[[Held], Callable[[Tensor], pa.Table]],
     replicas: int,
     bundle: Mapping[str, float],
 ) -> Generator[tuple[int, list[tuple[int, str]], pa.Table | None]]:
     """What `replicas` actors say of a set that is read once, in the order of its rows.
 
-    Each actor holds `bundle` of the cluster and calls `make` once, for a function from images
-    (uint8 (B, C, S, S), on the CPU) to a row of a table for each. Yields, part by part, how many
-    rows were read, (row, reason) of the unreadable ones, and the table of the others (None: there
-    are none). Raises UserError for rows that cannot be streamed, or a file that cannot be read.
+    Each actor holds `bundle` of the cluster and makes its copy of `held` `ready` once: a function
+    from images (uint8 (B, C, S, S), on the CPU) to a row of a table for each. Yields, part by
+    part, how many rows were read, (row, reason) of the unreadable ones, and the table of the
+    others (None: there are none). Raises UserError for rows that cannot be streamed, or a file
+    that cannot be read, and TrainingError for an actor that fails.
     """
     slices = plan(rows, data)
+    make = partial(_made_ready, ray.put(held), ready)
     read = partial(_read, channels=data.channels, size=data.image_size)
     replicas = min(replicas, len(slices))
     dataset = _dataset(slices, image_bytes(data), read, _cpus(), _STORE_BYTES, replicas)
@@ -200,9 +205,18 @@ def ray_answers(
         compute=ray.data.ActorPoolStrategy(size=replicas),
     )
     _settle(dataset, _STORE_BYTES)
-    with closing(_rows_of(dataset)) as found:
-        for row in found:
-            yield pickle.loads(row["answers"].as_py())
+    try:
+        with closing(_rows_of(dataset)) as found:
+            for row in found:
+                yield pickle.loads(row["answers"].as_py())
+    except ray.exceptions.RayError as error:
+        raise TrainingError(f"a worker failed, nothing is written: {error}") from error
+
+
+def _made_ready(
+    reference: Any, ready: Callable[[Held], Callable[[Tensor], pa.Table]]
+) -> Callable[[Tensor], pa.Table]:
+    return ready(ray.get(reference))
 
 
 def _cpus() -> int:
