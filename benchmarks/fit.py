@@ -2,8 +2,10 @@
 
 digits    scikit-learn's 1,797 digits as PNG files, the number of clusters estimated
 kinds-N   pictures of 3, 7 and 15 kinds (benchmarks.kinds), the number estimated
-uneven    710 of the digits, classes of 174 down to 17, ten clusters asked for; `even` without and
-          `free` with a --max-cluster-imbalance of 10, three seeds each
+uneven    710 of the digits, classes of 174 down to 17, ten clusters asked for, three seeds each:
+          0 the most frequent and 9 the rarest, `even` without and `free` with a
+          --max-cluster-imbalance of 10; `drawn` with it, which digit is how frequent drawn by
+          the seed
 
 Labels are looked at afterwards. A case that the JSON holds already is not run again.
 
@@ -67,6 +69,13 @@ def cases() -> dict[str, Case]:
             found[f"uneven-{name}-{seed}"] = Case(
                 lambda folder: digits(folder, UNEVEN), 10, Wishes(10, None, ratio), seed
             )
+        sizes = np.random.default_rng(seed).permutation(UNEVEN)
+        found[f"uneven-drawn-{seed}"] = Case(
+            lambda folder, sizes=sizes: digits(folder, sizes),  # type: ignore[misc]
+            10,
+            Wishes(10, None, 10.0),
+            seed,
+        )
     return found
 
 

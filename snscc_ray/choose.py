@@ -30,6 +30,8 @@ FEWEST = 20  # images: with fewer there is nothing for a network to learn from
 # whole and cut down to 710 rows, came out well with (docs/log.md).
 _CPU_STEPS = (750, 200, 120)
 _GPU_STEPS = (20_000, 10_000, 4_000)
+# Of kinds that are rare there is less to learn from, which takes longer (docs/log.md).
+_UNEVEN = 2
 _MOST_EPOCHS = 1000
 _GPU_SIZES = (32, 64, 96)  # of images, in pixels; larger ones only for encoders that know them
 _SMALLEST = 8  # the ConvNet halves twice
@@ -83,14 +85,18 @@ def choose(
         pick("encoder", _named(encoder), why)
     batch = _batch(seen.rows, most=512 if gpu else 256)
     pick("batch", batch, f"large enough to tell images apart by, out of {seen.rows:,}")
-    steps = _GPU_STEPS if gpu else _CPU_STEPS
+    uneven = wishes.max_imbalance > 1
+    first, *later = _GPU_STEPS if gpu else _CPU_STEPS
+    steps = (first * _UNEVEN if uneven else first, *later)
     counts = [min(_MOST_EPOCHS, math.ceil(s / math.ceil(seen.rows / batch))) for s in steps]
     if known:
         counts[0] = 0  # what it knows is more than these images could teach it
     pick(
         "epochs",
         " + ".join(map(str, counts)),
-        "the encoder comes trained: no Pretrain" if known else f"about {steps[0]:,} steps first",
+        "the encoder comes trained: no Pretrain"
+        if known
+        else f"about {steps[0]:,} steps first" + (", more for rare kinds" if uneven else ""),
     )
     weak, strong = _views(size, channels, gpu=gpu)
     pick(

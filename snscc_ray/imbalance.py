@@ -1,16 +1,10 @@
-"""Clusters of unequal size: how unequal they may be, where they start, and how to tell."""
+"""Clusters of unequal size: how unequal they may be, and how to tell that they are forced."""
 
 from __future__ import annotations
 
 import torch
-from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
-from snscc_ray.kmeans import kmeans
-
-# k-means cuts large clusters into pieces of like size: so many pieces per cluster are put
-# together again by average linkage, which does not mind sizes.
-_PIECES = 3
 # Below it one group holds almost all: features too weak to say anything about sizes.
 _CREDIBLE_BALANCE = 0.6
 # On digits the difference is under .01 where sizes are equal, and .058 or more where they are 1:10.
@@ -27,18 +21,6 @@ def expected_shares(clusters: int, ratio: float) -> Tensor:
 def enough_entropy(clusters: int, ratio: float) -> float:
     """Entropy, in nats, of clusters as uneven as they may be; log C for ratio 1."""
     return float(torch.special.entr(expected_shares(clusters, ratio)).sum())
-
-
-def uneven_clusters(features_ND: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(centres (C, D), assignment (N,)) of clusters that may be of any size, on the CPU."""
-    pieces = min(_PIECES * clusters, len(features_ND))
-    centres_PD, piece_N = kmeans(features_ND, pieces, seed)
-    group_P = AgglomerativeClustering(clusters, linkage="average").fit_predict(centres_PD.numpy())
-    cluster_N = torch.from_numpy(group_P).long()[piece_N]
-    rows_ND = features_ND.detach().cpu().float()
-    sums_CD = torch.zeros(clusters, rows_ND.shape[1]).index_add_(0, cluster_N, rows_ND)
-    # A piece, and so a group, may be empty where rows are equal.
-    return sums_CD / torch.bincount(cluster_N, minlength=clusters).clamp_min(1)[:, None], cluster_N
 
 
 def forced_balance(balance: float, free_balance: float) -> float:

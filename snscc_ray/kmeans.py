@@ -11,13 +11,13 @@ from torch import Tensor
 _FULL_SIZE = 5_000_000
 
 
-def kmeans(rows_ND: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(centres (C, D) float32, assignment (N,) int64), both on the CPU; best of several starts."""
+def kmeans(rows_ND: Tensor, clusters: int, seed: int, starts: int = 10) -> tuple[Tensor, Tensor]:
+    """(centres (C, D) float32, assignment (N,) int64), both on the CPU; best of the starts."""
     rows = rows_ND.detach().cpu().float().numpy()
     if rows.size <= _FULL_SIZE:
-        model = KMeans(clusters, n_init=10, random_state=seed % 2**32)
+        model = KMeans(clusters, n_init=starts, random_state=seed % 2**32)
     else:
-        model = MiniBatchKMeans(clusters, n_init=10, batch_size=4096, random_state=seed % 2**32)
+        model = MiniBatchKMeans(clusters, n_init=starts, batch_size=4096, random_state=seed % 2**32)
     # On several threads scikit-learn adds partial sums in the order they finish: the last bits
     # would differ from run to run, and a resumed run from an uninterrupted one.
     with threadpool_limits(1):

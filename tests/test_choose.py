@@ -51,6 +51,13 @@ def test_a_gpu_gets_more() -> None:
     assert cpu.pretrain.epochs < gpu.pretrain.epochs
 
 
+def test_rare_kinds_get_a_longer_pretrain() -> None:
+    seen = Look(710, 8, True, True)
+    even, uneven = chosen(seen), chosen(seen, max_imbalance=10.0)
+    assert uneven.pretrain.epochs == 2 * even.pretrain.epochs
+    assert (uneven.train.epochs, uneven.boost.epochs) == (even.train.epochs, even.boost.epochs)
+
+
 def test_wishes_are_kept() -> None:
     trained = EncoderSettings(name="resnet18", stem="standard", weights="default")
     recipe = chosen(Look(5000, 200, True, True), image_size=48, max_imbalance=7.0, encoder=trained)

@@ -13,11 +13,11 @@ from snscc_ray import distributed, metrics
 from snscc_ray.config import StageName, View
 from snscc_ray.data.resident import Batch
 from snscc_ray.encoders import PretextNet, build_encoder
-from snscc_ray.imbalance import uneven_clusters
 from snscc_ray.kmeans import kmeans
 from snscc_ray.neighbors import MinedNeighbors, mine
 from snscc_ray.stages.context import Context, Viewer
 from snscc_ray.stages.pretext import build_pretext
+from snscc_ray.uneven import uneven_clusters
 from snscc_ray.views import Normalize, make_view
 
 

@@ -12,12 +12,12 @@ from snscc_ray import distributed, metrics, rng
 from snscc_ray.config import StageName
 from snscc_ray.data.resident import Batch, ResidentData
 from snscc_ray.encoders import ClusterHeads, ClusterNet, out_features
-from snscc_ray.imbalance import uneven_clusters
 from snscc_ray.kmeans import kmeans
 from snscc_ray.neighbors import MinedNeighbors
 from snscc_ray.stages.context import Context, Viewer
 from snscc_ray.stages.objectives import OBJECTIVES, Predictions, neighborhood
 from snscc_ray.stages.pretrain import pretext_features
+from snscc_ray.uneven import uneven_starts
 from snscc_ray.views import make_view, make_views
 
 
@@ -53,13 +53,18 @@ class Train:
         """Start the prototypes at k-means centres of the pretext features, one start per head."""
         if self.settings.head == "prototype":
             features_ND = pretext_features(self.context, self.network)
-            clusters = self.context.recipe.data.num_clusters
-            keys = [self.context.key("kmeans", head) for head in range(self.settings.num_heads)]
-            start = uneven_clusters if self.settings.max_imbalance > 1 else kmeans
-            centres = distributed.from_first(
-                lambda: torch.stack([start(features_ND, clusters, key)[0] for key in keys])
-            )
-            self.network.heads.start_at(centres)
+            centres_HCD = distributed.from_first(lambda: self._starts(features_ND))
+            self.network.heads.start_at(centres_HCD)
+
+    def _starts(self, features_ND: Tensor) -> Tensor:
+        """Centres (H, C, D), another start for each head."""
+        clusters, heads = self.context.recipe.data.num_clusters, self.settings.num_heads
+        uneven = self.settings.max_imbalance
+        if uneven > 1:
+            key = self.context.key("kmeans")
+            return uneven_starts(features_ND, self._health_NK, clusters, uneven, heads, key)
+        keys = [self.context.key("kmeans", head) for head in range(heads)]
+        return torch.stack([kmeans(features_ND, clusters, key)[0] for key in keys])
 
     def viewer(self, epoch: int) -> Viewer:
         original, augmented, mined = (
