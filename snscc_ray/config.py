@@ -202,8 +202,8 @@ class TrainSettings(StageSettings):
     mined_weight: NonNegative = Field(1.0, description="of neighbours mined over the whole set")
     mined_from: Literal["images", "predictions"] = Field(
         "images",
-        description="one mined neighbour's augmented image per row, with gradient; or what the "
-        "last clean pass said of all K, without (a third less work, and no random access)",
+        description="one mined neighbour's augmented image per row, with gradient; or what was "
+        "last said of all K, without (a third less work, and no random access)",
     )
     temperature: Positive = Field(1.0, description="τ of Eq. 7")
     agreement: Literal["linear", "log"] = Field("linear", description="-O, or -log O")

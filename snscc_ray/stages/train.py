@@ -37,6 +37,8 @@ class Train:
         # lie.
         self._chance_NK = self._host_chance_NK.to(context.device)
         self._neighbors_NK = self._host_neighbors_NK.to(context.device)
+        # What each row was last said to be, as it was seen in training: what neighbours attract
+        # to, and what an epoch is measured by. It costs no pass of its own.
         self._p_NHC: Tensor | None = None
         encoder = pretext.encoder
         assert isinstance(encoder, nn.Module)
@@ -105,7 +107,7 @@ class Train:
         return None if unused else self.settings.mined_from
 
     def begin_epoch(self, epoch: int) -> None:
-        if self._mined_from == "predictions" and self._p_NHC is None:
+        if self._p_NHC is None:
             self._p_NHC = probabilities(self.context, self.network).to(self.context.device)
 
     def step(
@@ -119,15 +121,18 @@ class Train:
             distributed.gather(part.softmax(2).transpose(0, 1), batch.size).transpose(0, 1)
             for part in logits.chunk(len(views), dim=1)
         ]
-        p = Predictions(p_views[0], p_views[1], self._mined_HBC(p_views, batch))
-        return OBJECTIVES[self.settings.objective](p, near, self.settings)
+        rows_B = distributed.gather(batch.rows_B, batch.size)
+        p = Predictions(p_views[0], p_views[1], self._mined_HBC(p_views, rows_B))
+        terms = OBJECTIVES[self.settings.objective](p, near, self.settings)
+        assert self._p_NHC is not None
+        self._p_NHC[rows_B] = p_views[0].detach().float().transpose(0, 1)
+        return terms
 
-    def _mined_HBC(self, p_views: list[Tensor], batch: Batch) -> Tensor | None:
+    def _mined_HBC(self, p_views: list[Tensor], rows_B: Tensor) -> Tensor | None:
         """What each row is to agree with: one neighbour's view, or the mean over all K."""
         if self._mined_from != "predictions":
             return p_views[2] if self._mined_from else None
         assert self._p_NHC is not None
-        rows_B = distributed.gather(batch.rows_B, batch.size)
         p_BKHC = self._p_NHC[self._neighbors_NK[rows_B]]
         return torch.einsum("bk,bkhc->hbc", self._chance_NK[rows_B], p_BKHC)
 
@@ -135,18 +140,17 @@ class Train:
         pass
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        figures, _ = self._measure_heads()
+        assert self._p_NHC is not None
+        figures, _ = self._measure_heads(self._p_NHC.cpu())
         return figures
 
     def finish(self) -> dict[str, float]:
         """Keep the head with the best label-free score."""
-        figures, best = self._measure_heads()
+        figures, best = self._measure_heads(probabilities(self.context, self.network))
         self.network.heads.keep(best)
         return figures
 
-    def _measure_heads(self) -> tuple[dict[str, float], int]:
-        p_NHC = probabilities(self.context, self.network)
-        self._p_NHC = p_NHC.to(self.context.device)
+    def _measure_heads(self, p_NHC: Tensor) -> tuple[dict[str, float], int]:
         scores = []
         for p_NC in p_NHC.unbind(1):
             clusters_N = p_NC.argmax(1)
@@ -164,8 +168,7 @@ class Train:
         return self.context.measure(clusters_N, self._health_NK, confidence_N), best
 
     def state(self) -> dict[str, Any]:
-        # Where it is trained on, it must be the one the epoch began with.
-        return {"probabilities": self._p_NHC if self._mined_from == "predictions" else None}
+        return {"probabilities": self._p_NHC}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._p_NHC = state["probabilities"]
