@@ -1,9 +1,9 @@
 """A whole epoch against the same forwards and backwards with nothing else around them.
 
-`whole` is the engine's own loop: batches, views, losses, neighbour search, optimiser, metrics and,
-in Train and Boost, the clean pass of every epoch. `bare` runs the network forward and backward on
-one fixed batch as often, and forward only as often as the clean pass does. Both are measured in
-turn, in one run; the ratio is bare / whole.
+`whole` is the engine's own loop, the first epoch of a stage: batches, views, losses, neighbour
+search, optimiser, metrics, in Train the clean pass it begins with and in Boost the two around it.
+`bare` runs the network forward and backward on one fixed batch as often, and forward only as often
+as the clean pass does. Both are measured in turn, in one run; the ratio is bare / whole.
 
     python -m benchmarks.epoch [--out FILE] [--encoder digits|resnet18|both] [--threads N]
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.report import describe_machine, print_table, save
 from snscc_ray import recipes
-from snscc_ray.config import Recipe
+from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.data.resident import ResidentData
 from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
 from snscc_ray.engine import fit
@@ -35,7 +35,10 @@ from snscc_ray.stages.train import Train
 from snscc_ray.views import Normalize
 from snscc_ray.workers import choose_device
 
-VIEWS = {"pretrain": 2, "train": 3, "boost": 2}
+
+def views_of(recipe: Recipe, stage: StageName) -> int:
+    """How many views of each image a step looks at."""
+    return 3 if stage == "train" and recipe.train.mined_from == "images" else 2
 
 
 class _NoCheckpoints:
@@ -52,11 +55,11 @@ class _NoCheckpoints:
 def recipe_for(encoder: str) -> tuple[Recipe, int]:
     """A recipe of one epoch per stage, and how many synthetic rows to run it on."""
     common = ["runtime.checkpoint_seconds=1e9"]
-    common += [f"{stage}.epochs=1" for stage in VIEWS]
+    common += [f"{stage}.epochs=1" for stage in STAGES]
     if encoder == "digits":
         return override(recipes.get("digits"), common), 256 * 10
     batch = 32 if not torch.cuda.is_available() else 512
-    common += [f"{stage}.batch_size={batch}" for stage in VIEWS]
+    common += [f"{stage}.batch_size={batch}" for stage in STAGES]
     return override(recipes.get("cifar10"), common), batch * 3
 
 
@@ -75,7 +78,7 @@ def context_for(recipe: Recipe, images_NCHW: Tensor, device: torch.device) -> Co
     return Context(recipe, ResidentData(images_NCHW, device), None, normalize, device)
 
 
-def stage_for(name: str, context: Context) -> Stage:
+def stage_for(name: StageName, context: Context) -> Stage:
     recipe = context.recipe
     if name == "pretrain":
         return Pretrain(context)
@@ -141,7 +144,7 @@ def now(device: torch.device) -> float:
 
 def measure(encoder: str, repeats: int, device: torch.device) -> list[dict[str, object]]:
     rows = []
-    for name, views in VIEWS.items():
+    for name in STAGES:
         recipe, count = recipe_for(encoder)
         context = context_for(recipe, noise(recipe, count), device)
         size = getattr(recipe, name).batch_size
@@ -149,7 +152,9 @@ def measure(encoder: str, repeats: int, device: torch.device) -> list[dict[str, 
         # Boost looks once more before its first epoch, to select and to know where it began.
         passes = {"pretrain": 0, "train": 1, "boost": 2}[name]
         side = recipe.data.image_size
-        batch = torch.randn(views * size, recipe.data.channels, side, side, device=device)
+        batch = torch.randn(
+            views_of(recipe, name) * size, recipe.data.channels, side, side, device=device
+        )
         batch = batch.to(memory_format=torch.channels_last)
         stage = stage_for(name, context)
         bare(stage, context, batch, 2, 1)

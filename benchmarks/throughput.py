@@ -40,11 +40,11 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 
-from benchmarks.epoch import VIEWS, context_for, logits_of, noise, now, stage_for, whole
+from benchmarks.epoch import context_for, logits_of, noise, now, stage_for, views_of, whole
 from benchmarks.report import describe_machine, print_table, revision, save
 from benchmarks.views import pil_simclr
 from snscc_ray import recipes
-from snscc_ray.config import Recipe, SimclrView
+from snscc_ray.config import STAGES, Recipe, SimclrView, StageName
 from snscc_ray.data.sources import load_images
 from snscc_ray.encoders import PretextNet, build_encoder, out_features
 from snscc_ray.losses import nt_xent
@@ -99,10 +99,10 @@ def _fixed_batch(context: Context, size: int) -> Tensor:
 # ------------------------------------------------------------------------------ ours, and bare
 
 
-def bare_side(name: str, context: Context) -> Side:
+def bare_side(name: StageName, context: Context) -> Side:
     stage = stage_for(name, context)
     steps = context.data.steps(stage.settings.batch_size)
-    batch = _fixed_batch(context, VIEWS[name] * stage.settings.batch_size)
+    batch = _fixed_batch(context, views_of(context.recipe, name) * stage.settings.batch_size)
     optimizer = build_optimizer(stage.settings, stage.network)
     stage.network.train()
 
@@ -127,7 +127,7 @@ def our_side(name: str, stage: Stage, context: Context) -> Side:
 def compiled_sides(context: Context) -> list[Side]:
     recipe = override(context.recipe, ["runtime.compile=true"])
     other = dataclasses.replace(context, recipe=recipe)
-    return [our_side(name, stage_for(name, other), other) for name in VIEWS]
+    return [our_side(name, stage_for(name, other), other) for name in STAGES]
 
 
 # ----------------------------------------------------------------------------------- the others
@@ -288,7 +288,7 @@ def recipe_for(arguments: argparse.Namespace) -> Recipe:
     settings = [f"encoder.name={arguments.encoder}", "runtime.checkpoint_seconds=1e9"]
     if arguments.encoder == "convnet":
         settings.append("encoder.width=16")  # small enough for a CPU to feel what is around it
-    for stage in VIEWS:
+    for stage in STAGES:
         settings += [f"{stage}.epochs=1", f"{stage}.batch_size={arguments.batch_size}"]
     return override(recipes.get("cifar10"), settings)
 
@@ -320,13 +320,13 @@ def main() -> None:
     context = context_for(recipe, images, device)
     pictures = [to_pil_image(image) for image in images]
 
-    stages = {name: stage_for(name, context) for name in VIEWS}
+    stages = {name: stage_for(name, context) for name in STAGES}
     flops = {
-        f"bare {name}": flops_per_image(stage.network, context, VIEWS[name])
+        f"bare {name}": flops_per_image(stage.network, context, views_of(recipe, name))
         for name, stage in stages.items()
     }
     found = [
-        *(bare_side(name, context) for name in VIEWS),
+        *(bare_side(name, context) for name in STAGES),
         *(our_side(name, stage, context) for name, stage in stages.items()),
         *(compiled_sides(context) if arguments.compile else []),
         lightly_side(pictures, context),

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks.cifar10_acceptance import request_for, rows_of
-from benchmarks.epoch import VIEWS, context_for, noise, stage_for
+from benchmarks.epoch import context_for, noise, stage_for, views_of
 from benchmarks.throughput import Side, flops_per_image, measure, peak_flops
 from snscc_ray import recipes
-from snscc_ray.config import StageName
+from snscc_ray.config import STAGES, StageName
 from snscc_ray.errors import UserError
 from snscc_ray.overrides import override
 from snscc_ray.run_folder import read_recipe, write_recipe
@@ -66,7 +66,7 @@ def test_the_result_has_a_line_for_each_stage_also_without_labels(tmp_path: Path
         file.write('{"stage": "boost", "warning": "w"}\n')
     figures = {
         "baselines": {},
-        "stages": {stage: {"health/score": 0.5, "seconds": 1.0} for stage in VIEWS},
+        "stages": {stage: {"health/score": 0.5, "seconds": 1.0} for stage in STAGES},
     }
     rows = rows_of(figures, tmp_path, recipes.get("cifar10"))
     assert [row["what"] for row in rows] == ["pretrain+kmeans", "train", "boost"]
@@ -75,18 +75,18 @@ def test_the_result_has_a_line_for_each_stage_also_without_labels(tmp_path: Path
     assert all(row["acc"] is None and row["score"] == 0.5 for row in rows)
 
 
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("name", STAGES)
 def test_flops_are_those_of_the_encoder_forward_and_backward(name: StageName) -> None:
     recipe = override(
         recipes.get("cifar10"), ["encoder.name=convnet", "encoder.width=2", "data.image_size=8"]
     )
     context = context_for(recipe, noise(recipe, 32), CPU)
-    found = flops_per_image(stage_for(name, context).network, context, VIEWS[name])
+    found = flops_per_image(stage_for(name, context).network, context, views_of(recipe, name))
     # Multiply and add are two; backward is twice forward, but for the images' own gradient.
     macs = [3 * 2 * 64, 2 * 2 * 64, 2 * 4 * 16, 4 * 4 * 16, 4 * 8 * 4, 8 * 8 * 4]
     encoder = sum(2 * 9 * mac * (2 if index == 0 else 3) for index, mac in enumerate(macs))
     head = 8 * 512 + 512 * 128 if name == "pretrain" else 8 * 10 * (3 if name == "train" else 1)
-    assert found == pytest.approx(VIEWS[name] * (encoder + 3 * 2 * head))
+    assert found == pytest.approx(views_of(recipe, name) * (encoder + 3 * 2 * head))
 
 
 def test_sides_are_measured_in_turns_and_compared_within_a_round() -> None:
