@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,13 @@ from snscc_ray.overrides import override
 from snscc_ray.run import Result, execute, normalisation
 from snscc_ray.stages.context import Context
 from snscc_ray.workers import Worker
+
+
+def pytest_configure() -> None:
+    """A shell has what it starts in the background ignore Ctrl-C, which tests send."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
