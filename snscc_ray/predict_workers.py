@@ -13,7 +13,7 @@ from snscc_ray.cluster import Scale, check_alike, stderr_into, unread
 from snscc_ray.data.imageset import all_corrupt
 from snscc_ray.data.stream import ray_answers
 from snscc_ray.errors import UserError
-from snscc_ray.launch import ask_every_node, bundle_of, connected, placed
+from snscc_ray.launch.nodes import ask_every_node, bundle_of, connected, placed
 from snscc_ray.monitor import Display
 from snscc_ray.predict import Answerer, Found, Question, conclude, prepare
 from snscc_ray.workers import choose_device

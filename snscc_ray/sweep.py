@@ -33,8 +33,9 @@ from snscc_ray.data.sources import list_rows
 from snscc_ray.data.stream import Shared, share_images
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
-from snscc_ray.launch import Job as GroupJob
-from snscc_ray.launch import check_visible, placed, train_group
+from snscc_ray.launch.group import Job as GroupJob
+from snscc_ray.launch.group import train_group
+from snscc_ray.launch.nodes import check_visible, placed
 from snscc_ray.monitor import Display, Journal, Nowhere, RunMonitor
 from snscc_ray.pace import Seconds, measure
 from snscc_ray.paths import arrow_storage, is_url

@@ -17,7 +17,7 @@ from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.errors import UserError
 from snscc_ray.figures import draw
 from snscc_ray.identity import stage_identity
-from snscc_ray.launch import connected
+from snscc_ray.launch.nodes import connected
 from snscc_ray.monitor import write_hyperparameters
 from snscc_ray.pace import Seconds
 from snscc_ray.paths import is_url
