@@ -6,10 +6,12 @@ uneven    710 of the digits, classes of 174 down to 17, ten clusters asked for, 
           0 the most frequent and 9 the rarest, `even` without and `free` with a
           --max-cluster-imbalance of 10; `drawn` with it, which digit is how frequent drawn by
           the seed
+photos    2,100 photographs of CIFAR-10 (its shards: --shards), as many automobiles, horses and
+          ships, three clusters asked for, three seeds
 
 Labels are looked at afterwards. A case that the JSON holds already is not run again.
 
-    python -m benchmarks.fit --out FILE.json --work FOLDER [--cases NAME,…]
+    python -m benchmarks.fit --out FILE.json --work FOLDER [--shards FOLDER] [--cases NAME,…]
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from rich.console import Console
@@ -32,6 +37,7 @@ from benchmarks.report import describe_machine, print_table, revision, save
 from snscc_ray.choose import Wishes
 from snscc_ray.fit import FitRequest, fit_images
 
+PHOTOS, PHOTOS_EACH = ("automobile", "horse", "ship"), 700
 UNEVEN = np.round(174 * 0.1 ** (np.arange(10) / 9)).astype(int)
 
 
@@ -56,7 +62,19 @@ def digits(folder: Path, sizes: np.ndarray | None = None) -> Path:
     return folder
 
 
-def cases() -> dict[str, Case]:
+def photos(folder: Path, shards: Path) -> Path:
+    """The first images of some classes of CIFAR-10's shards, in a sub-folder for each."""
+    table = pq.read_table(sorted(shards.glob("*.parquet"))[0])
+    for kind in PHOTOS:
+        place = folder / kind
+        place.mkdir(parents=True)
+        own = table.filter(pc.equal(table["class_name"], kind))
+        for number, image in enumerate(own["image"][:PHOTOS_EACH].to_pylist()):
+            (place / f"{number:04}.jpg").write_bytes(image)
+    return folder
+
+
+def cases(shards: Path | None) -> dict[str, Case]:
     found = {"digits": Case(digits, 10, Wishes(None))}
     for kinds, each in ((3, 200), (7, 90), (15, 45)):
         found[f"kinds-{kinds}"] = Case(
@@ -76,6 +94,10 @@ def cases() -> dict[str, Case]:
             Wishes(10, None, 10.0),
             seed,
         )
+        if shards is not None:
+            found[f"photos-{seed}"] = Case(
+                partial(photos, shards=shards), len(PHOTOS), Wishes(len(PHOTOS)), seed
+            )
     return found
 
 
@@ -113,15 +135,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--cases", default=",".join(cases()))
+    parser.add_argument("--shards", type=Path, help="of CIFAR-10, for the photographs")
+    parser.add_argument("--cases", help="of them, with commas between; else all")
     arguments = parser.parse_args()
+    found = cases(arguments.shards)
     known = json.loads(arguments.out.read_text())["results"] if arguments.out.exists() else []
     rows = {row["case"]: row for row in known}
-    for name in arguments.cases.split(","):
+    for name in arguments.cases.split(",") if arguments.cases else found:
         if name not in rows:
-            rows[name] = measured(name, cases()[name], arguments.work)
+            rows[name] = measured(name, found[name], arguments.work)
             machine = describe_machine(torch.get_num_threads())
-            save(arguments.out, machine, [rows[n] for n in cases() if n in rows])
+            save(arguments.out, machine, list(rows.values()))
     print_table(list(rows.values()))
 
 
