@@ -136,8 +136,8 @@ def warnings(figures: dict[str, float], num_clusters: int) -> dict[str, str]:
         )
     if figures.get("health/projection_spread", 1) < _COLLAPSED_SPREAD:
         found["projection-collapse"] = (
-            "all images are projected to almost one point; lower pretrain.learning_rate, raise "
-            "pretrain.key_momentum, or use pretrain.method=simclr"
+            "all images are projected to almost one point; raise pretrain.warmup_epochs, lower "
+            "pretrain.learning_rate or, with BYOL and MoCo, raise pretrain.key_momentum"
         )
     if figures.get("health/selected_share") == 0:
         found["no-pseudo-labels"] = (

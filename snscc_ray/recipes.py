@@ -95,6 +95,9 @@ def _paper(
             optimizer="sgd",
             learning_rate=0.4,
             schedule="cosine",
+            # Not theirs. At such a rate from the first step all images are projected to one point
+            # within an epoch, and stay there for long (docs/log.md).
+            warmup_epochs=10,
             temperature=0.1,
         ),
         train=TrainSettings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,24 @@ from snscc_ray import metrics, recipes
 from snscc_ray.config import Recipe
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.resident import Batch
+from snscc_ray.data.sources import load_images
 from snscc_ray.identity import stage_identity
+from snscc_ray.monitor import Silent
 from snscc_ray.overrides import override
 from snscc_ray.stages.pretext.byol import Byol, momentum
 from snscc_ray.stages.pretrain import Pretrain
-from tests.conftest import make_context
+from snscc_ray.workers import LocalWorker
+from tests.conftest import execute_on, make_context, shards
+
+
+class Spreads(Silent):
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        self.found.append(figures["health/projection_spread"])
+        if len(self.found) == 2:
+            raise StopIteration
 
 
 def byol_stage(tiny: Recipe, images: ImageSet, *assignments: str) -> Pretrain:
@@ -93,6 +107,30 @@ def test_a_collapsed_byol_is_warned_of(tiny: Recipe, tiny_images: ImageSet) -> N
             network.projection[-1].bias.fill_(1)
     step(stage)
     assert "projection-collapse" in metrics.warnings(stage.end_epoch(0), 10)
+
+
+@pytest.mark.slow  # a step small enough to be quick does not collapse every time
+def test_warm_up_keeps_the_papers_rate_from_a_collapse(tmp_path: Path) -> None:
+    recipe = override(
+        recipes.get("cifar10"),
+        [
+            f"data.path={shards('cifar10-jpeg')}",
+            "data.limit=2000",
+            "encoder.name=convnet",
+            "encoder.width=16",
+            "runtime.device=cpu",
+        ],
+    )
+    images = load_images(recipe.data)
+
+    def spreads(folder: Path, *assignments: str) -> list[float]:
+        monitor, worker = Spreads(), LocalWorker(folder, torch.device("cpu"))
+        with pytest.raises(StopIteration):  # two epochs of the whole schedule are enough
+            execute_on(override(recipe, assignments), images, folder, worker, monitor)
+        return monitor.found
+
+    assert min(spreads(tmp_path / "warm")) > 0.3
+    assert max(spreads(tmp_path / "cold", "pretrain.warmup_epochs=0")) < 0.1
 
 
 def test_knn_accuracy_is_measured_where_there_are_labels(
