@@ -31,6 +31,8 @@ _EPOCHS = 2
 _ENOUGH_SECONDS, _LONG_SECONDS = 1.0, 10.0
 # Of the time there is; the rest is for checkpoints, and for what a few steps do not show.
 _SHARE = 0.95
+# Of a stage that is made shorter, the most that its warm-up takes.
+_WARMUP_SHARE = 0.2
 
 
 class _Clock(Silent):
@@ -103,8 +105,9 @@ def _measure(
 def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[StageName]) -> Recipe:
     """The recipe with as many epochs as end within `seconds`, in its own proportion.
 
-    Warm-up and milestones keep their place in the whole, so a schedule still ends where it
-    should. Stages that are not run, and those of no epochs, stay as they are.
+    Milestones keep their place in the whole, so a schedule still ends where it should; a warm-up
+    keeps its epochs, as far as they are a small part of what is left. Stages that are not run, and
+    those of no epochs, stay as they are.
     Raises UserError where not even one epoch of each stage fits.
     """
     asked = {stage: getattr(recipe, stage).epochs for stage in stages}
@@ -147,9 +150,11 @@ def describe(recipe: Recipe, pace: Seconds, stages: Sequence[StageName]) -> str:
 def _lasting(settings: StageSettings, epochs: int) -> StageSettings:
     """The stage's settings for another number of epochs, its schedule stretched to them."""
     share = epochs / settings.epochs
+    # In proportion, a short run would have a step or two of it, and collapse (docs/log.md).
+    warmup = settings.warmup_epochs
     changed: dict[str, Any] = {
         "epochs": epochs,
-        "warmup_epochs": settings.warmup_epochs * share,
+        "warmup_epochs": min(warmup, max(_WARMUP_SHARE * epochs, warmup * share)),
         "milestones": tuple(max(1, round(mark * share)) for mark in settings.milestones),
     }
     return settings.model_copy(update=changed)

@@ -47,10 +47,26 @@ def test_the_epochs_end_in_time_and_one_more_of_each_would_not(seconds: float) -
         assert max(shares) - min(shares) <= 1 / 20  # the proportion of the recipe, to an epoch
 
 
+@pytest.mark.parametrize(
+    ("warmup", "seconds", "expected"),
+    [
+        (5, 2000, 5),  # longer than the recipe: what a start needs does not grow with it
+        (5, 200, 5),
+        (5, 60, 2.6),  # a fifth of 13
+        (50, 200, 26.0),  # half of the recipe's stage, half of this one's
+        (0, 200, 0),
+    ],
+)
+def test_a_warm_up_keeps_its_epochs(warmup: float, seconds: float, expected: float) -> None:
+    recipe = override(recipes.get("digits"), [f"pretrain.warmup_epochs={warmup}"])
+    fitting = within(recipe, PACE, seconds, STAGES).pretrain
+    assert fitting.warmup_epochs == pytest.approx(expected), fitting.epochs
+
+
 def test_schedules_keep_their_shape() -> None:
     recipe = override(
         recipes.get("digits"),
-        ["train.schedule=step", "train.milestones=[10,20]", "train.warmup_epochs=0"],
+        ["train.schedule=step", "train.milestones=[10,20]", "pretrain.warmup_epochs=0"],
     )
     fitting = within(recipe, PACE, 2000, STAGES)
     for stage in STAGES:
