@@ -115,6 +115,7 @@ def measured(name: str, case: Case, work: Path) -> dict[str, Any]:
     )
     done = fit_images(request, Console())
     stages = done.result.figures["stages"]
+    told = done.told_seconds  # None: gone on with, so that this was not all of its time
     return {
         "case": name,
         "images": done.result.figures["rows"],
@@ -125,8 +126,8 @@ def measured(name: str, case: Case, work: Path) -> dict[str, Any]:
         "acc_train": stages["train"]["oracle/acc"],
         "acc_boost": stages["boost"]["oracle/acc"],
         "forced_balance": stages["train"]["health/forced_balance"],
-        "minutes_told": None if done.told_seconds is None else done.told_seconds / 60,
-        "minutes_taken": done.took_seconds / 60,
+        "minutes_told": None if told is None else told / 60,
+        "minutes_taken": None if told is None else done.took_seconds / 60,
         "revision": revision(),
     }
 
