@@ -3,8 +3,8 @@
     python -m benchmarks.cifar10_acceptance --minutes 30 --data DIR --out runs/c10
 
 The same command goes on where a kill left it, and does nothing but say the figures once it is
-done. With `--split-checkpoints 15` the checkpoints also lie in pieces of at most 15 MiB, from which
-they are put together again: a run folder without its *.pt files is enough to go on elsewhere.
+done. With `--split-checkpoints 15` checkpoints above 15 MiB also lie in pieces, from which they are
+put together again: a run folder without the files that have pieces is enough to go on elsewhere.
 The figures are in OUT/acceptance.json. Labels only measure. No Ray and no faiss is needed.
 """
 
