@@ -22,6 +22,7 @@ from snscc_ray.config import (
     TrainSettings,
     View,
 )
+from snscc_ray.encoders import activation_bytes
 from snscc_ray.errors import UserError
 from snscc_ray.look import Look
 
@@ -32,9 +33,12 @@ _CPU_STEPS = (750, 200, 120)
 _GPU_STEPS = (20_000, 10_000, 4_000)
 # Of kinds that are rare there is less to learn from, which takes longer (docs/log.md).
 _UNEVEN = 2
-_MOST_EPOCHS = 1000
 _GPU_SIZES = (32, 64, 96)  # of images, in pixels; larger ones only for encoders that know them
 _SMALLEST = 8  # the ConvNet halves twice
+# Of the device's free memory, what the activations of one step may take. The rest is for weights,
+# the optimizer, gradients, and the images themselves.
+_ACTIVATIONS_SHARE = 0.5
+_VIEWS = 2  # of each image in a step, in every stage of the recipes made here
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,12 @@ class Wishes:
 
 
 def choose(
-    name: str, data: dict[str, Any], seen: Look, *, gpu: bool, wishes: Wishes
+    name: str, data: dict[str, Any], seen: Look, *, gpu: bool, free_bytes: int, wishes: Wishes
 ) -> tuple[Recipe, list[Pick]]:
     """The recipe, and what was picked for it.
 
-    data: the fields of DataSettings that say where the images are. Raises UserError for too few.
+    data: the fields of DataSettings that say where the images are. free_bytes: memory of the
+    device that trains. Raises UserError for too few images, or for too little memory.
     """
     if seen.rows < FEWEST:
         raise UserError(f"{seen.rows} images are too few to learn from; give {FEWEST} or more")
@@ -83,12 +88,20 @@ def choose(
     if encoder is None:
         encoder, why = _encoder(size, gpu=gpu)
         pick("encoder", _named(encoder), why)
-    batch = _batch(seen.rows, most=512 if gpu else 256)
-    pick("batch", batch, f"large enough to tell images apart by, out of {seen.rows:,}")
+    most = 512 if gpu else 256
+    fits = _batch_that_fits(encoder, channels, size, gpu=gpu, free_bytes=free_bytes)
+    batch = _batch(seen.rows, most=min(most, fits))
+    pick(
+        "batch",
+        batch,
+        f"what the {free_bytes / 2**30:.0f} GiB of free memory hold"
+        if batch == fits < most
+        else f"large enough to tell images apart by, out of {seen.rows:,}",
+    )
     uneven = wishes.max_imbalance > 1
     first, *later = _GPU_STEPS if gpu else _CPU_STEPS
     steps = (first * _UNEVEN if uneven else first, *later)
-    counts = [min(_MOST_EPOCHS, math.ceil(s / math.ceil(seen.rows / batch))) for s in steps]
+    counts = [math.ceil(s / math.ceil(seen.rows / batch)) for s in steps]
     if known:
         counts[0] = 0  # what it knows is more than these images could teach it
     pick(
@@ -123,7 +136,8 @@ def choose(
             epochs=counts[0],
             optimizer="adam",
             learning_rate=1e-3,
-            warmup_epochs=min(5, counts[0] // 20),
+            # A part of an epoch, where there are few: without any, training may collapse.
+            warmup_epochs=min(5, counts[0] / 20),
             temperature=0.5,
             projection_dim=64 if encoder.name == "convnet" else 128,
             projection_hidden=128 if encoder.name == "convnet" else 512,
@@ -148,12 +162,8 @@ def choose(
 def _size(side: int, *, gpu: bool, known: bool) -> int:
     if known:
         return 224 if gpu else 128
-    if not gpu:
-        return max(_SMALLEST, min(32, side))
-    return max(
-        [_SMALLEST if side < _GPU_SIZES[0] else _GPU_SIZES[0]]
-        + [size for size in _GPU_SIZES if size <= side]
-    )
+    most = max([s for s in _GPU_SIZES if s <= side], default=side) if gpu else min(32, side)
+    return max(_SMALLEST, most)
 
 
 def _why_size(side: int, size: int, *, gpu: bool, known: bool) -> str:
@@ -180,6 +190,20 @@ def _named(encoder: EncoderSettings) -> str:
 def _batch(rows: int, most: int) -> int:
     """The largest power of two that is at most half of the rows."""
     return min(most, 1 << int(math.log2(rows // 2)))
+
+
+def _batch_that_fits(
+    encoder: EncoderSettings, channels: int, size: int, *, gpu: bool, free_bytes: int
+) -> int:
+    """The largest power of two of images whose activations fit. Raises UserError below 8."""
+    one = _VIEWS * activation_bytes(encoder, channels, size) // (2 if gpu else 1)  # bfloat16 there
+    fits = int(_ACTIVATIONS_SHARE * free_bytes) // one
+    if fits < 8:
+        raise UserError(
+            f"{encoder.name} at {size} px needs {8 * one / 2**30:.1f} GiB for 8 images at a time, "
+            f"and {free_bytes / 2**30:.1f} GiB are free; use a smaller image size or encoder"
+        )
+    return 1 << int(math.log2(fits))
 
 
 def _views(size: int, channels: int, *, gpu: bool) -> tuple[View, View]:

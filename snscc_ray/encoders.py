@@ -70,6 +70,29 @@ def build_encoder(settings: EncoderSettings, channels: int) -> nn.Module:
     return zoo.build(settings.name, channels)
 
 
+def activation_bytes(settings: EncoderSettings, channels: int, side: int) -> int:
+    """What one image of side × side pixels leaves in memory for a backward pass, in float32.
+
+    Counted on a network without storage, so it costs no memory and works for any model.
+    """
+    held: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        # Kept alive, or the id of one storage would be given to a later one.
+        held[id(tensor.untyped_storage())] = tensor
+        return tensor
+
+    with torch.device("meta"):
+        encoder = build_encoder(settings, channels)
+        # Two: a batch norm of one value per channel refuses to train.
+        images_BCHW = torch.zeros(2, channels, side, side)
+    weights = {id(weight.untyped_storage()) for weight in encoder.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        encoder(images_BCHW)
+    saved = [tensor for storage, tensor in held.items() if storage not in weights]
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved) // 2
+
+
 def _full(x: Tensor) -> Tensor:
     """Out of autocast's half types; float64 stays."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

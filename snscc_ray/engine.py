@@ -55,7 +55,7 @@ def fit(stage: Stage, context: Context, worker: Worker, monitor: Monitor, identi
     """
     loop = _Loop(stage, context, worker, monitor, identity)
     loop.resume()
-    with _graceful_stop() as stopped:
+    with _graceful_stop() as stopped, context.float32_as_asked():
         loop.run(stopped)
 
 
@@ -103,8 +103,9 @@ class _Loop:
             if self.step == 0:
                 self.stage.begin_epoch(self.epoch)
             self._train_epoch(stopped)
-            seconds = time.monotonic() - began
             figures = self._means()
+            # Reading the means waits for the device; before that only the launches were timed.
+            seconds = time.monotonic() - began
             figures |= self.stage.end_epoch(self.epoch)
             figures["learning_rate"] = learning_rate(self.settings, self.epoch + 1)
             figures["images_per_second"] = (

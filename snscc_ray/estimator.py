@@ -42,7 +42,7 @@ from snscc_ray.data.imageset import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
-from snscc_ray.local import bring, load, mode_for
+from snscc_ray.local import bring, device_bytes, load, mode_for
 from snscc_ray.look import look
 from snscc_ray.monitor import Display, Journal, RunMonitor
 from snscc_ray.overrides import override, validate
@@ -256,8 +256,9 @@ def _base_recipe(name: str, given: _Given, wishes: Wishes, device: str) -> Recip
         return recipes.get(name)
     place: dict[str, Any] = {"source": "auto", "path": given.path}
     rows = given.rows or list_rows(DataSettings(num_clusters=2, image_size=32, **place))
-    gpu = choose_device(device).type == "cuda"
-    return choose("auto", place, look(rows), gpu=gpu, wishes=wishes)[0]
+    chosen = choose_device(device)
+    gpu, free = chosen.type == "cuda", device_bytes(chosen)
+    return choose("auto", place, look(rows), gpu=gpu, free_bytes=free, wishes=wishes)[0]
 
 
 def _data_settings(data: DataSettings, given: _Given) -> DataSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -59,8 +60,8 @@ def own_ids(folder: Path) -> list[str]:
 
 def load_encoder(
     folder: Path, recipe: Recipe, stage: StageName, device: torch.device
-) -> tuple[nn.Module, Normalize]:
-    """The encoder as a finished stage left it. Raises UserError."""
+) -> tuple[nn.Module, Normalize, Recipe]:
+    """The encoder as a finished stage left it, and the recipe to answer by. Raises UserError."""
     path = folder / stage / "final.pt"
     held = checkpoints.load(path, device)
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
@@ -72,7 +73,32 @@ def load_encoder(
     checkpoints.load_weights(encoder, weights, path)
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = (tuple(held["normalize"][name]) for name in ("mean", "std"))
-    return encoder, Normalize(mean, std)
+    return encoder, Normalize(mean, std), answering(recipe, held, device)[0]
+
+
+def answering(
+    recipe: Recipe, held: dict[str, Any], device: torch.device
+) -> tuple[Recipe, str | None]:
+    """A finished run's recipe in the precision its answers had, and what to say where it cannot be.
+
+    held: the stage's `final.pt`. Precision `auto` means bfloat16 on a GPU and float32 on a CPU,
+    whatever the device of today. A CPU answers for a GPU's bfloat16 run in float32: in bfloat16
+    most CPUs take many times as long.
+    """
+    trained = held.get("precision")  # absent: a run from before it was kept
+    if recipe.precision != "auto" or trained is None:
+        return recipe, None
+    caveat = None
+    if trained == "bfloat16" and device.type == "cpu":
+        trained, known = "float32", held["in_float32"]
+        caveat = "the run computed in bfloat16 on a GPU; this machine answers in float32"
+        if known:
+            caveat += (
+                f": of {known['rows']:,} images of the run {known['same_cluster']:.2%} get the "
+                f"same cluster, and probabilities differ by {known['largest_difference']:.2g} "
+                "at most"
+            )
+    return recipe.model_copy(update={"precision": trained}), caveat
 
 
 def stage_features(own: Own, stage: StageName) -> Tensor:
@@ -80,8 +106,8 @@ def stage_features(own: Own, stage: StageName) -> Tensor:
     kept = kept_features(own.folder, stage)
     if kept is not None:
         return kept
-    encoder, normalize = load_encoder(own.folder, own.recipe, stage, own.device)
-    context = Context(own.recipe, own.data, None, normalize, own.device)
+    encoder, normalize, recipe = load_encoder(own.folder, own.recipe, stage, own.device)
+    context = Context(recipe, own.data, None, normalize, own.device)
     features_ND = F.normalize(context.clean_pass(encoder, encoder), dim=1).cpu().half()
     identity = checkpoints.read_json(own.folder / stage / "stage.json")["identity"]
     path = own.folder / stage / "features.pt"

@@ -21,7 +21,7 @@ from snscc_ray.encoders import build_encoder, out_features
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.features import Own, stage_features
-from snscc_ray.local import load, say_skipped, terminated_like_interrupted
+from snscc_ray.local import device_bytes, load, say_skipped, terminated_like_interrupted
 from snscc_ray.look import look
 from snscc_ray.monitor import Display, Journal, RunMonitor
 from snscc_ray.neighbors import MinedNeighbors
@@ -137,7 +137,12 @@ def _chosen(request: FitRequest, device: torch.device) -> tuple[Recipe, list[Pic
     }
     rows = list_rows(DataSettings(num_clusters=2, image_size=32, **where))
     recipe, picks = choose(
-        request.folder.name, where, look(rows), gpu=device.type == "cuda", wishes=request.wishes
+        request.folder.name,
+        where,
+        look(rows),
+        gpu=device.type == "cuda",
+        free_bytes=device_bytes(device),
+        wishes=request.wishes,
     )
     clusters = request.wishes.clusters or min(_PROVISIONAL, len(rows.ids) // 2)
     return override(recipe, [f"data.num_clusters={clusters}", *request.overrides]), picks

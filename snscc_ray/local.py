@@ -176,5 +176,11 @@ def bring(
 
 def free_bytes(device: torch.device) -> int:
     """Of the memory that would hold a set: this process's share, and the GPU's where it has one."""
-    host = psutil.virtual_memory().available // distributed.world_size()
-    return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
+    return min(device_bytes(torch.device("cpu")), device_bytes(device))
+
+
+def device_bytes(device: torch.device) -> int:
+    """Free memory of the device itself; on a CPU this process's share of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available) // distributed.world_size()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -24,7 +25,7 @@ from snscc_ray.data.resident import Images, ResidentData
 from snscc_ray.data.sources import list_rows
 from snscc_ray.encoders import ClusterHeads, ClusterNet, build_encoder, out_features
 from snscc_ray.errors import UserError
-from snscc_ray.features import kept_features, own_ids, own_images, stage_features
+from snscc_ray.features import answering, kept_features, own_ids, own_images, stage_features
 from snscc_ray.local import bring, mode_for
 from snscc_ray.monitor import Display
 from snscc_ray.run_folder import read_recipe
@@ -64,6 +65,12 @@ class Model:
     network: ClusterNet
     normalize: Normalize
     device: torch.device
+    trained: dict[str, Any]  # of the stage's final.pt: the precision it had
+
+    @property
+    def caveat(self) -> str | None:
+        """What a person should know of its answers on this device; None: they are the run's."""
+        return answering(self.recipe, self.trained, self.device)[1]
 
     def look(self, images: Images) -> tuple[Tensor, Tensor]:
         """L2-normalised features (N, D) and cluster probabilities (N, C) of images in their
@@ -73,9 +80,10 @@ class Model:
             z_BD, logits_HBC = self.network(x_BCHW)
             return torch.cat([z_BD, logits_HBC[0].softmax(1)], dim=1)
 
-        context = Context(self.recipe, images, None, self.normalize, self.device)
+        recipe, _ = answering(self.recipe, self.trained, self.device)
+        context = Context(recipe, images, None, self.normalize, self.device)
         both_N = context.clean_pass(self.network, both)
-        clusters = self.recipe.data.num_clusters
+        clusters = recipe.data.num_clusters
         z_ND, p_NC = both_N.split([both_N.shape[1] - clusters, clusters], dim=1)
         return z_ND, p_NC
 
@@ -132,7 +140,8 @@ def load_model(folder: Path, device: str = "auto") -> Model:
     network = ClusterNet(encoder, heads)
     checkpoints.load_weights(network, held["network"], path)
     mean, std = (tuple(held["normalize"][name]) for name in ("mean", "std"))
-    return Model(recipe, network, Normalize(mean, std), chosen).on(chosen)
+    trained: dict[str, Any] = {n: held[n] for n in ("precision", "in_float32") if n in held}
+    return Model(recipe, network, Normalize(mean, std), chosen, trained).on(chosen)
 
 
 def _last_stage(folder: Path) -> StageName:
@@ -170,6 +179,8 @@ def prepare(
 ) -> tuple[Answerer, DataSettings, Rows]:
     """Who answers, on a device, and the images that are asked of. Raises UserError."""
     model = load_model(question.run, device)
+    if model.caveat:
+        display.line(model.caveat)
     settings = _settings(model.recipe, question.source)
     rows = list_rows(settings)
     known = _known(question, model, display) if question.nearest else None

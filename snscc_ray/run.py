@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ from snscc_ray.stages.pretrain import Pretrain
 from snscc_ray.stages.train import Train, probabilities
 from snscc_ray.views import Normalize
 from snscc_ray.workers import Worker
+
+# Rows on which a bfloat16 run is compared with itself in float32.
+_COMPARED = 2048
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ def execute(
             remove_run(folder)
         write_recipe(folder, recipe)
     distributed.barrier()
+    # First: after the stages, a kill here would leave a finished run without its figures.
+    baselines = run.baselines()
     figures: dict[str, Any] = {}
     for stage in STAGES:
         if stage in stages:
@@ -139,7 +144,7 @@ def execute(
         "seed": recipe.seed,
         "rows": len(catalog),
         "skipped": len(catalog.skipped),
-        "baselines": run.baselines(),
+        "baselines": baselines,
         "stages": figures,
     }
     if worker.rank == 0:
@@ -215,7 +220,7 @@ class _Run:
         if self.worker.rank == 0:
             assert stage.mined is not None
             stage.mined.save(self.place("pretrain") / "neighbors.parquet")
-            self._save_final("pretrain", stage.network)
+            self._save_final("pretrain", stage.network, {})
         return figures
 
     def _train(self) -> dict[str, Any]:
@@ -228,9 +233,7 @@ class _Run:
         figures: dict[str, Any] = stage.finish()
         self._note_forced_balance(figures)
         p_NC = probabilities(self.context, stage.network)[:, 0]
-        if self.worker.rank == 0:
-            self._save_final("train", stage.network)
-            self._save_assignments(p_NC)
+        self._save_clusters("train", stage.network, p_NC)
         return figures
 
     def _boost(self) -> dict[str, Any]:
@@ -245,10 +248,8 @@ class _Run:
                 "boost-worse: the label-free score fell below that of Train, so the best state "
                 "was restored; a higher boost.confidence_threshold may help",
             )
-        if self.worker.rank == 0:
-            self._save_final("boost", stage.network)
-            assert stage.p_NC is not None
-            self._save_assignments(stage.p_NC)
+        assert stage.p_NC is not None
+        self._save_clusters("boost", stage.network, stage.p_NC)
         return figures
 
     def _note_forced_balance(self, figures: dict[str, Any]) -> None:
@@ -265,7 +266,32 @@ class _Run:
         saved = self.worker.latest_checkpoint(stage)
         return saved is not None and saved["identity"] == self.identity(stage)
 
-    def _save_final(self, stage: StageName, network: torch.nn.Module) -> None:
+    def _save_clusters(self, stage: StageName, network: ClusterNet, p_NC: Tensor) -> None:
+        in_float32 = self._in_float32(network, p_NC)
+        if self.worker.rank == 0:
+            self._save_final(stage, network, in_float32)
+            self._save_assignments(p_NC)
+
+    def _in_float32(self, network: ClusterNet, p_NC: Tensor) -> dict[str, float]:
+        """How far the first images' answers in float32 are from those of this run's precision.
+
+        A CPU that later answers for a bfloat16 run computes in float32, and says this.
+        """
+        if not self.context.mixed:
+            return {}
+        recipe = self.recipe.model_copy(update={"precision": "float32"})
+        exact_NC = probabilities(replace(self.context, recipe=recipe), network, _COMPARED)[:, 0]
+        own_NC = p_NC[: len(exact_NC)]
+        same = (exact_NC.argmax(1) == own_NC.argmax(1)).double().mean()
+        return {
+            "rows": len(exact_NC),
+            "same_cluster": float(same),
+            "largest_difference": float((exact_NC - own_NC).abs().max()),
+        }
+
+    def _save_final(
+        self, stage: StageName, network: torch.nn.Module, in_float32: dict[str, float]
+    ) -> None:
         normalize = self.context.normalize  # who predicts has not the images it was measured on
         checkpoints.save(
             self.place(stage) / "final.pt",
@@ -273,6 +299,8 @@ class _Run:
                 "identity": self.identity(stage),
                 "network": network.state_dict(),
                 "normalize": {"mean": list(normalize.mean), "std": list(normalize.std)},
+                "precision": "bfloat16" if self.context.mixed else "float32",
+                "in_float32": in_float32,
             },
         )
 

@@ -17,8 +17,11 @@ from snscc_ray.run import check
 WHERE: dict[str, Any] = {"source": "auto", "path": "anywhere"}
 
 
-def chosen(seen: Look, *, gpu: bool = False, **wishes: Any) -> Recipe:
-    recipe, picks = choose("mine", WHERE, seen, gpu=gpu, wishes=Wishes(**{"clusters": 5, **wishes}))
+def chosen(seen: Look, *, gpu: bool = False, free: float = 64, **wishes: Any) -> Recipe:
+    """free: GiB of memory."""
+    machine: dict[str, Any] = {"gpu": gpu, "free_bytes": int(free * 2**30)}
+    wished = Wishes(**{"clusters": 5, **wishes})
+    recipe, picks = choose("mine", WHERE, seen, wishes=wished, **machine)
     assert all(pick.value and pick.why for pick in picks)
     return recipe
 
@@ -32,7 +35,7 @@ def test_what_is_chosen_can_be_run(rows: int, side: int, grey: bool, gpu: bool) 
     check(recipe, rows, 1)
     assert recipe.data.channels == (1 if grey else 3)
     assert recipe.data.image_size <= max(side, 32)
-    assert recipe.pretrain.epochs <= 1000
+    assert 0 < recipe.pretrain.warmup_epochs <= recipe.pretrain.epochs / 5
     if grey:
         assert recipe.pretrain.view.flip == 0
 
@@ -64,6 +67,46 @@ def test_wishes_are_kept() -> None:
     assert recipe.data.image_size == 48 and recipe.train.max_imbalance == 7
     assert recipe.encoder == trained and recipe.pretrain.epochs == 0
     assert recipe.data.channels == 3 and recipe.data.mean is not None
+
+
+@pytest.mark.parametrize(
+    ("side", "cpu", "gpu"),
+    [(5, 8, 8), (9, 9, 9), (28, 28, 28), (31, 31, 31), (32, 32, 32), (50, 32, 32), (70, 32, 64)],
+)
+def test_small_images_keep_their_size(side: int, cpu: int, gpu: int) -> None:
+    seen = Look(5000, side, False, True)
+    assert chosen(seen).data.image_size == cpu
+    assert chosen(seen, gpu=True).data.image_size == gpu
+
+
+@pytest.mark.parametrize("rows", [300, 2000, 60_000, 1_000_000])
+def test_a_gpu_keeps_the_proportion_of_the_stages(rows: int) -> None:
+    recipe = chosen(Look(rows, 64, False, True), gpu=True)
+    steps = -(-rows // recipe.pretrain.batch_size)
+    for stage, meant in (("pretrain", 20_000), ("train", 10_000), ("boost", 4000)):
+        epochs = getattr(recipe, stage).epochs
+        assert meant <= epochs * steps < meant + steps, stage
+
+
+def test_a_part_of_an_epoch_is_a_warm_up_where_epochs_are_few() -> None:
+    few = chosen(Look(1_000_000, 64, False, True), gpu=True)
+    assert few.pretrain.epochs < 20 and few.pretrain.warmup_epochs == few.pretrain.epochs / 20
+    assert chosen(Look(20_000, 32, False, True)).pretrain.warmup_epochs > 0
+
+
+def test_the_batch_fits_into_the_memory() -> None:
+    large = EncoderSettings(name="resnet50", stem="standard", weights="default")
+    seen = Look(20_000, 300, False, True)
+    batches = [
+        chosen(seen, gpu=True, free=free, encoder=large).pretrain.batch_size
+        for free in (200, 80, 24, 8)
+    ]
+    # One image's activations take 82 MiB in float32, so its two views take as much in bfloat16.
+    assert batches == [512, 256, 128, 32]
+    assert chosen(seen, free=12, encoder=large).pretrain.batch_size < 256
+    assert chosen(seen, gpu=True, free=8).pretrain.batch_size == 512
+    with pytest.raises(UserError, match=r"resnet50 at 224 px needs .* GiB for 8 images"):
+        chosen(seen, gpu=True, free=1, encoder=large)
 
 
 def test_too_few_images() -> None:

@@ -70,7 +70,10 @@ def bases(name: str, params: dict[str, Any]) -> list[Recipe]:
     if name == "fit":
         where = {"source": "auto", "path": "scans"}
         looks = [Look(1000, 32, grey, True) for grey in (False, True)]
-        return [choose("x", where, look, gpu=False, wishes=Wishes(10))[0] for look in looks]
+        return [
+            choose("x", where, look, gpu=False, free_bytes=2**34, wishes=Wishes(10))[0]
+            for look in looks
+        ]
     return [recipes.get(params.get("recipe") or "images")]
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from snscc_ray import checkpoints, recipes
+from snscc_ray import checkpoints, engine, recipes
 from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.engine import Interrupted, fit
@@ -268,6 +269,54 @@ def test_a_method_resumes_its_copy_of_the_network(
         execute_on(recipe, tiny_images, worker.folder, worker, Silent(), ("pretrain",))
         found = checkpoints.load(worker.folder / "pretrain" / "final.pt")["network"]
         assert equal_states(found, expected), type(stop).__name__
+
+
+def test_the_speed_counts_until_the_device_has_finished(
+    tiny: Recipe, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Reading the losses is where a GPU is waited for.
+    read = engine._Loop._means
+
+    def slowly(self: engine._Loop) -> dict[str, float]:
+        time.sleep(0.5)
+        return read(self)
+
+    monkeypatch.setattr(engine._Loop, "_means", slowly)
+    recipe = override(tiny, ["pretrain.epochs=1"])
+    monitor = RunMonitor(Journal(tmp_path), Display(Console(quiet=True)))
+    execute_on(recipe, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), monitor, ("pretrain",))
+    monitor.finish()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["images_per_second"] < len(tiny_images.catalog) / 0.5
+
+
+def test_the_baseline_is_there_before_the_first_stage(
+    tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    class Killed(Silent):
+        def start(self, stage: str, epochs: int, steps: int, done: int) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute_on(tiny, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), Killed())
+    assert "kmeans_pixels" in json.loads((tmp_path / "baselines.json").read_text())
+
+
+def test_a_bfloat16_run_keeps_its_precision_and_how_far_float32_is(
+    tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    recipe = override(tiny, ["precision=bfloat16"])
+    execute_on(recipe, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), Silent())
+    for stage in ("train", "boost"):
+        held = checkpoints.load(tmp_path / stage / "final.pt")
+        assert held["precision"] == "bfloat16"
+        known = held["in_float32"]
+        assert known["rows"] == 200 and known["same_cluster"] > 0.9
+        assert 0 < known["largest_difference"] < 0.2
+    exact = tmp_path / "exact"
+    execute_on(tiny, tiny_images, exact, LocalWorker(exact, CPU), Silent())
+    held = checkpoints.load(exact / "boost" / "final.pt")
+    assert held["precision"] == "float32" and held["in_float32"] == {}
 
 
 def test_schedules() -> None:

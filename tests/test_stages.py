@@ -398,6 +398,27 @@ def test_the_clean_pass_does_not_depend_on_its_batches(
     assert stage.network.training
 
 
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", {8, 40}), ("cuda", {64})])
+def test_every_batch_of_a_clean_pass_has_one_size_on_a_gpu(
+    device: str, sizes: set[int], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context_module, "_PASS_ROWS", 64)
+    recipe = override(context.recipe, ["precision=float32"])
+    there = replace(context, recipe=recipe, device=torch.device(device))
+    seen: list[int] = []
+
+    def means(x_BCHW: Tensor) -> Tensor:
+        seen.append(len(x_BCHW))
+        return x_BCHW.mean((1, 2, 3))
+
+    network = nn.Identity()
+    whole = there.clean_pass(network, means)
+    for rows in (3, 40):
+        seen.clear()
+        assert torch.equal(there.clean_pass(network, means, rows), whole[:rows])
+        assert set(seen) <= sizes
+
+
 # ---------------------------------------------------------------------------------- identity
 
 

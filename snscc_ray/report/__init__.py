@@ -35,6 +35,8 @@ def report(run: Path, out: Path, console: Console, *, device: str = "auto") -> P
         _check_ours(path)
     display = Display(console)
     model = load_model(run, device)
+    if model.caveat:
+        display.line(model.caveat)
     facts = read_facts(run)
     mined = MinedNeighbors.load(run / "pretrain" / "neighbors.parquet")
     own = own_images(run, model.device, display)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -19,8 +19,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 # Rows of a clean pass at a time: large enough for speed, and nothing is kept for a backward pass.
 _PASS_ROWS = 1024
-# And at least.
-_COMPANY = 8
+# At least, on a CPU: a smaller batch takes other kernels there.
+_LEAST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,47 @@ class Context:
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
 
+    @contextmanager
+    def float32_as_asked(self) -> Iterator[None]:
+        """With precision float32, GPU convolutions and products in full float32.
+
+        By default cuDNN rounds the factors of float32 convolutions to TF32 (10 bits).
+        """
+        if self.mixed or self.device.type != "cuda":
+            yield
+            return
+        # torch's type stubs do not know `conv` yet.
+        settings: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+        former = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for setting, value in zip(settings, former, strict=True):
+                setting.fp32_precision = value
+
     @torch.no_grad()
-    def clean_pass(self, network: nn.Module, output: Callable[[Tensor], Tensor]) -> Tensor:
+    def clean_pass(
+        self, network: nn.Module, output: Callable[[Tensor], Tensor], rows: int | None = None
+    ) -> Tensor:
         """`output` of every clean image in row order, (N, ...) float32, in eval mode.
 
-        Each worker computes its share of the rows; all of them get the whole.
+        Each worker computes its share of the rows; all of them get the whole. An image gets the
+        same output in whatever batch it comes. rows: only the first so many.
         """
-        first, last = distributed.own_share(len(self.data))
+        total = len(self.data) if rows is None else min(rows, len(self.data))
+        first, last = distributed.own_share(total)
+        # GPU kernels are chosen by the batch size, and with them the last bits.
+        size = _PASS_ROWS if self.device.type == "cuda" else _LEAST_ROWS
         network.eval()
-        with self.autocast():
+        with self.autocast(), self.float32_as_asked():
             parts = [
-                _in_company(output, clean_view(images, self.normalize)).float()
+                _filled_up(output, clean_view(images, self.normalize), size).float()
                 for images in self.data.slices(first, last, _PASS_ROWS)
             ]
         network.train()
-        return distributed.gather(torch.cat(parts), len(self.data))
+        return distributed.gather(torch.cat(parts), total)
 
     def measure(
         self, clusters_N: Tensor, neighbors_NK: Tensor, confidence_N: Tensor | None = None
@@ -82,11 +108,11 @@ class Context:
         return figures
 
 
-def _in_company(output: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> Tensor:
-    """`output` of a batch. A very small one, which takes other kernels on a CPU and comes out with
-    other last bits, is filled up, so that an image gets what it gets among many."""
+def _filled_up(output: Callable[[Tensor], Tensor], x_BCHW: Tensor, size: int) -> Tensor:
+    """`output` of a batch, which is filled up to at least `size` rows by repeating its own."""
     B = len(x_BCHW)
-    return output(x_BCHW if B >= _COMPANY else x_BCHW.repeat(-(-_COMPANY // B), 1, 1, 1))[:B]
+    copies = -(-size // B)
+    return output(x_BCHW if copies == 1 else x_BCHW.repeat(copies, 1, 1, 1)[:size])[:B]
 
 
 class Stage(Protocol):

@@ -29,6 +29,7 @@ from snscc_ray.losses import (
     soft_bce,
     soft_confidence,
 )
+from snscc_ray.losses.instance import matmul
 from snscc_ray.neighbors import batch_neighbors, global_radius, local_radius, pairwise_distances
 
 
@@ -103,7 +104,9 @@ def released(p: Predictions, near: Neighborhood, settings: TrainSettings) -> dic
     terms = {
         "global": settings.global_weight
         * _mean(
-            lambda p_BC, q_BC: batch_pair_term(p_BC @ q_BC.T, pairs_BB), p.p_HBC, p.augmented_HBC
+            lambda p_BC, q_BC: batch_pair_term(matmul(p_BC, q_BC.T), pairs_BB),
+            p.p_HBC,
+            p.augmented_HBC,
         ),
         "cluster": settings.cluster_weight
         * _mean(one_way_column_contrast, p.p_HBC, p.augmented_HBC),

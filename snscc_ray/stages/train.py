@@ -134,7 +134,9 @@ class Train:
             return p_views[2] if self._mined_from else None
         assert self._p_NHC is not None
         p_BKHC = self._p_NHC[self._neighbors_NK[rows_B]]
-        return torch.einsum("bk,bkhc->hbc", self._chance_NK[rows_B], p_BKHC)
+        # Autocast would round what neighbours attract to.
+        with torch.autocast(rows_B.device.type, enabled=False):
+            return torch.einsum("bk,bkhc->hbc", self._chance_NK[rows_B], p_BKHC)
 
     def after_step(self) -> None:
         pass
@@ -174,6 +176,10 @@ class Train:
         self._p_NHC = state["probabilities"]
 
 
-def probabilities(context: Context, network: nn.Module) -> Tensor:
-    """Cluster probabilities of the clean images, (N, H, C), on the CPU."""
-    return context.clean_pass(network, lambda x: network(x)[1].softmax(2).transpose(0, 1)).cpu()
+def probabilities(context: Context, network: nn.Module, rows: int | None = None) -> Tensor:
+    """Cluster probabilities of the clean images, (N, H, C), on the CPU; or of the first `rows`."""
+
+    def both(x_BCHW: Tensor) -> Tensor:
+        return network(x_BCHW)[1].softmax(2).transpose(0, 1)
+
+    return context.clean_pass(network, both, rows).cpu()

@@ -1,0 +1,63 @@
+"""k-means as a GPU does it, run here on the CPU: as good as scikit-learn's, and repeatable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from snscc_ray import kmeans as module
+from snscc_ray.kmeans import lloyd
+from snscc_ray.metrics import oracle
+
+
+def inertia(rows_ND: Tensor, centres_CD: Tensor) -> float:
+    return float(torch.cdist(rows_ND.double(), centres_CD.double()).min(1).values.square().sum())
+
+
+@pytest.mark.parametrize("clusters", [2, 10, 37])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_as_good_as_scikit_learn(clusters: int, seed: int) -> None:
+    rows_ND = torch.from_numpy(load_digits().data).float()
+    centres_CD, assignment_N = lloyd(rows_ND, clusters, seed, starts=10)
+    theirs = KMeans(clusters, n_init=10, random_state=seed).fit(rows_ND.numpy())
+    assert inertia(rows_ND, centres_CD) <= 1.01 * theirs.inertia_
+    nearest_N = torch.cdist(rows_ND, centres_CD).argmin(1)
+    assert (nearest_N == assignment_N).float().mean() > 0.999
+    assert len(assignment_N.unique()) == clusters
+
+
+def test_far_apart_groups_are_found_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels_N = torch.arange(500) % 7
+    rows_ND = 1000 + 100 * torch.eye(7, 12)[labels_N] + torch.randn(500, 12, generator=generator)
+    assert oracle(labels_N, lloyd(rows_ND, 7, 3, starts=2)[1])["oracle/acc"] == 1
+
+
+def test_the_same_seed_gives_the_same_bits_in_any_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_ND = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
+    first, again = lloyd(rows_ND, 6, 5, starts=3), lloyd(rows_ND, 6, 5, starts=3)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    monkeypatch.setattr(module, "_TILE", 6 * 3 * 64)
+    tiled = lloyd(rows_ND, 6, 5, starts=3)
+    torch.testing.assert_close(tiled[0], first[0])
+    assert torch.equal(tiled[1], first[1])
+    other = lloyd(rows_ND, 6, 6, starts=1)
+    assert not torch.equal(other[0], first[0])
+
+
+def test_equal_rows_and_as_many_clusters_as_rows() -> None:
+    rows_ND = torch.tensor([[0.0, 0], [0, 0], [0, 0], [5, 5]])
+    centres_CD, assignment_N = lloyd(rows_ND, 3, 0, starts=2)
+    assert centres_CD.isfinite().all() and inertia(rows_ND, centres_CD) == 0
+    assert assignment_N[0] == assignment_N[1] == assignment_N[2] != assignment_N[3]
+    distinct_ND = torch.arange(12.0).view(6, 2)
+    assert len(lloyd(distinct_ND, 6, 0, starts=2)[1].unique()) == 6
+
+
+def test_a_cluster_that_lost_its_rows_takes_the_farthest_row() -> None:
+    rows_ND = torch.tensor([[0.0], [1], [2], [30]])
+    means_SCD, _, _ = module._step(rows_ND, torch.tensor([[[1.0], [-50]]]))
+    assert means_SCD.flatten().tolist() == [8.25, 30]
