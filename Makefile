@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-fast lint setup bench clean
+.PHONY: run test test-fast lint setup bench gpu-pack clean
 
 run: setup
 	$(BIN)/snscc run digits --overwrite
@@ -32,6 +32,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.epoch
 	$(BIN)/python -m benchmarks.mining
 	$(BIN)/python -m benchmarks.ray
+
+# What a quarter of an hour on a GPU needs, in one ignored folder: make gpu-pack DATA=DIR [FROM=DIR]
+gpu-pack: setup
+	$(BIN)/python -m benchmarks.gpu.carry --data $(DATA) $(if $(FROM),--from $(FROM))
 
 setup: $(STAMP)
 

@@ -58,7 +58,7 @@ _PEAKS = (
     ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("A100", 312),
     ("L40S", 362), ("L4", 121), ("A10G", 70), ("RTX 4090", 165),
 )  # fmt: skip
-_LOADERS = 8
+LOADERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +146,16 @@ class _Pictures(Dataset[Any]):
         return self.views_of(self.images[row])
 
 
-def _loader(pictures: _Pictures, context: Context, *, pinned: bool) -> DataLoader[Any]:
+def _loader(
+    pictures: _Pictures, context: Context, loaders: int, *, pinned: bool
+) -> DataLoader[Any]:
     cuda = context.device.type == "cuda"
     return DataLoader(
         pictures,
         batch_size=context.recipe.pretrain.batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=min(_LOADERS, os.cpu_count() or 1) if cuda else 0,
+        num_workers=min(loaders, os.cpu_count() or 1) if cuda else 0,
         pin_memory=pinned and cuda,
     )
 
@@ -166,12 +168,13 @@ def _pairs(loader: DataLoader[Any], context: Context) -> Iterator[tuple[Tensor, 
         )
 
 
-def torchvision_side(pictures: list[Image.Image], context: Context) -> Side:
+def torchvision_side(pictures: list[Image.Image], context: Context, loaders: int = LOADERS) -> Side:
     recipe = context.recipe
     view = recipe.pretrain.view
     assert isinstance(view, SimclrView)
     one = pil_simclr(view, recipe.data.image_size, context.normalize)
-    loader = _loader(_Pictures(pictures, functools.partial(_twice, one)), context, pinned=True)
+    both = _Pictures(pictures, functools.partial(_twice, one))
+    loader = _loader(both, context, loaders, pinned=True)
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
     network = context.place(PretextNet(encoder, recipe.pretrain))
     optimizer = build_optimizer(recipe.pretrain, network)
@@ -205,7 +208,7 @@ def lightly_side(pictures: list[Image.Image], context: Context) -> Side | None:
         gaussian_blur=0.0,
         normalize={"mean": list(normalize.mean), "std": list(normalize.std)},
     )
-    loader = _loader(_Pictures(pictures, view), context, pinned=False)
+    loader = _loader(_Pictures(pictures, view), context, LOADERS, pinned=False)
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
     head = modules.SimCLRProjectionHead(
         out_features(encoder), recipe.pretrain.projection_hidden, recipe.pretrain.projection_dim
