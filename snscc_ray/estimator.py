@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from snscc_ray import recipes
 from snscc_ray.choose import Wishes, choose
 from snscc_ray.config import DataSettings, Recipe
 from snscc_ray.data.given import (
+    HAIR,
     as_bytes,
     is_ray_dataset,
     rows_of_array,
@@ -43,7 +45,7 @@ from snscc_ray.data.sources import list_rows
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.local import bring, load, mode_for
-from snscc_ray.look import look
+from snscc_ray.look import look, settled
 from snscc_ray.monitor import Display, Journal, RunMonitor
 from snscc_ray.overrides import override, validate
 from snscc_ray.paths import as_path
@@ -126,7 +128,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             recipe = self._recipe(given)
             device = choose_device(recipe.runtime.device)
             display = self._display()
-            rows = given.rows or list_rows(recipe.data)
+            recipe, rows = self._settled(recipe, given)
             if self.folder is not None:
                 folder = as_path(self.folder)
                 _check_folder(folder, recipe)
@@ -174,7 +176,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             model: Model = self.model_
             given = self._given(X, reset=False)
             data = _data_settings(model.recipe.data, given)
-            rows = given.rows or list_rows(data)
+            recipe, rows = self._settled(model.recipe.model_copy(update={"data": data}), given)
+            data = recipe.data
             device, display = choose_device(self.device), self._display()
             mode = mode_for(data, rows, device, display)
             _, images = bring(data, rows, mode, device, display)
@@ -219,6 +222,14 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             values["seed"] = _seed(self.random_state)
         return validate(values)
 
+    def _settled(self, recipe: Recipe, given: _Given) -> tuple[Recipe, Rows]:
+        """The recipe and its images, and a warning for what is left aside or assumed of them."""
+        rows = given.rows or list_rows(recipe.data)
+        data, rows = settled(recipe.data, rows)
+        for note in rows.notes:
+            warnings.warn(note, stacklevel=4)
+        return recipe.model_copy(update={"data": data}), rows
+
     def _given(self, X: Any, *, reset: bool) -> _Given:
         if isinstance(X, str | Path):
             return _Given(None, str(X))
@@ -227,14 +238,42 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         if isinstance(X, list | tuple) and X and all(isinstance(path, str | Path) for path in X):
             return _Given(rows_of_paths(X), None)
         if isinstance(X, Tensor):
-            X = X.detach().cpu().numpy()
+            X = X.detach().cpu()
+            X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
         fewest = 2 if reset else 1
-        if (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) <= 2:
+        axes = X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim
+        if not reset:
+            self._check_axes(axes, X)
+        elif axes <= 2:
+            self._check_table(X)
+        if reset:
+            self._axes = axes
+        if axes <= 2:
             table = validate_data(self, X, reset=reset, ensure_min_samples=fewest)
             images = self._images(table)
         else:
             images = as_bytes(check_array(X, allow_nd=True, ensure_min_samples=fewest))
         return _Given(rows_of_array(images), None)
+
+    def _check_axes(self, axes: int, X: Any) -> None:
+        """Refuse one image where a fit was on many: its rows would be taken for images."""
+        wanted = getattr(self, "_axes", None)  # None: the fit was on files
+        shape = np.shape(X)
+        one = f"give X[None] for one image, of which X has the shape {shape}"
+        if wanted is None and axes == 2 and self.image_shape is None:
+            raise ValueError(f"the fit was on images of files, and X is a table: {one}")
+        if wanted is not None and axes < wanted and wanted > 2:
+            form = "(N, H, W)" if wanted == 3 else "(N, H, W, C) or (N, C, H, W)"
+            raise ValueError(f"the fit was on images {form}: {one}")
+
+    def _check_table(self, X: Any) -> None:
+        shape = np.shape(X)
+        if self.image_shape is None and len(shape) == 2 and shape[0] == shape[1]:
+            side = round(shape[1] ** 0.5)
+            raise ValueError(
+                f"X has shape {shape}, which may be one image: give images as (N, H, W), (N, H, W, "
+                f"C) or (N, C, H, W), or image_shape=({side}, {side}) for one in each row"
+            )
 
     def _images(self, table: np.ndarray) -> np.ndarray:
         """The image in each row of a table. Raises ValueError where its shape is not known."""
@@ -246,7 +285,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
                 f"X has rows of {length} numbers, and image_shape={self.image_shape}: give the "
                 "image_shape of the rows, as (H, W), (H, W, C) or (C, H, W)"
             )
-        check_non_negative(table, type(self).__name__)
+        if table.size and table.min() < -HAIR:
+            check_non_negative(table, type(self).__name__)
         return as_bytes(table).reshape(len(table), *shape)
 
 

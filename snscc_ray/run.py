@@ -139,6 +139,7 @@ def execute(
         "seed": recipe.seed,
         "rows": len(catalog),
         "skipped": len(catalog.skipped),
+        "notes": list(catalog.notes),
         "baselines": run.baselines(),
         "stages": figures,
     }

@@ -59,7 +59,7 @@ def pack(
         UserError: bad folders, another plan in `out`, a corrupt image, a full disk.
     """
     filled.check_folders(folder, out)
-    shards = make_plan(folder, out, options, skip_corrupt)
+    shards, notes = make_plan(folder, out, options, skip_corrupt)
     manifest = as_manifest(shards, options)
     filled.prepare(out, manifest, overwrite)
     entries = manifest["shards"]
@@ -71,6 +71,8 @@ def pack(
     jobs = min(jobs or available_cores(), max(1, len(todo)))
     began = time.monotonic()
     display = Display(console)
+    for note in notes:
+        display.line(note)
     display.start("packing", 1, total, total - left, "images")
     try:
         with closing(write_shards(todo, jobs, display.advance)) as records:
