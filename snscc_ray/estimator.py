@@ -93,6 +93,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
     a Ray Dataset with a column `image`.
     """
 
+    _fit_shape: tuple[int, ...] | None = None  # of the array of a fit; None: it was on files
+
     def __init__(
         self,
         n_clusters: int = 8,
@@ -142,6 +144,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         self, recipe: Recipe, rows: Rows, folder: Path, device: torch.device, display: Display
     ) -> None:
         catalog, data = load(recipe, rows, device, display)
+        _warn(catalog.notes[len(rows.notes) :])
         monitor = RunMonitor(Journal(folder), display)
         try:
             execute(recipe, catalog, data, folder, LocalWorker(folder, device), monitor)
@@ -226,11 +229,12 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         """The recipe and its images, and a warning for what is left aside or assumed of them."""
         rows = given.rows or list_rows(recipe.data)
         data, rows = settled(recipe.data, rows)
-        for note in rows.notes:
-            warnings.warn(note, stacklevel=4)
+        _warn(rows.notes)
         return recipe.model_copy(update={"data": data}), rows
 
     def _given(self, X: Any, *, reset: bool) -> _Given:
+        if reset:
+            self._fit_shape = None
         if isinstance(X, str | Path):
             return _Given(None, str(X))
         if is_ray_dataset(X):
@@ -241,13 +245,10 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             X = X.detach().cpu()
             X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
         fewest = 2 if reset else 1
-        axes = X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim
-        if not reset:
-            self._check_axes(axes, X)
-        elif axes <= 2:
-            self._check_table(X)
-        if reset:
-            self._axes = axes
+        shape = tuple(X.shape) if hasattr(X, "shape") else np.asarray(X).shape
+        axes = len(shape)
+        if axes != 1:  # scikit-learn says what is wrong with that
+            self._check_form(shape, reset)
         if axes <= 2:
             table = validate_data(self, X, reset=reset, ensure_min_samples=fewest)
             images = self._images(table)
@@ -255,25 +256,22 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             images = as_bytes(check_array(X, allow_nd=True, ensure_min_samples=fewest))
         return _Given(rows_of_array(images), None)
 
-    def _check_axes(self, axes: int, X: Any) -> None:
-        """Refuse one image where a fit was on many: its rows would be taken for images."""
-        wanted = getattr(self, "_axes", None)  # None: the fit was on files
-        shape = np.shape(X)
-        one = f"give X[None] for one image, of which X has the shape {shape}"
-        if wanted is None and axes == 2 and self.image_shape is None:
-            raise ValueError(f"the fit was on images of files, and X is a table: {one}")
-        if wanted is not None and axes < wanted and wanted > 2:
-            form = "(N, H, W)" if wanted == 3 else "(N, H, W, C) or (N, C, H, W)"
-            raise ValueError(f"the fit was on images {form}: {one}")
-
-    def _check_table(self, X: Any) -> None:
-        shape = np.shape(X)
-        if self.image_shape is None and len(shape) == 2 and shape[0] == shape[1]:
+    def _check_form(self, shape: tuple[int, ...], reset: bool) -> None:
+        """Refuse what may be one image: its rows would be taken for images."""
+        if reset:
+            self._fit_shape = shape
+        fit = self._fit_shape
+        one = f"X has shape {shape}, which may be one image: give X[None], or "
+        if len(shape) == 2 and self.image_shape is None:
             side = round(shape[1] ** 0.5)
-            raise ValueError(
-                f"X has shape {shape}, which may be one image: give images as (N, H, W), (N, H, W, "
-                f"C) or (N, C, H, W), or image_shape=({side}, {side}) for one in each row"
-            )
+            if (reset or fit is None) and shape[0] == shape[1]:
+                raise ValueError(f"{one}image_shape=({side}, {side}) if each row is one")
+            if fit is not None and len(fit) > 2 and shape[1] != np.prod(fit[1:]):
+                raise ValueError(f"{one}rows of {np.prod(fit[1:])} numbers, as the fit was on")
+        colour = fit is not None and len(fit) == 4
+        grey = fit is not None and len(fit) == 3
+        if len(shape) == 3 and (colour or (shape[0] == 3 and not grey)):
+            raise ValueError(f"{one}(N, H, W, 1) for grey images")
 
     def _images(self, table: np.ndarray) -> np.ndarray:
         """The image in each row of a table. Raises ValueError where its shape is not known."""
@@ -304,6 +302,11 @@ def _data_settings(data: DataSettings, given: _Given) -> DataSettings:
     """The settings of a set for other images of its form."""
     place = {"source": "auto", "path": given.path, "classes": (), "download": False}
     return data.model_copy(update=place)
+
+
+def _warn(notes: Sequence[str]) -> None:
+    for note in notes:
+        warnings.warn(note, stacklevel=5)
 
 
 def _seed(random_state: Any) -> int:

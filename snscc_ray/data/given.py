@@ -42,11 +42,8 @@ def rows_of_array(images: np.ndarray) -> Rows:
             f"X has shape {images.shape}: give images as (N, H, W), (N, H, W, C) or (N, C, H, W) "
             "with 1 or 3 channels"
         )
-    if images.ndim == 3 and (images.shape[2] in (1, 3) or images.shape[0] == 3):
-        raise ValueError(
-            f"X has shape {images.shape}, which is one image: give X[None] (three grey images: "
-            "X[..., None])"
-        )
+    if images.ndim == 3 and images.shape[2] in (1, 3):
+        raise ValueError(f"X has shape {images.shape}, which is one image: give X[None]")
     return Rows(
         place="X",
         ids=[str(row) for row in range(len(images))],
