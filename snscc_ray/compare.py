@@ -163,7 +163,7 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> ImageSet:
     progress = display.counting("reading", "images")
     images = assemble(rows, recipe.data, recipe.runtime.decode_workers, progress)
     display.finish()
-    say_skipped(images.catalog, display)
+    say_skipped(images.catalog.for_clusters(recipe.data.num_clusters), display)
     check(recipe, len(images), 1)
     return images
 

@@ -97,6 +97,10 @@ def fit_images(request: FitRequest, console: Console) -> Fitted:
         display.line(f"going on with the run in {folder}")
     recipe, rows = listed(recipe)
     catalog, data = load(recipe, rows, device, display)
+    if request.wishes.clusters is None and catalog.distinct == 1:
+        raise UserError(
+            f"all {len(catalog):,} images are the same: there is nothing to tell apart; give others"
+        )
     say_skipped(catalog, display)
     for pick in picks:
         display.line(f"  {pick.what}: {pick.value} ({pick.why})")

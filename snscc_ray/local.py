@@ -146,7 +146,7 @@ def load(
     workers = recipe.runtime.decode_workers
     catalog, data = bring(recipe.data, rows, mode, device, display, workers)
     check(recipe, len(catalog), distributed.world_size())
-    return catalog, data
+    return catalog.for_clusters(recipe.data.num_clusters), data
 
 
 def mode_for(data: DataSettings, rows: Rows, device: torch.device, display: Display) -> str:

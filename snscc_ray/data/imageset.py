@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,16 @@ class Catalog:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def for_clusters(self, clusters: int) -> Catalog:
+        """With a note where there are fewer different images than clusters."""
+        if self.distinct >= clusters:
+            return self
+        note = (
+            f"only {self.distinct:,} of the {len(self):,} images differ, which are fewer than the "
+            f"{clusters:,} clusters: the same image is in the same cluster"
+        )
+        return replace(self, notes=(*self.notes, note))
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,8 @@ def pack(
 
     Finished shards of the same plan are kept. With `options.image_size`, an image whose shorter
     side is longer becomes the very square a run with that `data.image_size` would see, as JPEG
-    (quality 95) or, from a lossless format, as PNG; all others are stored as they are.
+    (quality 95) or, from a lossless format, as PNG; all others are stored as they are, and so are
+    those of more than 8 bits and the transparent ones, whose values depend on the whole set.
 
     Raises:
         UserError: bad folders, another plan in `out`, a corrupt image, a full disk.
