@@ -129,6 +129,8 @@ def choose(
             channels=channels,
             mean=recipes.IMAGENET_MEAN if known else None,
             std=recipes.IMAGENET_STD if known else None,
+            value_range=seen.value_range,
+            background=seen.background,
             **data,
         ),
         encoder=encoder,

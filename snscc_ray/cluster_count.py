@@ -14,6 +14,7 @@ sees no sizes, is shown beside them.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,9 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+
+from snscc_ray.errors import UserError
 
 _ROWS = 2000  # a sample that is enough for a few dozen clusters, and bounds what is N×N
 _MOST = 30
@@ -58,7 +62,10 @@ class Estimate:
 def estimate(
     features_ND: Tensor, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> Estimate:
-    """Try 2 to 30 clusters (fewer where there are not ten images for each)."""
+    """Try 2 to 30 clusters (fewer where there are not ten images for each).
+
+    Raises UserError where the features are all the same.
+    """
     rows_ND = _sample(features_ND, seed)
     tried = _numbers(len(rows_ND))
     stability, silhouette = [], []
@@ -66,10 +73,16 @@ def estimate(
         for done, k in enumerate(tried, 1):
             stability.append(_stability(rows_ND, k, seed))
             found_N = _kmeans(rows_ND, k, seed).labels_
-            silhouette.append(float(silhouette_score(rows_ND, found_N)))
+            apart = 2 <= len(np.unique(found_N)) < len(rows_ND)
+            silhouette.append(float(silhouette_score(rows_ND, found_N)) if apart else -1.0)
             if progress is not None:
                 progress(done, len(tried))
         gaps = _eigengaps(rows_ND, tried)
+    if max(silhouette) == -1:
+        raise UserError(
+            "after Pretrain the network sees no difference between the images: there is nothing to "
+            "count; look at the images, or give a number with --clusters"
+        )
     merit = np.array(stability) * np.maximum(silhouette, 0)
     best, second = (tried[place] for place in np.argsort(-merit, kind="stable")[:2])
     return Estimate(
@@ -94,7 +107,10 @@ def _sample(features_ND: Tensor, seed: int) -> np.ndarray:
 
 
 def _kmeans(rows_ND: np.ndarray, k: int, seed: int) -> KMeans:
-    return KMeans(k, n_init=3, random_state=seed % 2**32).fit(rows_ND)
+    with warnings.catch_warnings():
+        # Of fewer different rows than k, which the silhouette takes into account.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return KMeans(k, n_init=3, random_state=seed % 2**32).fit(rows_ND)
 
 
 def _stability(rows_ND: np.ndarray, k: int, seed: int) -> float:

@@ -21,11 +21,11 @@ from snscc_ray.compare_table import Row, figures_of, line, write_table
 from snscc_ray.config import Recipe
 from snscc_ray.data.imageset import ImageSet, assemble
 from snscc_ray.data.resident import ResidentData
-from snscc_ray.data.sources import list_rows
 from snscc_ray.data.survey import choose_mode
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
-from snscc_ray.local import free_bytes, terminated_like_interrupted
+from snscc_ray.local import free_bytes, say_skipped, terminated_like_interrupted
+from snscc_ray.look import listed
 from snscc_ray.monitor import Display
 from snscc_ray.neighbors import MinedNeighbors
 from snscc_ray.pretrained import check_encoder
@@ -151,7 +151,7 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> ImageSet:
             "encoder.weights: a comparison is fair where every method starts from random weights; "
             "leave them out"
         )
-    rows = list_rows(recipe.data)
+    recipe, rows = listed(recipe)
     check(recipe, len(rows.ids), 1)
     check_encoder(recipe, 1)
     mode, why = choose_mode(recipe.data, len(rows.ids), free_bytes(device), rows.streamable)
@@ -163,8 +163,7 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> ImageSet:
     progress = display.counting("reading", "images")
     images = assemble(rows, recipe.data, recipe.runtime.decode_workers, progress)
     display.finish()
-    for identifier, reason in images.catalog.skipped:
-        display.line(f"left out {identifier}: {reason}")
+    say_skipped(images.catalog.for_clusters(recipe.data.num_clusters), display)
     check(recipe, len(images), 1)
     return images
 

@@ -56,6 +56,13 @@ class DataSettings(Settings):
     mean: tuple[float, ...] | None = Field(None, description="per channel, of [0, 1] values")
     std: tuple[float, ...] | None = Field(None, description="None: measured on the images")
     folders_are_labels: bool = Field(False, description="sub-folder names become labels")
+    value_range: tuple[float, float] | None = Field(
+        None, description="values of 16- and 32-bit images that are black and white; None: looked"
+    )
+    background: Annotated[int, Field(ge=0, le=255)] | None = Field(
+        None, description="grey behind what is transparent; None: white where all can be seen on it"
+    )
+    max_pixels: Count = Field(500_000_000, description="of an image; a larger one is unreadable")
     skip_corrupt: bool = Field(False, description="count and leave out unreadable images")
     limit: Count | None = Field(None, description="keep only the first rows (a quick try)")
     mode: Literal["auto", "resident", "stream"] = Field(
@@ -72,6 +79,8 @@ class DataSettings(Settings):
             value = getattr(self, name)
             if value is not None and len(value) != self.channels:
                 raise ValueError(f"{name} needs {self.channels} numbers, one per channel")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError("value_range needs the smaller number first")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError("std must be above 0")
         return self

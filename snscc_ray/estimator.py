@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from snscc_ray import recipes
 from snscc_ray.choose import Wishes, choose
 from snscc_ray.config import DataSettings, Recipe
 from snscc_ray.data.given import (
+    HAIR,
     as_bytes,
     is_ray_dataset,
     rows_of_array,
@@ -43,7 +45,7 @@ from snscc_ray.data.sources import list_rows
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.local import bring, device_bytes, load, mode_for
-from snscc_ray.look import look
+from snscc_ray.look import look, settled
 from snscc_ray.monitor import Display, Journal, RunMonitor
 from snscc_ray.overrides import override, validate
 from snscc_ray.paths import as_path
@@ -91,6 +93,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
     a Ray Dataset with a column `image`.
     """
 
+    _fit_shape: tuple[int, ...] | None = None  # of the array of a fit; None: it was on files
+
     def __init__(
         self,
         n_clusters: int = 8,
@@ -126,7 +130,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             recipe = self._recipe(given)
             device = choose_device(recipe.runtime.device)
             display = self._display()
-            rows = given.rows or list_rows(recipe.data)
+            recipe, rows = self._settled(recipe, given)
             if self.folder is not None:
                 folder = as_path(self.folder)
                 _check_folder(folder, recipe)
@@ -140,6 +144,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         self, recipe: Recipe, rows: Rows, folder: Path, device: torch.device, display: Display
     ) -> None:
         catalog, data = load(recipe, rows, device, display)
+        _warn(catalog.notes[len(rows.notes) :])
         monitor = RunMonitor(Journal(folder), display)
         try:
             execute(recipe, catalog, data, folder, LocalWorker(folder, device), monitor)
@@ -174,7 +179,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             model: Model = self.model_
             given = self._given(X, reset=False)
             data = _data_settings(model.recipe.data, given)
-            rows = given.rows or list_rows(data)
+            recipe, rows = self._settled(model.recipe.model_copy(update={"data": data}), given)
+            data = recipe.data
             device, display = choose_device(self.device), self._display()
             mode = mode_for(data, rows, device, display)
             _, images = bring(data, rows, mode, device, display)
@@ -219,7 +225,16 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             values["seed"] = _seed(self.random_state)
         return validate(values)
 
+    def _settled(self, recipe: Recipe, given: _Given) -> tuple[Recipe, Rows]:
+        """The recipe and its images, and a warning for what is left aside or assumed of them."""
+        rows = given.rows or list_rows(recipe.data)
+        data, rows = settled(recipe.data, rows)
+        _warn(rows.notes)
+        return recipe.model_copy(update={"data": data}), rows
+
     def _given(self, X: Any, *, reset: bool) -> _Given:
+        if reset:
+            self._fit_shape = None
         if isinstance(X, str | Path):
             return _Given(None, str(X))
         if is_ray_dataset(X):
@@ -227,14 +242,36 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         if isinstance(X, list | tuple) and X and all(isinstance(path, str | Path) for path in X):
             return _Given(rows_of_paths(X), None)
         if isinstance(X, Tensor):
-            X = X.detach().cpu().numpy()
+            X = X.detach().cpu()
+            X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
         fewest = 2 if reset else 1
-        if (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) <= 2:
+        shape = tuple(X.shape) if hasattr(X, "shape") else np.asarray(X).shape
+        axes = len(shape)
+        if axes != 1:  # scikit-learn says what is wrong with that
+            self._check_form(shape, reset)
+        if axes <= 2:
             table = validate_data(self, X, reset=reset, ensure_min_samples=fewest)
             images = self._images(table)
         else:
             images = as_bytes(check_array(X, allow_nd=True, ensure_min_samples=fewest))
         return _Given(rows_of_array(images), None)
+
+    def _check_form(self, shape: tuple[int, ...], reset: bool) -> None:
+        """Refuse what may be one image: its rows would be taken for images."""
+        if reset:
+            self._fit_shape = shape
+        fit = self._fit_shape
+        one = f"X has shape {shape}, which may be one image: give X[None], or "
+        if len(shape) == 2 and self.image_shape is None:
+            side = round(shape[1] ** 0.5)
+            if (reset or fit is None) and shape[0] == shape[1]:
+                raise ValueError(f"{one}image_shape=({side}, {side}) if each row is one")
+            if fit is not None and len(fit) > 2 and shape[1] != np.prod(fit[1:]):
+                raise ValueError(f"{one}rows of {np.prod(fit[1:])} numbers, as the fit was on")
+        colour = fit is not None and len(fit) == 4
+        grey = fit is not None and len(fit) == 3
+        if len(shape) == 3 and (colour or (shape[0] == 3 and not grey)):
+            raise ValueError(f"{one}(N, H, W, 1) for grey images")
 
     def _images(self, table: np.ndarray) -> np.ndarray:
         """The image in each row of a table. Raises ValueError where its shape is not known."""
@@ -246,7 +283,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
                 f"X has rows of {length} numbers, and image_shape={self.image_shape}: give the "
                 "image_shape of the rows, as (H, W), (H, W, C) or (C, H, W)"
             )
-        check_non_negative(table, type(self).__name__)
+        if table.size and table.min() < -HAIR:
+            check_non_negative(table, type(self).__name__)
         return as_bytes(table).reshape(len(table), *shape)
 
 
@@ -265,6 +303,11 @@ def _data_settings(data: DataSettings, given: _Given) -> DataSettings:
     """The settings of a set for other images of its form."""
     place = {"source": "auto", "path": given.path, "classes": (), "download": False}
     return data.model_copy(update=place)
+
+
+def _warn(notes: Sequence[str]) -> None:
+    for note in notes:
+        warnings.warn(note, stacklevel=5)
 
 
 def _seed(random_state: Any) -> int:

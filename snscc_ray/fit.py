@@ -22,7 +22,7 @@ from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
 from snscc_ray.features import Own, stage_features
 from snscc_ray.local import device_bytes, load, say_skipped, terminated_like_interrupted
-from snscc_ray.look import look
+from snscc_ray.look import listed, look
 from snscc_ray.monitor import Display, Journal, RunMonitor
 from snscc_ray.neighbors import MinedNeighbors
 from snscc_ray.overrides import override, validate
@@ -95,7 +95,12 @@ def fit_images(request: FitRequest, console: Console) -> Fitted:
         prepare_folder(folder, recipe, resume=False, overwrite=request.overwrite)
     else:
         display.line(f"going on with the run in {folder}")
-    catalog, data = load(recipe, list_rows(recipe.data), device, display)
+    recipe, rows = listed(recipe)
+    catalog, data = load(recipe, rows, device, display)
+    if request.wishes.clusters is None and catalog.distinct == 1:
+        raise UserError(
+            f"all {len(catalog):,} images are the same: there is nothing to tell apart; give others"
+        )
     say_skipped(catalog, display)
     for pick in picks:
         display.line(f"  {pick.what}: {pick.value} ({pick.why})")

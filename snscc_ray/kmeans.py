@@ -5,8 +5,11 @@ Rows on a GPU are grouped there, all starts at once; rows on a CPU by scikit-lea
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -32,7 +35,9 @@ def kmeans(rows_ND: Tensor, clusters: int, seed: int, starts: int = 10) -> tuple
         model = MiniBatchKMeans(clusters, n_init=starts, batch_size=4096, random_state=seed % 2**32)
     # On several threads scikit-learn adds partial sums in the order they finish: the last bits
     # would differ from run to run, and a resumed run from an uninterrupted one.
-    with threadpool_limits(1):
+    with threadpool_limits(1), warnings.catch_warnings():
+        # Of images that are the same; that is said of the images, see `imageset`.
+        warnings.simplefilter("ignore", ConvergenceWarning)
         assignment = model.fit_predict(rows)
     centres = torch.from_numpy(model.cluster_centers_).float()
     return centres, torch.from_numpy(assignment).long()

@@ -17,11 +17,11 @@ from snscc_ray import distributed
 from snscc_ray.config import DataSettings, Recipe
 from snscc_ray.data.imageset import Catalog, Rows, assemble
 from snscc_ray.data.resident import Images, ResidentData
-from snscc_ray.data.sources import list_rows
 from snscc_ray.data.streamed import StreamedData, threads_reader
 from snscc_ray.data.survey import check_streamed, choose_mode, survey
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
+from snscc_ray.look import listed
 from snscc_ray.monitor import Display, Journal, RunMonitor, Silent
 from snscc_ray.pace import describe, measure, within
 from snscc_ray.pretrained import check_encoder
@@ -65,7 +65,8 @@ def run_here(
     try:
         first = distributed.rank() == 0
         display = Display(console if first else Console(quiet=True))
-        catalog, data = load(recipe, list_rows(recipe.data), device, display)
+        recipe, rows = listed(recipe)
+        catalog, data = load(recipe, rows, device, display)
         display.line(
             f"{recipe.name}: {len(catalog):,} images of {recipe.data.image_size} px, "
             f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
@@ -126,7 +127,9 @@ def _within_budget(
 
 
 def say_skipped(catalog: Catalog, display: Display) -> None:
-    """Name every image that is left out, and why."""
+    """Say what was left aside or assumed, and name every image that is left out, and why."""
+    for note in catalog.notes:
+        display.line(note)
     for identifier, reason in catalog.skipped:
         display.line(f"left out {identifier}: {reason}")
 
@@ -143,7 +146,7 @@ def load(
     workers = recipe.runtime.decode_workers
     catalog, data = bring(recipe.data, rows, mode, device, display, workers)
     check(recipe, len(catalog), distributed.world_size())
-    return catalog, data
+    return catalog.for_clusters(recipe.data.num_clusters), data
 
 
 def mode_for(data: DataSettings, rows: Rows, device: torch.device, display: Display) -> str:

@@ -62,7 +62,10 @@ def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.d
 
     An epoch's seconds include its clean pass.
     """
-    few = min(len(known), max(getattr(recipe, stage).batch_size for stage in STAGES))
+    batches = [getattr(recipe, stage).batch_size for stage in STAGES]
+    # No fewer than have to fill the clusters, and to be neighbours of each other.
+    least = max(recipe.data.num_clusters, recipe.pretrain.mined_neighbors + 1)
+    few = min(len(known), max(*batches, least))
     # What nothing is known of yet is taken to grow from nothing.
     fewer, before = 0, dict.fromkeys(STAGES, 0.0)
     while True:

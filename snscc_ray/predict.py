@@ -27,6 +27,7 @@ from snscc_ray.encoders import ClusterHeads, ClusterNet, build_encoder, out_feat
 from snscc_ray.errors import UserError
 from snscc_ray.features import answering, kept_features, own_ids, own_images, stage_features
 from snscc_ray.local import bring, mode_for
+from snscc_ray.look import settled
 from snscc_ray.monitor import Display
 from snscc_ray.run_folder import read_recipe
 from snscc_ray.stages.context import Context
@@ -182,7 +183,9 @@ def prepare(
     if model.caveat:
         display.line(model.caveat)
     settings = _settings(model.recipe, question.source)
-    rows = list_rows(settings)
+    settings, rows = settled(settings, list_rows(settings))
+    for note in rows.notes:
+        display.line(note)
     known = _known(question, model, display) if question.nearest else None
     return Answerer(model, question.top, known), settings, rows
 

@@ -144,6 +144,7 @@ def execute(
         "seed": recipe.seed,
         "rows": len(catalog),
         "skipped": len(catalog.skipped),
+        "notes": list(catalog.notes),
         "baselines": baselines,
         "stages": figures,
     }

@@ -143,6 +143,10 @@ def first_difference(there: Any, here: Any, place: str = "") -> str | None:
             # Where to run may change between a run and its continuation; what to learn may not.
             if not place and name == "runtime":
                 continue
+            # What is looked for anew if nobody says it, and found to be what it was.
+            looked = place == "data." and name in ("value_range", "background")
+            if looked and here.get(name) is None:
+                continue
             found = first_difference(there.get(name), here.get(name), f"{place}{name}.")
             if found:
                 return found

@@ -36,6 +36,8 @@ from snscc_ray.errors import UserError
 from snscc_ray.launch.group import Job as GroupJob
 from snscc_ray.launch.group import train_group
 from snscc_ray.launch.nodes import check_visible, placed
+from snscc_ray.local import say_skipped
+from snscc_ray.look import settled
 from snscc_ray.monitor import Display, Journal, Nowhere, RunMonitor
 from snscc_ray.pace import Seconds, measure
 from snscc_ray.paths import arrow_storage, is_url
@@ -94,7 +96,7 @@ class Session:
         self.folder = folder if is_url(folder) else folder.absolute()
         # Beside the sweep: what one has trained, the next one finds.
         self.ledger = Ledger(self.folder.parent / "stages", self.folder)
-        rows = list_rows(recipe.data)
+        rows = settled(recipe.data, list_rows(recipe.data))[1]
         check(recipe, len(rows.ids), 1)
         check_encoder(recipe, options.workers_per_trial)
         probes = _probed(options, self.display.line)
@@ -103,6 +105,7 @@ class Session:
         # Each trial holds the set, and the object store holds it once.
         free = room(probes) // (self.concurrent + 1)
         self.images = share_images(recipe, rows, free, self.display)
+        say_skipped(self.images.catalog, self.display)
         self._shared = ray.put(_Shared(self.images, self.ledger, options))
 
     def train(self, stage: StageName, jobs: Sequence[Job]) -> None:

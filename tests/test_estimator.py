@@ -21,6 +21,7 @@ from sklearn.utils.estimator_checks import check_clustering, parametrize_with_ch
 
 import snscc_ray.run
 from snscc_ray import SNSCC
+from snscc_ray.data.given import as_bytes
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.engine import Interrupted
 from snscc_ray.local import run_here
@@ -233,6 +234,10 @@ NOISE = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
         ({"image_shape": (8, 9)}, np.zeros((60, 64)), "image_shape=(8, 9)"),
         ({}, np.zeros((60, 64)) - 0.5, "Negative values"),
         ({}, NOISE[:1], "1 sample"),
+        ({}, np.zeros((64, 64), np.uint8), "image_shape=(8, 8) if each row is one"),
+        ({}, np.zeros((60, 0, 8), np.uint8), "has shape (60, 0, 8)"),
+        ({}, NOISE / 255 * 1.01, "values from 0 to 1.01"),
+        ({}, NOISE / 255 - 0.01, "values from -0.01"),
         ({}, "/nowhere/at/all", "does not exist"),
         ({}, ["/nowhere/at/all.png"] * 60, "occurs 60 times"),
     ],
@@ -245,6 +250,56 @@ def test_a_mistake_is_one_line_before_anything_is_trained(
         SNSCC(
             **{"n_clusters": 3, "recipe": "digits", "settings": DIGITS["settings"]} | parameters
         ).fit(X)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 8), (16, 16), (48, 16)])
+def test_one_image_is_not_taken_for_many(fitted: SNSCC, shape: tuple[int, int]) -> None:
+    for method in ("predict", "predict_proba", "transform"):
+        with pytest.raises(ValueError, match=r"may be one image: give X\[None\]"):
+            getattr(fitted, method)(np.zeros(shape, np.uint8))
+        # A table of what it was fit on.
+        assert len(getattr(fitted, method)(np.zeros((3, 64), np.uint8))) == 3
+
+
+def test_one_colour_image_is_not_taken_for_three(fitted: SNSCC) -> None:
+    colour = SNSCC(10, **DIGITS)
+    colour.__dict__ |= {k: v for k, v in fitted.__dict__.items() if k.endswith("_")}
+    for fit in ((200, 3, 8, 8), (200, 8, 8, 3), (200, 64), None):
+        colour._fit_shape = fit
+        with pytest.raises(ValueError, match=r"may be one image: give X\[None\]"):
+            colour.predict(np.zeros((3, 8, 8), np.uint8))
+    assert len(fitted.predict(np.zeros((3, 8, 8), np.uint8))) == 3  # as it was fit: grey ones
+
+
+def test_floats_a_hair_outside_are_clipped(fitted: SNSCC, digits: np.ndarray) -> None:
+    above = digits / 255
+    above[0, 0, 0], above[1, 0, 0] = np.nextafter(1, 2), -1e-17
+    assert np.array_equal(fitted.predict(above), fitted.predict(np.rint(above.clip(0, 1) * 255)
+                                                                .astype(np.uint8)))  # fmt: skip
+    table = above.reshape(len(above), -1).astype(np.float32)
+    table[2, 0] = np.float32(1.0000001)
+    assert len(fitted.predict(table)) == len(table)
+
+
+def test_what_are_no_numbers_is_refused(fitted: SNSCC) -> None:
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError):
+            as_bytes(np.full((4, 8, 8), bad))
+        with pytest.raises(ValueError):
+            fitted.predict(np.full((4, 8, 8), bad))
+    with pytest.raises(ValueError, match="complex128"):
+        as_bytes(np.zeros((4, 8, 8), complex))
+
+
+def test_a_tensor_of_bfloat16_is_read(fitted: SNSCC, digits: np.ndarray) -> None:
+    assert len(fitted.predict(torch.from_numpy(digits).bfloat16() / 255)) == len(digits)
+
+
+def test_what_is_left_aside_is_warned_of(fitted: SNSCC, digits: np.ndarray, tmp_path: Path) -> None:
+    written(tmp_path / "files", digits[:30])
+    (tmp_path / "files" / "notes.txt").write_text("no image")
+    with pytest.warns(UserWarning, match=r"left aside.* \.txt \(1\)"):
+        assert len(fitted.predict(str(tmp_path / "files"))) == 30
 
 
 def test_it_has_to_be_fitted_first() -> None:
@@ -278,6 +333,20 @@ def test_a_ray_dataset(ray: Any, fitted: SNSCC, digits: np.ndarray, tmp_path: Pa
     arrays = ray.data.from_numpy(list(np.split(digits, 4))).rename_columns({"data": "image"})
     for dataset in (encoded, arrays):
         assert np.array_equal(fitted.predict_proba(dataset), fitted.probabilities_)
+    as_on_disk = [
+        [{"image": {"bytes": file.read_bytes(), "path": file.name}} for file in files],
+        [{"image": str(file)} for file in files],
+        [{"image": image[None], "id": None} for image in digits],
+        [{"image": np.repeat(image[None], 3, 0)} for image in digits],
+        [{"image": image / 255} for image in digits],
+    ]
+    for forms in as_on_disk:
+        found = fitted.predict_proba(ray.data.from_items(forms, override_num_blocks=3))
+        assert np.array_equal(found, fitted.probabilities_)
+    with pytest.raises(ValueError, match=r"image '0' of the dataset: its shape is \(8, 8, 4\)"):
+        fitted.predict(ray.data.from_items([{"image": np.zeros((8, 8, 4), np.uint8)}] * 2))
+    with pytest.raises(ValueError, match="nothing"):
+        fitted.predict(ray.data.from_items([]))
     again = SNSCC(10, **DIGITS).fit(encoded)
     assert np.array_equal(again.labels_, fitted.labels_)
     assert again.ids_.tolist() == [file.name for file in files]

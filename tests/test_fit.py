@@ -20,6 +20,7 @@ from PIL import Image
 from benchmarks.kinds import make
 from snscc_ray.cli import options
 from snscc_ray.cluster_count import estimate, expected_seconds
+from snscc_ray.errors import UserError
 from tests.conftest import digits_table
 from tests.test_cli import Snscc, refused
 from tests.test_predict import images
@@ -150,6 +151,10 @@ def test_few_rows_and_equal_rows_are_counted_without_a_fall() -> None:
         3,
     )
     assert expected_seconds(20, 4) > 0
+    two = torch.nn.functional.one_hot(torch.arange(60) % 2, 4).float()
+    assert estimate(two, 0).chosen == 2
+    with pytest.raises(UserError, match="no difference between the images"):
+        estimate(torch.ones(60, 4), 0)
 
 
 @pytest.mark.slow

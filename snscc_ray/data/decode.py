@@ -1,9 +1,10 @@
 """Encoded images to uint8 pixels of one size: one image at a time, and many in parallel threads.
 
-Every image takes the same steps: turned as its EXIF orientation says, transparency laid over
-white, 16-bit grey divided by 256, CMYK and palettes converted, the shorter side resized to the
-wanted size (bilinear, antialiased) and the centre cropped. An image that already has the wanted
-size is not resampled.
+Every image takes the same steps: values of more than 8 bits brought to 8, transparency laid over
+one grey (both as `Reading` says, alike for a whole set), CMYK and palettes converted, turned as its
+EXIF orientation says, the shorter side resized to the wanted size (bilinear, antialiased) and the
+centre cropped. An image that already has the wanted size is not resampled. Of several frames or
+pages the first counts.
 
 Pillow does that for all formats. A JPEG that already has the wanted size and needs only decoding
 goes to torchvision's decoder, which gives the same pixels several times faster and, unlike Pillow
@@ -15,24 +16,40 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+from snscc_ray.config import DataSettings
 from snscc_ray.errors import UserError
 
 # A file's content, where it lies, an (H, W) or (H, W, 3) uint8 array, or None where a row is empty.
 Source = bytes | Path | np.ndarray | None
 
 # Only these: others (EPS, say) would hand untrusted bytes to an outside program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
+# By what such files begin, whatever they are called.
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*",
+               b"II+\0", b"MM\0+", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")  # fmt: skip
+BEGINNING = 32  # bytes that `begins_like_an_image` wants
+# Of 16 bits a channel Pillow reads the upper 8: with less than this there is next to nothing.
+_DARKEST = 16
+# `Reading.max_pixels` is asked instead, for it can be set; and Pillow's limit of a text beside the
+# pixels has nothing to do with them.
+Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# It warns of metadata that nobody reads here. What makes an image unreadable is raised.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,7 +66,36 @@ class UnreadableImage(Exception):
     """This image cannot be decoded; the message is the reason, in one line."""
 
 
-def decode_into(source: Source, out: np.ndarray) -> None:
+@dataclass(frozen=True)
+class Reading:
+    """How the images of a set are brought to 8 bits: alike for all of them."""
+
+    value_range: tuple[float, float] | None = None  # of more than 8 bits: black, and white
+    own_range: bool = True  # without such a range an image's own counts; else it is unreadable
+    background: int = 255  # the grey that transparency is laid over
+    max_pixels: int = DataSettings.model_fields["max_pixels"].default
+
+    @staticmethod
+    def of(data: DataSettings) -> Reading:
+        background = 255 if data.background is None else data.background
+        return Reading(data.value_range, False, background, data.max_pixels)
+
+
+OWN_RANGE = Reading()  # for an image that is looked at alone
+
+
+def begins_like_an_image(content: bytes) -> bool:
+    """Whether a file that begins so is of one of the FORMATS; `content` may be all of it."""
+    return (
+        content.startswith(_BEGINNINGS)
+        or (content.startswith(b"RIFF") and content[8:12] == b"WEBP")
+        or (content.startswith(b"BM") and content[6:10] == b"\0\0\0\0")
+        or re.match(rb"P[1-6]\s+[\d#]", content) is not None
+        or (content[4:8] == b"ftyp" and content[8:12] in (b"avif", b"avis"))
+    )
+
+
+def decode_into(source: Source, out: np.ndarray, reading: Reading = OWN_RANGE) -> None:
     """Write one image into `out` (C, S, S), uint8, C being 1 or 3.
 
     Raises:
@@ -58,34 +104,48 @@ def decode_into(source: Source, out: np.ndarray) -> None:
     """
     channels, size, _ = out.shape
     try:
-        if source is None:
-            raise UnreadableImage("there are no image bytes")
-        if isinstance(source, Path):
-            source = source.read_bytes()
-        elif not isinstance(source, bytes | np.ndarray):  # a URL, see paths.py
-            source = _fetch(source)
+        source = content_of(source)
         if isinstance(source, bytes):
             if _decode_directly(source, out):
                 return
-            image = _open(source, size)
+            image = _open(source, size, reading)
         elif source.shape == (size, size, channels):
             out[...] = source.transpose(2, 0, 1)
             return
         else:
             image = Image.fromarray(source)
         turn = _TURNS.get(_orientation(image))
-        image = _to_mode(image, "L" if channels == 1 else "RGB")
+        image = to_mode(image, "L" if channels == 1 else "RGB", reading)
         if turn is not None:
             image = image.transpose(turn)
         pixels = np.asarray(_square(image, size))
         out[...] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
     except (UnreadableImage, UserError):
         raise
-    except Image.UnidentifiedImageError:
-        raise UnreadableImage("not an image in a known format") from None
     except Exception as error:  # what Pillow raises on broken files is open-ended
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(reason[:200]) from error
+        raise UnreadableImage(why_unreadable(error)) from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """In one line."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image in a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def content_of(source: Source) -> bytes | np.ndarray:
+    """The bytes of a file, or an array. Raises UnreadableImage, OSError or UserError."""
+    if source is None:
+        raise UnreadableImage("there are no image bytes")
+    if isinstance(source, Path):
+        if source.exists() and not source.is_file():  # a pipe would be waited for
+            raise UnreadableImage("it is no regular file")
+        return source.read_bytes()
+    if not isinstance(source, bytes | np.ndarray):  # a URL, see paths.py
+        return _fetch(source)
+    return source
 
 
 def _fetch(url: Path) -> bytes:
@@ -103,7 +163,10 @@ def _fetch(url: Path) -> bytes:
 
 
 def decode_all(
-    batches: Iterable[Sequence[Source]], pixels: np.ndarray, workers: int
+    batches: Iterable[Sequence[Source]],
+    pixels: np.ndarray,
+    workers: int,
+    reading: Reading = OWN_RANGE,
 ) -> Generator[tuple[int, list[tuple[int, str]]]]:
     """Decode batches into consecutive rows of `pixels` (N, C, S, S), in `workers` threads.
 
@@ -118,7 +181,7 @@ def decode_all(
     try:
         start = 0
         for batch in batches:
-            pending.append(pool.submit(_decode_batch, batch, pixels, start))
+            pending.append(pool.submit(_decode_batch, batch, pixels, start, reading))
             start += len(batch)
             if len(pending) > workers + 1:
                 yield pending.popleft().result()
@@ -136,12 +199,12 @@ def available_cores() -> int:
 
 
 def _decode_batch(
-    batch: Sequence[Source], pixels: np.ndarray, start: int
+    batch: Sequence[Source], pixels: np.ndarray, start: int, reading: Reading
 ) -> tuple[int, list[tuple[int, str]]]:
     failed = []
     for row, source in enumerate(batch, start):
         try:
-            decode_into(source, pixels[row])
+            decode_into(source, pixels[row], reading)
         except UnreadableImage as error:
             failed.append((row, str(error)))
     return start + len(batch), failed
@@ -150,13 +213,34 @@ def _decode_batch(
 # ---------------------------------------------------------------- Pillow: every image
 
 
-def _open(encoded: bytes, size: int) -> Image.Image:
-    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+def _open(encoded: bytes, size: int, reading: Reading) -> Image.Image:
+    image = open_image(encoded, reading)
     # A JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8: several times faster. Twice
     # the wanted size is left, so that the resize that follows still does the antialiasing.
     image.draft(None, (2 * size, 2 * size))
+    halved = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
     image.load()
+    if halved and max(high for _, high in _extrema(image.convert("RGB"))) < _DARKEST:
+        raise UnreadableImage(
+            "it has 16 bits a channel, of which the upper 8 are read, and these hold (almost) "
+            "nothing: save it with 8 bits a channel"
+        )
     return image
+
+
+def open_image(encoded: bytes, reading: Reading) -> Image.Image:
+    """Its head is read. Raises UnreadableImage for one that is far too large."""
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    if image.width * image.height > reading.max_pixels:
+        raise UnreadableImage(
+            f"{image.width:,} × {image.height:,} pixels are more than the "
+            f"{reading.max_pixels:,} of data.max_pixels"
+        )
+    return image
+
+
+def _extrema(image: Image.Image) -> tuple[tuple[float, float], ...]:
+    return image.getextrema()  # type: ignore[return-value]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -166,16 +250,43 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "F":
-        raise UnreadableImage("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip some of these
-        values = np.asarray(image).clip(0, 65535) >> 8
-        image = Image.fromarray(values.astype(np.uint8))
+def is_deep(image: Image.Image) -> bool:
+    """Whether its values are of more than 8 bits: numbers of a range that is not known."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def deep_range(image: Image.Image) -> tuple[float, float]:
+    """The least and the greatest value of a deep image. Raises UnreadableImage for NaN and inf."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise UnreadableImage("it holds values that are no numbers (NaN or infinite)")
+    return low, high
+
+
+def to_mode(image: Image.Image, mode: str, reading: Reading) -> Image.Image:
+    """As `L` or `RGB`, nothing deep or transparent left."""
+    if is_deep(image):
+        image = _to_8_bits(image, reading)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        behind = Image.new("RGBA", image.size, (reading.background,) * 3 + (255,))
+        image = Image.alpha_composite(behind, image)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _to_8_bits(image: Image.Image, reading: Reading) -> Image.Image:
+    own = deep_range(image)
+    if reading.value_range is None and not reading.own_range:
+        raise UnreadableImage(
+            f"its values of more than 8 bits, here {own[0]:g} to {own[1]:g}, have no known range: "
+            "say with data.value_range=[LOW,HIGH] which are black and white"
+        )
+    low, high = reading.value_range or own
+    # Whole numbers have a step's width each, so that 0 to 255 stay as they are.
+    steps = high - low + (image.mode != "F")
+    values = (np.asarray(image).astype(np.float64) - low) * (256 / steps if steps else 0)
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:

@@ -13,6 +13,8 @@ from snscc_ray.data.imageset import Batches, Rows
 from snscc_ray.data.sources import image_id
 from snscc_ray.paths import as_path
 
+HAIR = 1e-3  # how far floats may lie outside of 0 to 1: less than a step of uint8
+
 
 def rows_of_paths(paths: Sequence[str | Path]) -> Rows:
     """An image for each path or URL, which is its id."""
@@ -35,7 +37,7 @@ def rows_of_array(images: np.ndarray) -> Rows:
         images = images.transpose(0, 2, 3, 1)
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
-    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3) or not images.size:
         raise ValueError(
             f"X has shape {images.shape}: give images as (N, H, W), (N, H, W, C) or (N, C, H, W) "
             "with 1 or 3 channels"
@@ -52,19 +54,22 @@ def rows_of_array(images: np.ndarray) -> Rows:
 def as_bytes(values: np.ndarray) -> np.ndarray:
     """Pixels as uint8: integers of 0 to 255 as they are, floats of 0 to 1 times 255.
 
+    Floats a hair outside are clipped: resizing and scaling give such.
     Raises ValueError for other numbers.
     """
     if values.dtype == np.uint8:
         return values
+    wanted = "give integers from 0 to 255, or floats from 0 to 1"
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"X holds {values.dtype.name} values: {wanted}")
     whole = values.dtype.kind in "iu"
-    top = 255 if whole else 1
-    low, high = values.min(), values.max()
-    if low < 0 or high > top:
-        raise ValueError(
-            f"X holds {values.dtype.name} values from {low:g} to {high:g}: give integers from 0 to "
-            "255, or floats from 0 to 1"
-        )
-    return values.astype(np.uint8) if whole else np.rint(values * 255).astype(np.uint8)
+    top, hair = (255, 0) if whole else (1, HAIR)
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if not (low >= -hair and high <= top + hair):  # NaN is neither
+        raise ValueError(f"X holds {values.dtype.name} values from {low:g} to {high:g}: {wanted}")
+    if whole:
+        return values.astype(np.uint8)
+    return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
 
 
 def is_ray_dataset(given: object) -> bool:
@@ -76,24 +81,55 @@ def is_ray_dataset(given: object) -> bool:
 
 
 def rows_of_dataset(dataset: Any) -> Rows:
-    """The column `image` of a Ray Dataset (encoded, or uint8 arrays) in its order, all held here;
-    `id`, where there is such a column, names them.
+    """The column `image` of a Ray Dataset in its order, all held here; `id`, where there is such a
+    column, names them.
 
-    Raises ValueError where there is no such column.
+    An image is encoded (as it is, or in Hugging Face's struct with `bytes`), an array, (H, W),
+    (H, W, C) or (C, H, W), or a path. Raises ValueError where there is no such column, or for
+    something else in it.
     """
-    names = dataset.schema().names
+    schema = dataset.schema()
+    names = [] if schema is None else schema.names
     if "image" not in names:
-        raise ValueError(f"the dataset has no column `image` (it has: {', '.join(names)})")
+        held = ", ".join(names) or "nothing"
+        raise ValueError(f"the dataset has no column `image` (it has: {held})")
     wanted = dataset.select_columns([name for name in ("id", "image") if name in names])
     wanted.context.execution_options.preserve_order = True
     sources: list[Source] = []
     ids: list[str] = []
     for number, row in enumerate(wanted.iter_rows()):
-        image = row["image"]
-        sources.append(_squeezed(as_bytes(image)) if isinstance(image, np.ndarray) else image)
-        ids.append(str(row.get("id", number)))
-    return Rows(place="the Ray Dataset", ids=ids, batches=Batches(sources))
+        name = row.get("id")
+        ids.append(str(number if name is None else name))
+        try:
+            sources.append(_source(row["image"]))
+        except ValueError as error:
+            raise ValueError(f"image {ids[-1]!r} of the dataset: {error}") from error
+    files = [source for source in sources if isinstance(source, Path)]
+    return Rows(
+        place="the Ray Dataset",
+        ids=ids,
+        batches=Batches(sources),
+        files=files if len(files) == len(sources) else None,
+    )
 
 
-def _squeezed(image: np.ndarray) -> np.ndarray:
-    return image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+def _source(image: Any) -> Source:
+    """What is in one row, as it is on disk. Raises ValueError."""
+    if isinstance(image, dict) and "bytes" in image:
+        image = image["bytes"]
+    if isinstance(image, str):
+        return as_path(image)
+    if isinstance(image, bytes) or image is None:
+        return image
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"it is {type(image).__name__}: give bytes, an array or a path")
+    shape = image.shape
+    if image.ndim == 3 and shape[2] not in (1, 3) and shape[0] in (1, 3):
+        image = image.transpose(1, 2, 0)
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    if not image.size or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise ValueError(
+            f"its shape is {shape}: give (H, W), (H, W, C) or (C, H, W) with 1 or 3 channels"
+        )
+    return np.ascontiguousarray(as_bytes(image))

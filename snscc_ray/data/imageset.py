@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from snscc_ray.config import DataSettings
-from snscc_ray.data.decode import Source, decode_all
+from snscc_ray.data.decode import OWN_RANGE, Reading, Source, decode_all
 from snscc_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Rows decoded by one thread at a time: enough to make the hand-over cheap, few enough that the
 # encoded bytes under way stay small.
 BATCH = 128
+_DIGEST = 16  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +38,21 @@ class Catalog:
     skipped: tuple[tuple[str, str], ...]  # (id, reason) of corrupt images left out
     fingerprint: str  # of pixels, ids and order; labels do not enter
     values: Tensor  # int64 (C, 256): how often each pixel value occurs in each channel
+    distinct: int  # images that differ
+    notes: tuple[str, ...] = ()  # see `Rows`
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def for_clusters(self, clusters: int) -> Catalog:
+        """With a note where there are fewer different images than clusters."""
+        if self.distinct >= clusters:
+            return self
+        note = (
+            f"only {self.distinct:,} of the {len(self):,} images differ, which are fewer than the "
+            f"{clusters:,} clusters: the same image is in the same cluster"
+        )
+        return replace(self, notes=(*self.notes, note))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +77,8 @@ class Rows:
     class_names: tuple[str, ...] | None = None
     files: Sequence[Path] | None = None  # where each row is a file of its own
     shards: Sequence[Shard] | None = None  # where the rows are those of Parquet files
+    reading: Reading = OWN_RANGE
+    notes: tuple[str, ...] = ()  # what was left aside or assumed, in sentences
 
     @property
     def streamable(self) -> bool:
@@ -103,7 +118,7 @@ def assemble(
     pixels = _allocate(total, data)
     failed: list[tuple[int, str]] = []
     done = 0
-    with closing(decode_all(rows.batches, pixels, workers)) as batches:
+    with closing(decode_all(rows.batches, pixels, workers, rows.reading)) as batches:
         for done, unreadable in batches:
             if unreadable and not data.skip_corrupt:
                 raise corrupt(rows, *unreadable[0])
@@ -143,12 +158,16 @@ def describe(
         skipped=tuple((rows.ids[row], reason) for row, reason in failed),
         fingerprint=whole.hexdigest(),
         values=torch.from_numpy(values),
+        distinct=len(
+            {digests[place : place + _DIGEST] for place in range(0, len(digests), _DIGEST)}
+        ),
+        notes=rows.notes,
     )
 
 
 def digests(images: np.ndarray) -> bytes:
     """16 bytes for each image, so that parts of a set can be hashed apart and put together."""
-    return b"".join(hashlib.blake2b(image.data, digest_size=16).digest() for image in images)
+    return b"".join(hashlib.blake2b(image.data, digest_size=_DIGEST).digest() for image in images)
 
 
 def value_counts(images: np.ndarray) -> np.ndarray:

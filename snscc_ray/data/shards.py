@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from snscc_ray.data.imageset import BATCH, Rows
+from snscc_ray.data.labels import Labels
 from snscc_ray.errors import UserError
 from snscc_ray.paths import is_url
-
-MAX_CLASSES = 65_536
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,30 @@ class Shard:
     class_name: bool
 
 
+def image_shards(path: Path) -> list[Path]:
+    """Those Parquet files that `path` is or directly holds that have a column `image`: others are
+    of something else (what `snscc predict` wrote, say), and one that is broken is not passed over.
+    """
+    held = []
+    for file in shard_files(path):
+        try:
+            with _parquet(file) as opened:
+                images = "image" in opened.schema_arrow.names
+        except UserError:
+            images = True
+        held += [file] * images
+    return held
+
+
+def count_rows(files: list[Path]) -> int:
+    """Of the files that can be read."""
+    rows = 0
+    for file in files:
+        with suppress(UserError), _parquet(file) as opened:
+            rows += opened.metadata.num_rows
+    return rows
+
+
 def shard_files(path: Path) -> list[Path]:
     """The Parquet files that `path` is or directly holds, sorted by name."""
     if path.is_file():
@@ -40,7 +61,9 @@ def read_shards(path: Path, limit: int | None) -> Rows:
     """The rows of one Parquet file or of all in a folder, in the order of the file names.
 
     `image` is binary, or HuggingFace's struct with `bytes`. A row without an `id` is called
-    `FILE:ROW`. `label` must be an integer and `class_name` names it; both are optional.
+    `FILE:ROW`. `label` is an integer or a text, and `class_name` names it; both are optional, and
+    labels that not all rows have, or that are no classes, are left aside. So are files without a
+    column `image` beside others that have one.
 
     Raises:
         UserError: no such file, one that cannot be read, or a column that is missing or of a
@@ -49,31 +72,26 @@ def read_shards(path: Path, limit: int | None) -> Rows:
     files = shard_files(path)
     if not files:
         raise UserError(f"no *.parquet files in {path}: give their folder with --data PATH")
-    shards = [_inspect(file) for file in files]
-    bare = next((shard.file for shard in shards if not shard.label), None)
-    if bare is not None and any(shard.label for shard in shards):
-        raise UserError(
-            f"{bare} has no column `label` while others beside it have: "
-            "give it to all shards or to none"
-        )
+    kept = image_shards(path) or files
+    shards = [_inspect(file) for file in kept]
     used = _first_rows(shards, limit)
     ids: list[str] = []
-    labels: list[np.ndarray] = []
-    names: dict[int, str] = {}
+    columns = Labels()
     for shard in used:
         table = _read_columns(shard)
         ids += _ids(shard, table)
-        if shard.label:
-            labels.append(_labels(shard, table["label"]))
-            if shard.class_name:
-                names.update(_names(shard, labels[-1], table["class_name"], names))
+        columns.add(shard, table)
+    labels, class_names, note = columns.concluded(len(ids))
+    other = [file.name for file in files if file not in kept]
+    left = f"left aside, having no column `image`: {', '.join(other[:8])}" if other else None
     return Rows(
         place=str(path),
         ids=ids,
         batches=_images(used),
-        labels=np.concatenate(labels) if labels else None,
-        class_names=_name_all(names),
+        labels=labels,
+        class_names=class_names,
         shards=used,
+        notes=tuple(text for text in (left, note) if text),
     )
 
 
@@ -119,11 +137,6 @@ def _inspect(file: Path) -> Shard:
         raise UserError(
             f"column `image` of {file} is {kind}: it must hold encoded images as binary"
         )
-    if "label" in columns and not pa.types.is_integer(schema.field("label").type):
-        raise UserError(
-            f"column `label` of {file} is {schema.field('label').type}: "
-            "make it an integer, or drop it (labels only measure)"
-        )
     return Shard(
         file, sum(groups), groups, "id" in columns, "label" in columns, "class_name" in columns
     )
@@ -163,31 +176,23 @@ def _ids(shard: Shard, table: Any) -> list[str]:
     ]
 
 
-def _labels(shard: Shard, column: Any) -> np.ndarray:
-    values = column.to_pylist()
-    for row, value in enumerate(values):
-        if value is None or not 0 <= value < MAX_CLASSES:
-            raise UserError(
-                f"label {value} in row {row} of {shard.file} is no class number: use 0 to "
-                f"{MAX_CLASSES - 1}, or drop the column `label` (labels only measure)"
-            )
-    return np.array(values, np.int64)
-
-
-def _names(shard: Shard, labels: np.ndarray, column: Any, known: dict[int, str]) -> dict[int, str]:
-    names = dict(known)
-    for label, name in set(zip(labels.tolist(), column.to_pylist(), strict=True)):
-        if name is not None and names.setdefault(label, str(name)) != str(name):
-            raise UserError(
-                f"label {label} is called both {names[label]!r} and {name!r} in {shard.file}: "
-                "give each label one class_name, or drop that column"
-            )
-    return names
-
-
-def _name_all(names: dict[int, str]) -> tuple[str, ...] | None:
-    """A label that never occurs (`limit` can do that) goes by its number."""
-    return tuple(names.get(label, str(label)) for label in range(max(names) + 1)) if names else None
+def sample_images(shards: Sequence[Shard], step: int) -> Iterator[bytes | None]:
+    """Every `step`th image of all rows; only row groups that hold one are read."""
+    first = 0  # row of the group, of all rows
+    for shard in shards:
+        left = shard.rows
+        for group, held in enumerate(shard.groups):
+            rows = min(held, left)
+            wanted = range(-first % step, rows, step)
+            if wanted:
+                place = 0
+                for batch in image_batches(shard.file, group, wanted[-1] + 1):
+                    yield from (
+                        batch[row - place] for row in wanted if 0 <= row - place < len(batch)
+                    )
+                    place += len(batch)
+            first += rows
+            left -= rows
 
 
 def _images(shards: list[Shard]) -> Iterator[list[bytes | None]]:

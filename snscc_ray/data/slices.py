@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from snscc_ray.config import DataSettings
-from snscc_ray.data.decode import Source, UnreadableImage, decode_into
+from snscc_ray.data.decode import OWN_RANGE, Reading, Source, UnreadableImage, decode_into
 from snscc_ray.data.imageset import Rows, digests, value_counts
 from snscc_ray.data.order import LANES
 from snscc_ray.data.shards import image_batches
@@ -41,6 +41,7 @@ class Slice:
     group: int | None = None  # the row group of the Parquet file; None: the files are images
     offset: int = 0  # of the first row in that group
     skip: tuple[int, ...] = ()  # which of its rows, counted from 0, are corrupt and left out
+    reading: Reading = OWN_RANGE
 
     def __len__(self) -> int:
         return self.rows - len(self.skip)
@@ -87,7 +88,10 @@ def cut(rows: Rows, slice_rows: int) -> list[Slice]:
         files = [_address(file) for file in rows.files]
         return [
             Slice(
-                first, min(slice_rows, len(files) - first), tuple(files[first : first + slice_rows])
+                first,
+                min(slice_rows, len(files) - first),
+                tuple(files[first : first + slice_rows]),
+                reading=rows.reading,
             )
             for first in range(0, len(files), slice_rows)
         ]
@@ -106,7 +110,8 @@ def cut(rows: Rows, slice_rows: int) -> list[Slice]:
             parts = -(-held // slice_rows)
             edges = [held * part // parts for part in range(parts + 1)] if held else []
             for begin, end in pairwise(edges):
-                slices.append(Slice(row, end - begin, (_address(shard.file),), group, begin))
+                place = (_address(shard.file),)
+                slices.append(Slice(row, end - begin, place, group, begin, reading=rows.reading))
                 row += end - begin
             left -= held
     return slices
@@ -130,7 +135,7 @@ def read_slice(piece: Slice, channels: int, size: int) -> tuple[np.ndarray, list
         if seen - 1 in piece.skip:
             continue
         try:
-            decode_into(source, pixels[row])
+            decode_into(source, pixels[row], piece.reading)
         except UnreadableImage as error:
             failures.append((seen - 1, str(error)))
         row += 1

@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from snscc_ray.config import DataSettings
 from snscc_ray.data.archives import ARCHIVES, archive_folder, read_archive
+from snscc_ray.data.decode import Reading
 from snscc_ray.data.imageset import Batches, ImageSet, Rows, assemble
-from snscc_ray.data.shards import read_shards, shard_files
+from snscc_ray.data.listing import EXTENSIONS, Found, find_images
+from snscc_ray.data.shards import count_rows, image_shards, read_shards, shard_files
 from snscc_ray.errors import UserError
 from snscc_ray.paths import as_path, is_url
 
 __all__ = ["ImageSet", "list_rows", "load_images", "resolve_source"]
-
-EXTENSIONS = frozenset(
-    [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"]
-)  # compared in lower case
 
 
 def load_images(
@@ -51,27 +49,35 @@ def resolve_source(data: DataSettings) -> str:
         UserError: `auto` without a path, or with one that is absent or holds nothing known.
     """
     with _reaching(data.path):
-        return _resolve(data)
+        return _resolve(data)[0]
 
 
-def _resolve(data: DataSettings) -> str:
+def _resolve(data: DataSettings) -> tuple[str, Found | None]:
+    """The source, and the images of a folder where they were looked for."""
     if data.source in ARCHIVES:
-        held = data.path is not None and shard_files(as_path(data.path))
-        return "shards" if held else data.source
+        held = data.path is not None and image_shards(as_path(data.path))
+        return ("shards" if held else data.source), None
     if data.source != "auto":
-        return data.source
+        return data.source, None
     path = _existing_path(data)
+    if path.is_file() and shard_files(path):
+        return "shards", None
+    shards = image_shards(path)
+    if not shards:
+        for source in ARCHIVES:
+            if archive_folder(source, path).is_dir():
+                return source, None
+    found = find_images(path) if path.is_dir() else Found()
+    if shards or found.files:
+        # A few files beside shards, or a sample beside files, are not the set.
+        return ("folder" if len(found.files) > count_rows(shards) else "shards"), found
     if shard_files(path):
-        return "shards"
-    for source in ARCHIVES:
-        if archive_folder(source, path).is_dir():
-            return source
-    if path.is_dir() and next(image_files(path), None) is not None:
-        return "folder"
+        return "shards", None  # reading says what these lack
     known = ", ".join(archive.folder for archive in ARCHIVES.values())
+    aside = "".join(f"; {note}" for note in found.notes())
     raise UserError(
-        f"nothing known in {path} (looked for *.parquet, {known}, and image files at any depth): "
-        "give another folder or file with --data PATH"
+        f"nothing known in {path} (looked for *.parquet, {known}, and image files at any depth"
+        f"{aside}): give another folder or file with --data PATH"
     )
 
 
@@ -82,11 +88,11 @@ def list_rows(data: DataSettings) -> Rows:
         UserError: what is wrong with the source and how to mend it, in one line.
     """
     with _reaching(data.path):
-        return _list(data)
+        return replace(_list(data), reading=Reading.of(data))
 
 
 def _list(data: DataSettings) -> Rows:
-    source = _resolve(data)
+    source, found = _resolve(data)
     if source == "digits":
         return _digits(data.limit)
     if source in ARCHIVES and data.download and data.path is not None:
@@ -101,12 +107,16 @@ def _list(data: DataSettings) -> Rows:
             )
         return read_archive(source, path, download=data.download, limit=data.limit)
     if source == "shards":
-        return read_shards(path, data.limit)
+        rows = read_shards(path, data.limit)
+        if found is not None and found.files:
+            beside = f"left aside: {len(found.files):,} image files, as the shards hold more"
+            rows = replace(rows, notes=(*rows.notes, beside))
+        return rows
     if not path.is_dir():
         raise UserError(f"{path} is a file: source {source!r} needs a folder with --data PATH")
     if source == "imagenet":
         return _imagenet(path, data.classes, data.limit)
-    return _folder(path, data.folders_are_labels, data.limit)
+    return _folder(path, found or find_images(path), data.folders_are_labels, data.limit)
 
 
 def _existing_path(data: DataSettings) -> Path:
@@ -156,19 +166,21 @@ def _digits(limit: int | None) -> Rows:
 # ---------------------------------------------------------------------------- image folders
 
 
-def _folder(path: Path, folders_are_labels: bool, limit: int | None) -> Rows:
+def _folder(path: Path, found: Found, folders_are_labels: bool, limit: int | None) -> Rows:
     """Every image below `path`, by relative path; the first sub-folder may be its class."""
-    files = sorted(image_files(path))
+    files = found.files
     if not files:
-        raise UserError(
-            f"no images found below {path} (looked for {' '.join(sorted(EXTENSIONS))}): "
-            "give a folder that holds some with --data PATH"
-        )
+        raise UserError(f"{no_images(path, found)}: give a folder that holds some with --data PATH")
     if not folders_are_labels:
-        return _file_rows(path, files[:limit], None, None)
+        return _file_rows(path, files[:limit], None, None, found.notes())
     classes = folder_classes(path, files, "set data.folders_are_labels=false")
     labels = np.array([classes[file.split("/", 1)[0]] for file in files[:limit]], np.int64)
-    return _file_rows(path, files[:limit], labels, tuple(classes))
+    return _file_rows(path, files[:limit], labels, tuple(classes), found.notes())
+
+
+def no_images(path: Path, found: Found) -> str:
+    aside = "".join(f"; {note}" for note in found.notes())
+    return f"no images found below {path} (looked for {' '.join(sorted(EXTENSIONS))}{aside})"
 
 
 def folder_classes(root: Path, files: list[str], remedy: str) -> dict[str, int]:
@@ -189,13 +201,16 @@ def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
     root = path / "train" if (path / "train").is_dir() else path
     files: list[str] = []
     labels: list[int] = []
+    aside = Found()
     for number, name in enumerate(classes):
         if not (root / name).is_dir():
             raise UserError(
                 f"class folder {root / name} is missing: give the folder of ImageNet with "
                 "--data PATH, or leave the class out of data.classes"
             )
-        found = [f"{name}/{file}" for file in sorted(image_files(root / name))]
+        held = find_images(root / name)
+        found = [f"{name}/{file}" for file in held.files]
+        aside.aside += held.aside
         if not found:
             raise UserError(
                 f"class folder {root / name} holds no images: unpack it again, or leave the "
@@ -203,25 +218,8 @@ def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
             )
         files += found
         labels += [number] * len(found)
-    return _file_rows(root, files[:limit], np.array(labels[:limit], np.int64), classes)
-
-
-def image_files(root: Path) -> Iterator[str]:
-    """Relative POSIX paths of the images below `root`, hidden ones left out, in no set order."""
-    if is_url(root):
-        yield from _remote_image_files(root)
-        return
-    seen: set[str] = set()  # links to folders are followed, but not in circles
-    for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            inner.clear()
-            continue
-        seen.add(real)
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        for name in names:
-            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
-                yield Path(folder, name).relative_to(root).as_posix()
+    kept = np.array(labels[:limit], np.int64)
+    return _file_rows(root, files[:limit], kept, classes, aside.notes())
 
 
 def image_id(file: str) -> str:
@@ -229,23 +227,12 @@ def image_id(file: str) -> str:
     return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
-def _remote_image_files(root: Path) -> Iterator[str]:
-    url: Any = root
-    above = url.path.rstrip("/") + "/"
-    for name in url.fs.find(url.path):
-        file = PurePosixPath(name.removeprefix(above))
-        if file.suffix.lower() in EXTENSIONS and not any(p.startswith(".") for p in file.parts):
-            yield str(file)
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(
-        f"cannot list {error.filename} ({error.strerror}): make it readable, or give another folder"
-    )
-
-
 def _file_rows(
-    root: Path, files: list[str], labels: np.ndarray | None, classes: tuple[str, ...] | None
+    root: Path,
+    files: list[str],
+    labels: np.ndarray | None,
+    classes: tuple[str, ...] | None,
+    notes: tuple[str, ...],
 ) -> Rows:
     paths = [root / file for file in files]
     return Rows(
@@ -255,4 +242,5 @@ def _file_rows(
         labels=labels,
         class_names=classes,
         files=paths,
+        notes=notes,
     )

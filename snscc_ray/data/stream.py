@@ -92,7 +92,7 @@ def share_images(recipe: Recipe, rows: Rows, free_bytes: int, display: Display) 
         catalog, order_name = images.catalog, ResidentData.order_name
         load = partial(_array, ray.put(images.images.numpy()))
     display.finish()
-    return Shared(catalog, load, order_name)
+    return Shared(catalog.for_clusters(data.num_clusters), load, order_name)
 
 
 def _streamed(streamed: Any, memory_mb: int, device: torch.device) -> Images:

@@ -11,11 +11,12 @@ from snscc_ray import checkpoints
 from snscc_ray.cluster import Scale, check_alike, room
 from snscc_ray.config import Recipe
 from snscc_ray.data.imageset import Catalog
-from snscc_ray.data.sources import list_rows
 from snscc_ray.data.stream import share_images
 from snscc_ray.errors import UserError
 from snscc_ray.launch.group import RAY_FOLDER, Job, train_group
 from snscc_ray.launch.nodes import check_visible, connected, placed
+from snscc_ray.local import say_skipped
+from snscc_ray.look import listed
 from snscc_ray.monitor import Display, Journal
 from snscc_ray.paths import is_url
 from snscc_ray.pretrained import check_encoder
@@ -36,7 +37,7 @@ def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     if recipe.runtime.device == "cuda" and not scale.gpu:
         raise UserError("runtime.device=cuda needs workers with a GPU each; add --gpu")
-    rows = list_rows(recipe.data)
+    recipe, rows = listed(recipe)
     counts = range(scale.workers[0], scale.workers[1] + 1)
     for workers in counts:
         check(recipe, len(rows.ids), workers)
@@ -53,8 +54,7 @@ def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
         for workers in counts:
             check(recipe, len(data.catalog), workers)
         display.line(_headline(recipe, data.catalog, scale))
-        for identifier, reason in data.catalog.skipped:
-            display.line(f"left out {identifier}: {reason}")
+        say_skipped(data.catalog, display)
         job = Job(recipe, str(where), request.stages, overwrite, ray.put(data.catalog), data.load)
         if overwrite:
             remove_tree(where / RAY_FOLDER)

@@ -53,13 +53,14 @@ def pack(
 
     Finished shards of the same plan are kept. With `options.image_size`, an image whose shorter
     side is longer becomes the very square a run with that `data.image_size` would see, as JPEG
-    (quality 95) or, from a lossless format, as PNG; all others are stored as they are.
+    (quality 95) or, from a lossless format, as PNG; all others are stored as they are, and so are
+    those of more than 8 bits and the transparent ones, whose values depend on the whole set.
 
     Raises:
         UserError: bad folders, another plan in `out`, a corrupt image, a full disk.
     """
     filled.check_folders(folder, out)
-    shards = make_plan(folder, out, options, skip_corrupt)
+    shards, notes = make_plan(folder, out, options, skip_corrupt)
     manifest = as_manifest(shards, options)
     filled.prepare(out, manifest, overwrite)
     entries = manifest["shards"]
@@ -71,6 +72,8 @@ def pack(
     jobs = min(jobs or available_cores(), max(1, len(todo)))
     began = time.monotonic()
     display = Display(console)
+    for note in notes:
+        display.line(note)
     display.start("packing", 1, total, total - left, "images")
     try:
         with closing(write_shards(todo, jobs, display.advance)) as records:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from snscc_ray.data.sources import EXTENSIONS, folder_classes, image_files, image_id
+from snscc_ray.data.listing import find_images
+from snscc_ray.data.sources import folder_classes, image_id, no_images
 from snscc_ray.errors import UserError
 from snscc_ray.pack.shard import Shard, file_state
 
@@ -28,18 +29,18 @@ class Options:
     folders_are_labels: bool = False
 
 
-def make_plan(folder: Path, out: Path, options: Options, skip_corrupt: bool) -> list[Shard]:
-    """Images in order of their names, in shards of like sizes.
+def make_plan(
+    folder: Path, out: Path, options: Options, skip_corrupt: bool
+) -> tuple[list[Shard], tuple[str, ...]]:
+    """Images in order of their names, in shards of like sizes; and what was left aside.
 
     Raises:
         UserError: there are none, or one lies in no sub-folder to be its label.
     """
-    names = sorted(image_files(folder))
+    found = find_images(folder)
+    names = found.files
     if not names:
-        raise UserError(
-            f"no images found below {folder} (looked for {' '.join(sorted(EXTENSIONS))}): "
-            "give a folder that holds some"
-        )
+        raise UserError(f"{no_images(folder, found)}: give a folder that holds some")
     classes = None
     if options.folders_are_labels:
         classes = folder_classes(folder, names, "leave --folders-are-labels out")
@@ -55,7 +56,7 @@ def make_plan(folder: Path, out: Path, options: Options, skip_corrupt: bool) -> 
     shard_of_row = np.minimum(before * (count / total), count - 1).astype(np.int64)
     starts = [0, *(np.flatnonzero(np.diff(shard_of_row)) + 1).tolist()]
     digits = max(5, len(str(len(starts) - 1)))  # file names sort as the numbers do
-    return [
+    shards = [
         Shard(
             number=number,
             path=out / f"part-{number:0{digits}d}.parquet",
@@ -68,6 +69,7 @@ def make_plan(folder: Path, out: Path, options: Options, skip_corrupt: bool) -> 
         )
         for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(names)], strict=True))
     ]
+    return shards, found.notes()
 
 
 def _reduced_bytes(names: list[str], size: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from snscc_ray.checkpoints import is_disk_full, write_whole
-from snscc_ray.data.decode import FORMATS, UnreadableImage, decode_into
+from snscc_ray.data.decode import FORMATS, UnreadableImage, decode_into, is_deep
 from snscc_ray.data.sources import image_id
 from snscc_ray.errors import UserError
 
@@ -191,7 +191,9 @@ def _reduced(encoded: bytes, pixels: np.ndarray) -> bytes:
     """
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         size, lossless = image.size, image.format in _LOSSLESS
-    if min(size) <= pixels.shape[1]:
+        # What is black and white in these, or lies behind them, is settled for a whole set.
+        open_yet = is_deep(image) or image.has_transparency_data
+    if min(size) <= pixels.shape[1] or open_yet:
         return encoded
     grey = (pixels == pixels[0]).all()
     square = Image.fromarray(pixels[0] if grey else pixels.transpose(1, 2, 0))

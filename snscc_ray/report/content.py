@@ -98,6 +98,7 @@ def _summary(own: Own, facts: Facts) -> dict[str, Any]:
         "clusters": own.recipe.data.num_clusters,
         "skipped": [{"id": name, "reason": reason} for name, reason in skipped[:_SKIPPED]],
         "skipped_total": len(skipped),
+        "notes": facts.notes,
         "words": in_words(own.recipe, len(own.catalog)),
         "recipe": own.recipe.model_dump(mode="json"),
         "versions": facts.versions,

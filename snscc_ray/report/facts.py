@@ -52,6 +52,7 @@ class Facts:
     confidence_N: Tensor
     number: NumberChosen | None
     picked: Picked | None
+    notes: list[str]  # what was left aside or assumed
 
     def last_figures(self) -> dict[str, float]:
         """Health of the last stage, what only Train notes, and what only a last epoch says."""
@@ -69,7 +70,8 @@ class Facts:
 
 def read_facts(folder: Path) -> Facts:
     """Raises UserError for a file that cannot be read."""
-    held = checkpoints.read_json(folder / "metrics.json")["stages"]
+    figures = checkpoints.read_json(folder / "metrics.json")
+    held = figures["stages"]
     lines = _lines(folder / "metrics.jsonl")
     table = pq.read_table(folder / "assignments.parquet", columns=["cluster", "confidence"])
     return Facts(
@@ -85,6 +87,7 @@ def read_facts(folder: Path) -> Facts:
         torch.from_numpy(table["confidence"].to_numpy().copy()).double(),
         _read(folder / "clusters.json", NumberChosen),
         _read(folder / "fit.json", Picked),
+        figures.get("notes", []),
     )
 
 

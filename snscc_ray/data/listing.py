@@ -1,0 +1,164 @@
+"""Which files below a folder are images, told by their ending or by how they begin."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from snscc_ray.data.decode import BEGINNING, begins_like_an_image
+from snscc_ray.errors import UserError
+from snscc_ray.paths import is_url
+
+# Compared in lower case. A file that ends so is an image, readable or not.
+EXTENSIONS = frozenset([
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k",
+])  # fmt: skip
+# Folders of thumbnails, copies and rubbish that other programs leave; those that begin with a dot
+# are left out as well.
+_FOREIGN = frozenset([
+    "__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "$RECYCLE.BIN", "lost+found",
+    "System Volume Information",
+])  # fmt: skip
+# What a run, a sweep and a comparison leave in their folders, each with the recipe in it.
+_OURS = ("recipe.json", "sweep.json", "compare.json")
+_ENDINGS = 8  # named in a sentence
+
+
+@dataclass
+class Found:
+    """What lies below a folder."""
+
+    files: list[str] = field(default_factory=list)  # relative POSIX paths of images, sorted
+    aside: Counter[str] = field(default_factory=Counter)  # what else there is, by its kind
+
+    def notes(self) -> tuple[str, ...]:
+        """What is left aside, as a sentence."""
+        if not self.aside:
+            return ()
+        kinds = self.aside.most_common()
+        named = ", ".join(f"{kind} ({count:,})" for kind, count in kinds[:_ENDINGS])
+        more = sum(count for _, count in kinds[_ENDINGS:])
+        rest = f" and others ({more:,})" if more else ""
+        return (f"left aside, being no images that can be read: {named}{rest}",)
+
+
+def find_images(root: Path) -> Found:
+    """All images below `root`; hidden ones and what is not an image are counted."""
+    found = Found()
+    if is_url(root):
+        _find_remote(root, found)
+    else:
+        for file in _walk(root, found):
+            found.files.append(os.path.relpath(file, root).replace(os.sep, "/"))
+    found.files.sort()
+    return found
+
+
+def _walk(root: Path, found: Found) -> Iterator[str]:
+    seen: set[str] = set()  # links to folders are followed, but not in circles
+    for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or (folder != str(root) and _is_ours(folder, names)):
+            found.aside["folders seen already" if real in seen else "folders of snscc's own"] += 1
+            inner.clear()
+            continue
+        seen.add(real)
+        left = [name for name in inner if _is_foreign(name)]
+        found.aside.update(_folder_kind(name) for name in left)
+        inner[:] = [name for name in inner if name not in left]
+        for name in names:
+            file = os.path.join(folder, name)
+            kind = _kind_left_aside(name) or _special(file)
+            if kind is None and not _ends_like_an_image(name) and not _begins(file):
+                kind = _ending(name)
+            if kind is None:
+                yield file
+            else:
+                found.aside[kind] += 1
+
+
+def _find_remote(root: Path, found: Found) -> None:
+    url: Any = root
+    above = url.path.rstrip("/") + "/"
+    unsure: list[str] = []
+    for name in sorted(url.fs.find(url.path)):
+        file = PurePosixPath(name.removeprefix(above))
+        foreign = next((part for part in file.parts[:-1] if _is_foreign(part)), None)
+        kind = f"in {foreign}" if foreign else _kind_left_aside(file.name)
+        if kind is not None:
+            found.aside[kind] += 1
+        elif _ends_like_an_image(file.name):
+            found.files.append(str(file))
+        else:
+            unsure.append(name)
+    if not unsure:
+        return
+    # All at once: an object store takes as long for one as for many.
+    begins = url.fs.cat_ranges(unsure, [0] * len(unsure), [BEGINNING] * len(unsure))
+    for name, begin in zip(unsure, begins, strict=True):
+        if isinstance(begin, bytes) and begins_like_an_image(begin):
+            found.files.append(name.removeprefix(above))
+        else:
+            found.aside[_ending(name)] += 1
+
+
+def _is_ours(folder: str, names: list[str]) -> bool:
+    """Whether a run, a sweep or a comparison is there: its figures are no images of the set."""
+    for name in _OURS:
+        if name in names:
+            with suppress(OSError, ValueError):
+                held = json.loads(Path(folder, name).read_bytes())
+                if isinstance(held, dict) and isinstance(held.get("recipe"), dict):
+                    return True
+    return False
+
+
+def _is_foreign(folder: str) -> bool:
+    return folder.startswith(".") or folder in _FOREIGN
+
+
+def _folder_kind(folder: str) -> str:
+    return "hidden folders" if folder.startswith(".") else f"folders {folder}"
+
+
+def _kind_left_aside(name: str) -> str | None:
+    return "hidden files" if name.startswith(".") else None
+
+
+def _ends_like_an_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without an ending"
+
+
+def _special(file: str) -> str | None:
+    """For a pipe, a socket or a device: reading it might never end."""
+    try:
+        mode = os.stat(file).st_mode
+    except OSError:
+        return None  # a link that leads nowhere: reading says so
+    return None if stat.S_ISREG(mode) else "pipes, sockets or devices"
+
+
+def _begins(file: str) -> bool:
+    try:
+        with open(file, "rb", buffering=0) as opened:
+            return begins_like_an_image(opened.read(BEGINNING))
+    except OSError:
+        return False
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(
+        f"cannot list {error.filename} ({error.strerror}): make it readable, or give another folder"
+    )
