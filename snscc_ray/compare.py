@@ -17,6 +17,7 @@ from snscc_ray.baselines import ours
 from snscc_ray.baselines.methods import METHODS
 from snscc_ray.baselines.names import TITLES
 from snscc_ray.baselines.study import Found, Study, home
+from snscc_ray.claim import claimed
 from snscc_ray.compare_table import Row, figures_of, line, write_table
 from snscc_ray.config import Recipe
 from snscc_ray.data.imageset import ImageSet, assemble
@@ -61,6 +62,11 @@ def compare(request: Request, console: Console) -> list[Row]:
     the folder is touched. Raises UserError, or Interrupted once there is something to go on from.
     """
     display = Display(console)
+    with claimed(request.folder, display.line):
+        return _compare(request, display)
+
+
+def _compare(request: Request, display: Display) -> list[Row]:
     study = _prepare(request, display)
     recipe, folder, images = request.recipe, request.folder, len(study.catalog)
     failed: dict[str, str] = {}

@@ -6,11 +6,13 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from snscc_ray import checkpoints
+from snscc_ray.claim import CLAIM, refuse_in_use
 from snscc_ray.config import STAGES, Recipe
 from snscc_ray.errors import UserError
 from snscc_ray.overrides import validate
@@ -69,8 +71,20 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
 
 
 def holds_something(folder: Path) -> bool:
-    """Whether there is anything in the folder, but for the mark of a look that a kill cut short."""
-    return folder.exists() and any(not p.name.startswith(SEEN) for p in folder.iterdir())
+    """Whether there is anything in the folder, but for who has it and what a killed look left."""
+    return folder.exists() and any(not p.name.startswith((SEEN, CLAIM)) for p in folder.iterdir())
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Read a run that others may read as well. Raises UserError where it is being written, also
+    where that was begun meanwhile: then what was read may be of two runs."""
+    refuse_in_use(folder)
+    records = [folder / stage / "stage.json" for stage in STAGES]
+    before = [path.read_bytes() if path.exists() else b"" for path in records]
+    yield
+    if before != [path.read_bytes() if path.exists() else b"" for path in records]:
+        raise UserError(f"{folder} was replaced while it was read; run the same command again")
 
 
 def read_recipe(folder: Path) -> Recipe:

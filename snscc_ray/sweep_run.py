@@ -12,13 +12,14 @@ from typing import Any
 from rich.console import Console
 
 from snscc_ray import checkpoints, sweep_results
+from snscc_ray.claim import claimed
 from snscc_ray.cluster import Scale
 from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.errors import UserError
 from snscc_ray.figures import draw
 from snscc_ray.identity import stage_identity
 from snscc_ray.launch.nodes import connected
-from snscc_ray.monitor import write_hyperparameters
+from snscc_ray.monitor import Display, write_hyperparameters
 from snscc_ray.pace import Seconds
 from snscc_ray.paths import is_url
 from snscc_ray.run_folder import holds_something, remove_tree
@@ -69,6 +70,32 @@ def run_sweep(
     """
     space = load(name)(recipe)
     check_points(space, recipe)
+    with claimed(folder, Display(console).line):
+        return _run(
+            space,
+            recipe,
+            folder,
+            options,
+            console,
+            seeds=seeds,
+            samples=samples,
+            overwrite=overwrite,
+            dry=dry,
+        )
+
+
+def _run(
+    space: Space,
+    recipe: Recipe,
+    folder: Path,
+    options: Options,
+    console: Console,
+    *,
+    seeds: int,
+    samples: int | None,
+    overwrite: bool,
+    dry: bool,
+) -> Summary | None:
     began = time.monotonic()
     described = _describe(recipe, space, seeds, samples, options)
     if not overwrite:
