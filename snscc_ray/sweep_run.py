@@ -22,7 +22,13 @@ from snscc_ray.launch.nodes import connected
 from snscc_ray.monitor import Display, write_hyperparameters
 from snscc_ray.pace import Seconds
 from snscc_ray.paths import is_url
-from snscc_ray.run_folder import holds_something, remove_tree
+from snscc_ray.run_folder import (
+    IMAGES_FILE,
+    check_images,
+    holds_something,
+    note_images,
+    remove_tree,
+)
 from snscc_ray.sweep import Options, Session
 from snscc_ray.sweep_cost import say_plan, what_sharing_saved
 from snscc_ray.sweep_plan import (
@@ -102,6 +108,8 @@ def _run(
         _refuse_another(folder, described)
     with connected(Scale((1, 1), address=options.address)):
         session = Session(recipe, folder, options, console)
+        if not overwrite:
+            check_images(session.folder, session.images.catalog)
         search = _search(space, recipe.seed, samples, options, session.concurrent, seeds)
         if dry:
             trials = _trials(next(search), session, seeds)
@@ -110,7 +118,9 @@ def _run(
         if overwrite:  # not the finished stages, which are what they are
             for ours in ("stopped", "failed", "tune", "tensorboard"):
                 remove_tree(session.folder / ours)
+            (session.folder / IMAGES_FILE).unlink(missing_ok=True)
         checkpoints.write_json(session.folder / _PLAN, described)
+        note_images(session.folder, session.images.catalog)
         trials, rows = _train_all(space, session, search, seeds, console)
         curves = _curves(trials, session.ledger)
         _write_hyperparameters(trials, rows, session.folder)
