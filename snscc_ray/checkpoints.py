@@ -64,6 +64,17 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Raises UserError for a file that may not be written: before the work, not after it."""
+    if is_url(path):
+        return
+    there = next(place for place in path.absolute().parents if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{path}: {there} is a file and no folder; give another file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {there} is not writable; give a file in another folder")
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error, or one that led to it, says that the disk or the quota is full."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

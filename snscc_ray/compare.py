@@ -17,9 +17,10 @@ from snscc_ray.baselines import ours
 from snscc_ray.baselines.methods import METHODS
 from snscc_ray.baselines.names import TITLES
 from snscc_ray.baselines.study import Found, Study, home
+from snscc_ray.claim import claimed
 from snscc_ray.compare_table import Row, figures_of, line, write_table
 from snscc_ray.config import Recipe
-from snscc_ray.data.imageset import ImageSet, assemble
+from snscc_ray.data.imageset import Catalog, ImageSet, assemble
 from snscc_ray.data.resident import ResidentData
 from snscc_ray.data.survey import choose_mode
 from snscc_ray.engine import Interrupted
@@ -31,8 +32,11 @@ from snscc_ray.neighbors import MinedNeighbors
 from snscc_ray.pretrained import check_encoder
 from snscc_ray.run import check, normalisation
 from snscc_ray.run_folder import (
+    IMAGES_FILE,
+    check_images,
     first_difference,
     holds_something,
+    note_images,
     prepare_folder,
     remove_run,
     remove_tree,
@@ -61,6 +65,11 @@ def compare(request: Request, console: Console) -> list[Row]:
     the folder is touched. Raises UserError, or Interrupted once there is something to go on from.
     """
     display = Display(console)
+    with claimed(request.folder, display.line):
+        return _compare(request, display)
+
+
+def _compare(request: Request, display: Display) -> list[Row]:
     study = _prepare(request, display)
     recipe, folder, images = request.recipe, request.folder, len(study.catalog)
     failed: dict[str, str] = {}
@@ -96,10 +105,11 @@ def _prepare(request: Request, display: Display) -> Study:
     _check_folder(request)
     images = _load(recipe, device, display)
     held = {"recipe": recipe.model_dump(mode="json"), "images": images.catalog.fingerprint}
-    _check_images(request, held)
+    _check_images(request, images.catalog)
     if request.overwrite:
         _remove(folder)
     checkpoints.write_json(folder / _MARK, held)
+    note_images(folder, images.catalog)
     display.line(
         f"{recipe.name}: {len(images):,} images of {recipe.data.image_size} px, "
         f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
@@ -133,11 +143,12 @@ def _check_folder(request: Request) -> None:
         )
 
 
-def _check_images(request: Request, held: dict[str, Any]) -> None:
+def _check_images(request: Request, catalog: Catalog) -> None:
     path = request.folder / _MARK
     if request.overwrite or not path.exists():
         return
-    if checkpoints.read_json(path)["images"] != held["images"]:
+    check_images(request.folder, catalog)
+    if checkpoints.read_json(path)["images"] != catalog.fingerprint:  # from before ids were noted
         raise UserError(
             f"{request.folder} holds a comparison on other images than these; "
             "use another --out, or --overwrite"
@@ -172,7 +183,7 @@ def _remove(folder: Path) -> None:
     """Remove what a comparison left, by name."""
     remove_tree(folder / "methods")
     remove_run(folder / ours.FOLDER)
-    for name in (_MARK, "compare.csv", "compare.md"):
+    for name in (_MARK, IMAGES_FILE, "compare.csv", "compare.md"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from snscc_ray import recipes
 from snscc_ray.choose import Wishes, choose
+from snscc_ray.claim import claimed
 from snscc_ray.config import DataSettings, Recipe
 from snscc_ray.data.given import (
     HAIR,
@@ -133,8 +134,9 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             recipe, rows = self._settled(recipe, given)
             if self.folder is not None:
                 folder = as_path(self.folder)
-                _check_folder(folder, recipe)
-                self._fit(recipe, rows, folder, device, display)
+                with claimed(folder, display.line):
+                    _check_folder(folder, recipe)
+                    self._fit(recipe, rows, folder, device, display)
             else:
                 with tempfile.TemporaryDirectory(prefix="snscc") as temporary:
                     self._fit(recipe, rows, Path(temporary), device, display)

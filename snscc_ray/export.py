@@ -24,6 +24,7 @@ from snscc_ray.checkpoints import write_whole
 from snscc_ray.encoders import ClusterNet
 from snscc_ray.errors import UserError
 from snscc_ray.predict import Model, load_model
+from snscc_ray.run_folder import reading
 from snscc_ray.views import Normalize, clean_view
 
 Format = Literal["onnx", "torch"]
@@ -66,7 +67,8 @@ def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
         raise UserError(
             f"--onnx needs {' and '.join(missing)}; pip install {' '.join(missing)}, or use --torch"
         )
-    model = load_model(run, "cpu")
+    with reading(run):
+        model = load_model(run, "cpu")
     program = traced(model)
     with tempfile.TemporaryDirectory() as folder:
         made = {kind: Path(folder) / f"model.{kind}.pt2" for kind in targets}

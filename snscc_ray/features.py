@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from snscc_ray.encoders import build_encoder
 from snscc_ray.errors import UserError
 from snscc_ray.local import bring, mode_for
 from snscc_ray.monitor import Display
+from snscc_ray.paths import is_url
 from snscc_ray.run_folder import read_recipe
 from snscc_ray.stages.context import Context
 from snscc_ray.views import Normalize
@@ -111,6 +113,8 @@ def stage_features(own: Own, stage: StageName) -> Tensor:
     features_ND = F.normalize(context.clean_pass(encoder, encoder), dim=1).cpu().half()
     identity = checkpoints.read_json(own.folder / stage / "stage.json")["identity"]
     path = own.folder / stage / "features.pt"
+    if not is_url(path) and not os.access(path.parent, os.W_OK):
+        return features_ND.float()  # a run that is only lent is asked as well
     checkpoints.save(path, {"identity": identity, "features": features_ND})
     return features_ND.float()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 
 from snscc_ray import distributed
+from snscc_ray.claim import claimed
 from snscc_ray.config import DataSettings, Recipe
 from snscc_ray.data.imageset import Catalog, Rows, assemble
 from snscc_ray.data.resident import Images, ResidentData
@@ -55,6 +57,15 @@ def run_here(
     Everything that can be refused is refused before the folder is touched.
     Raises UserError, or TrainingError from the loop, or Interrupted once there is a run to resume.
     """
+    # Of the processes that torchrun started, the first one has the folder for all.
+    first = os.environ.get("RANK", "0") == "0"
+    with claimed(request.folder, Display(console).line) if first else nullcontext():
+        return _run_here(request, console, make_worker)
+
+
+def _run_here(
+    request: Request, console: Console, make_worker: Callable[[Path, torch.device], Worker]
+) -> Result | None:
     began = time.monotonic()
     if request.budget is not None and request.resume:
         raise UserError("--budget chose the epochs when the run began; leave it out of --resume")

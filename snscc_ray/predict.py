@@ -19,6 +19,7 @@ from torch import Tensor
 
 from snscc_ray import checkpoints
 from snscc_ray.answers import Known, answers, write
+from snscc_ray.claim import claimed
 from snscc_ray.config import DataSettings, Recipe, StageName
 from snscc_ray.data.imageset import Rows
 from snscc_ray.data.resident import Images, ResidentData
@@ -29,7 +30,7 @@ from snscc_ray.features import answering, kept_features, own_ids, own_images, st
 from snscc_ray.local import bring, mode_for
 from snscc_ray.look import settled
 from snscc_ray.monitor import Display
-from snscc_ray.run_folder import read_recipe
+from snscc_ray.run_folder import FIT_FILE, read_recipe, reading
 from snscc_ray.stages.context import Context
 from snscc_ray.views import Normalize
 from snscc_ray.workers import choose_device
@@ -125,10 +126,9 @@ def load_model(folder: Path, device: str = "auto") -> Model:
     """The network of a run's last stage. Raises UserError for a run that is not finished."""
     recipe = read_recipe(folder)
     if not (folder / "metrics.json").exists():
-        raise UserError(
-            f"{folder} holds a run that is not finished; `snscc run --resume --out {folder}` goes "
-            "on with it"
-        )
+        begun_by_fit = (folder / FIT_FILE).exists()
+        same = "the same `snscc fit` command" if begun_by_fit else "`snscc run --resume --out DIR`"
+        raise UserError(f"{folder} holds a run that is not finished; {same} goes on with it")
     stage = _last_stage(folder)
     chosen = choose_device(device)
     path = folder / stage / "final.pt"
@@ -160,18 +160,19 @@ def predict(question: Question, console: Console, device: str = "auto") -> Found
     nothing is written then.
     """
     display = Display(console)
-    answerer, settings, rows = prepare(question, display, device)
-    device_ = answerer.model.device
-    mode = mode_for(settings, rows, device_, display)
-    catalog, data = bring(settings, rows, mode, device_, display)
-    tell = display.counting("predict", "images")
     parts: list[pa.Table] = []
-    done = 0
-    for images in data.slices(0, len(data), _ROWS):
-        parts.append(answerer(images))
-        done += len(images)
-        tell(done, len(data))
-    display.finish()
+    with reading(question.run):
+        answerer, settings, rows = prepare(question, display, device)
+        device_ = answerer.model.device
+        mode = mode_for(settings, rows, device_, display)
+        catalog, data = bring(settings, rows, mode, device_, display)
+        tell = display.counting("predict", "images")
+        done = 0
+        for images in data.slices(0, len(data), _ROWS):
+            parts.append(answerer(images))
+            done += len(images)
+            tell(done, len(data))
+        display.finish()
     return conclude(question, catalog.ids, catalog.skipped, parts, display)
 
 
@@ -225,14 +226,15 @@ def _settings(recipe: Recipe, source: str) -> DataSettings:
 def _known(question: Question, model: Model, display: Display) -> Known | None:
     """The run's own images by the features of its last stage; None, and why, without them."""
     run, stage = question.run, _last_stage(question.run)
-    try:
-        features_MD = kept_features(run, stage)
-        if features_MD is None:
-            display.line("looking at the run's own images, once, to know the nearest")
-            features_MD = stage_features(own_images(run, model.device, display), stage)
-    except (UserError, OSError) as error:
-        display.line(f"no nearest images, as the run's own are not at hand: {error}")
-        return None
+    features_MD = kept_features(run, stage)
+    if features_MD is None:
+        display.line("looking at the run's own images, once, to know the nearest")
+        with claimed(run, display.line):
+            try:
+                features_MD = stage_features(own_images(run, model.device, display), stage)
+            except (UserError, OSError) as error:
+                display.line(f"no nearest images, as the run's own are not at hand: {error}")
+                return None
     # They are kept in half precision, in which they are no longer of length 1.
     features_MD = F.normalize(features_MD, dim=1).to(model.device)
     return Known(pa.array(own_ids(run), pa.string()), features_MD, question.nearest)

@@ -16,6 +16,7 @@ from snscc_ray.errors import UserError
 from snscc_ray.launch.nodes import ask_every_node, bundle_of, connected, placed
 from snscc_ray.monitor import Display
 from snscc_ray.predict import Answerer, Found, Question, conclude, prepare
+from snscc_ray.run_folder import reading
 from snscc_ray.workers import choose_device
 
 
@@ -25,31 +26,32 @@ def predict_on_ray(question: Question, console: Console, scale: Scale) -> Found:
     Raises UserError.
     """
     display = Display(console)
-    answerer, data, rows = prepare(question, display, "auto" if scale.gpu else "cpu")
-    if not rows.streamable:
-        raise UserError(
-            f"--workers: {rows.place} holds no image files and no Parquet shards, which is what "
-            "workers read; leave --workers out"
-        )
-    with connected(scale):
-        with placed(scale, display.line) as probes:
-            check_alike(probes, scale.gpu)
-        ask_every_node(unread, rows.some_files)
-        held, ready = answerer.on(torch.device("cpu")), partial(_on_its_device, gpu=scale.gpu)
-        tell = display.counting("predict", "images")
-        failed: dict[int, str] = {}
-        parts: list[pa.Table] = []
-        done = 0
-        found = ray_answers(rows, data, held, ready, scale.workers[0], bundle_of(scale))
-        # Ray's C++ part says there that a restart of Ray Data's own actors could fail.
-        with tempfile.TemporaryFile("w+") as said, stderr_into(said):
-            try:
-                for read, failures, table in found:
-                    failed |= failures
-                    parts += [table] if table is not None else []
-                    tell(done := done + read, len(rows.ids))
-            finally:
-                display.finish()
+    parts: list[pa.Table] = []
+    with reading(question.run):
+        answerer, data, rows = prepare(question, display, "auto" if scale.gpu else "cpu")
+        if not rows.streamable:
+            raise UserError(
+                f"--workers: {rows.place} holds no image files and no Parquet shards, which is "
+                "what workers read; leave --workers out"
+            )
+        with connected(scale):
+            with placed(scale, display.line) as probes:
+                check_alike(probes, scale.gpu)
+            ask_every_node(unread, rows.some_files)
+            held, ready = answerer.on(torch.device("cpu")), partial(_on_its_device, gpu=scale.gpu)
+            tell = display.counting("predict", "images")
+            failed: dict[int, str] = {}
+            done = 0
+            found = ray_answers(rows, data, held, ready, scale.workers[0], bundle_of(scale))
+            # Ray's C++ part says there that a restart of Ray Data's own actors could fail.
+            with tempfile.TemporaryFile("w+") as said, stderr_into(said):
+                try:
+                    for read, failures, table in found:
+                        failed |= failures
+                        parts += [table] if table is not None else []
+                        tell(done := done + read, len(rows.ids))
+                finally:
+                    display.finish()
     if not parts:
         raise all_corrupt(rows, *next(iter(failed.items())))
     ids = [name for row, name in enumerate(rows.ids) if row not in failed]

@@ -30,7 +30,14 @@ from snscc_ray.metrics import oracle
 from snscc_ray.neighbors import MinedNeighbors
 from snscc_ray.overrides import override
 from snscc_ray.pretrained import start_encoder
-from snscc_ray.run_folder import read_recipe, remove_leftovers, remove_run, write_recipe
+from snscc_ray.run_folder import (
+    check_images,
+    note_images,
+    read_recipe,
+    remove_leftovers,
+    remove_run,
+    write_recipe,
+)
 from snscc_ray.stages.boost import Boost
 from snscc_ray.stages.context import Context
 from snscc_ray.stages.pretrain import Pretrain
@@ -125,11 +132,15 @@ def execute(
     context = Context(recipe, data, catalog.labels, normalize, worker.device)
     run = _Run(recipe, catalog, context, folder, worker, monitor, store)
     run.check_parents(stages, afresh=overwrite)
+    if not overwrite:
+        check_images(folder, catalog)
+        distributed.barrier()
     if worker.rank == 0:
         remove_leftovers(folder)
         if overwrite:
             remove_run(folder)
         write_recipe(folder, recipe)
+        note_images(folder, catalog)
     distributed.barrier()
     # First: after the stages, a kill here would leave a finished run without its figures.
     baselines = run.baselines()

@@ -6,12 +6,18 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from snscc_ray import checkpoints
+from snscc_ray.claim import CLAIM, refuse_in_use
 from snscc_ray.config import STAGES, Recipe
+from snscc_ray.data.imageset import Catalog
 from snscc_ray.errors import UserError
 from snscc_ray.overrides import validate
 from snscc_ray.paths import is_url
@@ -19,10 +25,13 @@ from snscc_ray.paths import is_url
 # What a run leaves behind, beside TensorBoard's events: in its folder and in those of its stages.
 _RUN_FILES = (
     "recipe.json", "metrics.json", "metrics.jsonl", "baselines.json", "assignments.parquet",
-    "report.html", "report.json", "fit.json", "clusters.json",
+    "report.html", "report.json", "fit.json", "clusters.json", "images.parquet",
 )  # fmt: skip
 # What `snscc fit` was asked and chose, and the number of clusters that it found.
 FIT_FILE, COUNT_FILE = "fit.json", "clusters.json"
+# Which images a run, a sweep or a comparison was begun with.
+IMAGES_FILE = "images.parquet"
+_FINGERPRINT = b"fingerprint"
 SEEN = ".seen-"
 _STAGE_FILES = ("final.pt", "latest.pt", "stage.json", "neighbors.parquet", "features.pt")
 _PACKAGES = ("snscc_ray", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pyarrow")
@@ -69,8 +78,20 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
 
 
 def holds_something(folder: Path) -> bool:
-    """Whether there is anything in the folder, but for the mark of a look that a kill cut short."""
-    return folder.exists() and any(not p.name.startswith(SEEN) for p in folder.iterdir())
+    """Whether there is anything in the folder, but for who has it and what a killed look left."""
+    return folder.exists() and any(not p.name.startswith((SEEN, CLAIM)) for p in folder.iterdir())
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Read a run that others may read as well. Raises UserError where it is being written, also
+    where that was begun meanwhile: then what was read may be of two runs."""
+    refuse_in_use(folder)
+    records = [folder / stage / "stage.json" for stage in STAGES]
+    before = [path.read_bytes() if path.exists() else b"" for path in records]
+    yield
+    if before != [path.read_bytes() if path.exists() else b"" for path in records]:
+        raise UserError(f"{folder} was replaced while it was read; run the same command again")
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -97,6 +118,40 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
             continue  # run from a source tree that is not installed
     described = {"recipe": recipe.model_dump(mode="json"), "versions": versions}
     checkpoints.write_json(folder / "recipe.json", described)
+
+
+def check_images(folder: Path, catalog: Catalog) -> None:
+    """Refuse to go on with other images than those it was begun with: a disk may be half mounted,
+    and what was finished would be replaced. Raises UserError that says how many came and went."""
+    path = folder / IMAGES_FILE
+    if path.exists():
+        with path.open("rb") as file:
+            table = pq.read_table(file)
+        same = (table.schema.metadata or {}).get(_FINGERPRINT) == catalog.fingerprint.encode()
+    elif (folder / "assignments.parquet").exists():  # a run from before they were noted
+        with (folder / "assignments.parquet").open("rb") as file:
+            table = pq.read_table(file, columns=["id"])
+        same = table["id"].to_pylist() == catalog.ids
+    else:
+        return
+    if same:
+        return
+    then, now = set(table["id"].to_pylist()), set(catalog.ids)
+    came, went = len(now - then), len(then - now)
+    what = f"{came:,} came and {went:,} went" if came or went else "of the same names"
+    raise UserError(
+        f"{folder} was made of other images ({what}; {len(then):,} then, {len(now):,} now): put "
+        "them back as they were, or use another --out, or --overwrite to replace it"
+    )
+
+
+def note_images(folder: Path, catalog: Catalog) -> None:
+    """Keep which images there are, for `check_images`, where it is not kept yet."""
+    path = folder / IMAGES_FILE
+    if not path.exists():
+        table = pa.table({"id": pa.array(catalog.ids, pa.string())})
+        table = table.replace_schema_metadata({_FINGERPRINT: catalog.fingerprint.encode()})
+        checkpoints.write_whole(path, lambda file: pq.write_table(table, file))
 
 
 def _files(folder: Path) -> list[Path]:

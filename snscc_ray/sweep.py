@@ -26,6 +26,7 @@ from ray.tune.schedulers import (
 )
 from rich.console import Console
 
+from snscc_ray.claim import claimed
 from snscc_ray.cluster import Probe, Scale, amounts, check_alike, free_of, look, room
 from snscc_ray.config import Recipe, StageName
 from snscc_ray.data.resident import ResidentData
@@ -340,10 +341,14 @@ class _Telling(Nowhere):
 def _trainable(config: dict[str, Any], given: _Shared, jobs: Sequence[Job]) -> None:
     """Train one stage, from its beginning or from where it was left."""
     job = jobs[config["trial"]["job"]]
-    store = given.ledger.store
-    if given.ledger.finished(job):
-        return  # tried again after it had been written
-    folder, options = given.ledger.home(job), given.options
+    # Two sweeps may want the same stage at a time: the one who comes second finds it finished.
+    with claimed(given.ledger.home(job), lambda _: None, patient=True):
+        if not given.ledger.finished(job):
+            _train(job, given)
+
+
+def _train(job: Job, given: _Shared) -> None:
+    store, folder, options = given.ledger.store, given.ledger.home(job), given.options
     if options.workers_per_trial > 1:
         catalog, load = ray.put(given.images.catalog), given.images.load
         group = GroupJob(

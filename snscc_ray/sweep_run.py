@@ -12,16 +12,23 @@ from typing import Any
 from rich.console import Console
 
 from snscc_ray import checkpoints, sweep_results
+from snscc_ray.claim import claimed
 from snscc_ray.cluster import Scale
 from snscc_ray.config import STAGES, Recipe, StageName
 from snscc_ray.errors import UserError
 from snscc_ray.figures import draw
 from snscc_ray.identity import stage_identity
 from snscc_ray.launch.nodes import connected
-from snscc_ray.monitor import write_hyperparameters
+from snscc_ray.monitor import Display, write_hyperparameters
 from snscc_ray.pace import Seconds
 from snscc_ray.paths import is_url
-from snscc_ray.run_folder import holds_something, remove_tree
+from snscc_ray.run_folder import (
+    IMAGES_FILE,
+    check_images,
+    holds_something,
+    note_images,
+    remove_tree,
+)
 from snscc_ray.sweep import Options, Session
 from snscc_ray.sweep_cost import say_plan, what_sharing_saved
 from snscc_ray.sweep_plan import (
@@ -69,12 +76,40 @@ def run_sweep(
     """
     space = load(name)(recipe)
     check_points(space, recipe)
+    with claimed(folder, Display(console).line):
+        return _run(
+            space,
+            recipe,
+            folder,
+            options,
+            console,
+            seeds=seeds,
+            samples=samples,
+            overwrite=overwrite,
+            dry=dry,
+        )
+
+
+def _run(
+    space: Space,
+    recipe: Recipe,
+    folder: Path,
+    options: Options,
+    console: Console,
+    *,
+    seeds: int,
+    samples: int | None,
+    overwrite: bool,
+    dry: bool,
+) -> Summary | None:
     began = time.monotonic()
     described = _describe(recipe, space, seeds, samples, options)
     if not overwrite:
         _refuse_another(folder, described)
     with connected(Scale((1, 1), address=options.address)):
         session = Session(recipe, folder, options, console)
+        if not overwrite:
+            check_images(session.folder, session.images.catalog)
         search = _search(space, recipe.seed, samples, options, session.concurrent, seeds)
         if dry:
             trials = _trials(next(search), session, seeds)
@@ -83,7 +118,9 @@ def run_sweep(
         if overwrite:  # not the finished stages, which are what they are
             for ours in ("stopped", "failed", "tune", "tensorboard"):
                 remove_tree(session.folder / ours)
+            (session.folder / IMAGES_FILE).unlink(missing_ok=True)
         checkpoints.write_json(session.folder / _PLAN, described)
+        note_images(session.folder, session.images.catalog)
         trials, rows = _train_all(space, session, search, seeds, console)
         curves = _curves(trials, session.ledger)
         _write_hyperparameters(trials, rows, session.folder)

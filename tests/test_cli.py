@@ -595,3 +595,17 @@ def test_settings_of_another_run_do_not_serve_as_parents(
     shutil.copytree(finished / "train", folder / "train")
     done = unchanged(snscc, folder, "--resume", "--stages", "boost")
     refused(done, "boost needs a finished train stage of these settings")
+
+
+def test_resume_refuses_other_images(snscc: Snscc, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(42):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+    out = tmp_path / "run"
+    assert snscc("run", "images", "--data", photos, "--out", out, *sets(*PHOTOS)).status == 0
+    (photos / "3.png").unlink()
+    before = content(out)
+    refused(snscc("run", "--resume", "--out", out), "0 came and 1 went")
+    assert content(out) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from snscc_ray.cli import options
 from snscc_ray.cluster_count import estimate, expected_seconds
 from snscc_ray.errors import UserError
 from tests.conftest import digits_table
-from tests.test_cli import Snscc, refused
+from tests.test_cli import Snscc, content, refused
 from tests.test_predict import images
 
 QUICK = ["--set", "pretrain.epochs=2", "--set", "train.epochs=2", "--set", "boost.epochs=1"]
@@ -238,3 +239,29 @@ def test_uneven_digits(snscc: Snscc, tmp_path: Path) -> None:
     ]
     # .66 and .84 here; .84 to .94 with, .60 to .68 without, by seed and order (docs/log.md).
     assert acc[1] >= 0.75 and acc[1] > acc[0] + 0.1
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_does_not_go_on_with_other_images(
+    finished: bool, scans: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    own, out = tmp_path / "scans", tmp_path / "run"
+    shutil.copytree(scans, own)
+    asked = ("fit", own, "--clusters", 4, "--out", out, *QUICK)
+    assert snscc(*asked).status == 0
+    if not finished:  # as a kill leaves it
+        for name in ("metrics.json", "report.html", "boost/stage.json", "assignments.parquet"):
+            (out / name).unlink()
+    before = content(out)
+    for gone in list(own.glob("00?.png"))[:7]:
+        gone.rename(tmp_path / gone.name)
+    shutil.copy(own / "100.png", own / "another.png")
+    refused(snscc(*asked), "1 came and 7 went", f"{ROWS:,} then", "--overwrite", "--out")
+    assert content(out) == before
+    (own / "another.png").unlink()
+    for back in tmp_path.glob("00?.png"):
+        back.rename(own / back.name)
+    assert snscc(*asked).status == 0
+    (own / "000.png").write_bytes((own / "001.png").read_bytes())
+    refused(snscc(*asked), "of the same names")
+    assert snscc(*asked, "--overwrite").status == 0

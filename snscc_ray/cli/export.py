@@ -39,6 +39,7 @@ def export(
         torch.export.load("model.pt2").module()(tensor)
     """
     # Imported here: torch takes seconds, which --help should not wait for.
+    from snscc_ray.checkpoints import check_writable
     from snscc_ray.export import Format
     from snscc_ray.export import export as export_run
     from snscc_ray.paths import as_path
@@ -52,6 +53,7 @@ def export(
     for kind, target in wanted.items():
         if target.is_dir():
             raise UserError(f"--{kind} {target} is a folder; give a file")
+        check_writable(target)
         if target.exists() and not overwrite:
             raise UserError(f"{target} exists; use --overwrite, or another --{kind}")
     for kind, found in export_run(as_path(run), wanted).items():

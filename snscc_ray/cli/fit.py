@@ -80,6 +80,7 @@ def fit(
     place = place_of(data)
     # Imported here: torch takes seconds, which --help should not wait for.
     from snscc_ray.choose import Wishes
+    from snscc_ray.claim import claimed
     from snscc_ray.engine import Interrupted
     from snscc_ray.fit import FitRequest, fit_images
     from snscc_ray.paths import as_path
@@ -99,13 +100,14 @@ def fit(
         device=device,
         overwrite=overwrite,
     )
-    try:
-        fitted = fit_images(request, out)
-    except (Interrupted, KeyboardInterrupt):
-        fail(f"stopped; the same command goes on with {shlex.quote(str(folder))}", 130)
-    _show(fitted, folder)
     page = folder / "report.html"
-    report(folder, page, out, device=device)
+    with claimed(folder, _line):
+        try:
+            fitted = fit_images(request, out)
+        except (Interrupted, KeyboardInterrupt):
+            fail(f"stopped; the same command goes on with {shlex.quote(str(folder))}", 130)
+        _show(fitted, folder)
+        report(folder, page, out, device=device)
     _line(f"\nReport: {page}")
     _line(f"New images: snscc predict {shlex.quote(str(folder))} FOLDER")
 

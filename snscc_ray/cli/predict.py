@@ -54,6 +54,7 @@ def predict(
         raise UserError("--device is of this process; leave it out with --workers, or add --gpu")
     # Imported here: torch takes seconds, which --help should not wait for.
     from snscc_ray.answers import check_name
+    from snscc_ray.checkpoints import check_writable
     from snscc_ray.cluster import Scale
     from snscc_ray.paths import as_path
     from snscc_ray.predict import Question
@@ -63,6 +64,7 @@ def predict(
     if target.is_dir():
         raise UserError(f"--out {out_file} is a folder; give a file, such as new.parquet")
     check_name(target)
+    check_writable(target)
     if target.exists() and not overwrite:
         raise UserError(f"{out_file} exists; use --overwrite, or another --out")
     question = Question(as_path(run), place_of(data), target, top, nearest)

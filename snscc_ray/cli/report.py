@@ -38,14 +38,20 @@ def report(
     if out_file is not None and not out_file.endswith(".html"):
         raise UserError(f"--out {out_file}: give a name that ends in .html")
     # Imported here: torch takes seconds, which --help should not wait for.
+    from snscc_ray.checkpoints import check_writable
+    from snscc_ray.claim import claimed
     from snscc_ray.paths import as_path, is_url
     from snscc_ray.report import report as make_report
+    from snscc_ray.run_folder import read_recipe
 
     folder = as_path(run)
     target = as_path(out_file) if out_file is not None else folder / "report.html"
     if open_it and is_url(target):
         raise UserError("--open shows a file on this machine; give one with --out")
-    data_file = make_report(folder, target, out, device=device)
+    read_recipe(folder)  # a folder that is no run is not made
+    check_writable(target)
+    with claimed(folder, lambda line: out.print(line, markup=False, soft_wrap=True)):
+        data_file = make_report(folder, target, out, device=device)
     out.print(
         f"\nReport: {target} (its numbers: {data_file})",
         highlight=False,

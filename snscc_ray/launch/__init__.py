@@ -8,6 +8,7 @@ import ray
 from rich.console import Console
 
 from snscc_ray import checkpoints
+from snscc_ray.claim import claimed
 from snscc_ray.cluster import Scale, check_alike, room
 from snscc_ray.config import Recipe
 from snscc_ray.data.imageset import Catalog
@@ -31,6 +32,11 @@ def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     started again from the last checkpoint, up to `runtime.max_failures` times.
     Raises UserError, TrainingError, or Interrupted once there is a run to resume.
     """
+    with claimed(request.folder, Display(console).line):
+        return _run_on_ray(request, console, scale)
+
+
+def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     recipe, folder, overwrite = request.recipe(), request.folder, request.overwrite
     unfinished = (folder / "recipe.json").exists() and not (folder / "metrics.json").exists()
     resume = request.resume or (unfinished and not overwrite)

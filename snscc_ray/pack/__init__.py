@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from snscc_ray.claim import claimed, refuse_in_use
 from snscc_ray.data.decode import available_cores
 from snscc_ray.errors import UserError
 from snscc_ray.monitor import Display
@@ -60,6 +61,20 @@ def pack(
         UserError: bad folders, another plan in `out`, a corrupt image, a full disk.
     """
     filled.check_folders(folder, out)
+    display = Display(console)
+    with claimed(out, display.line):
+        return _pack(folder, out, options, jobs, skip_corrupt, overwrite, display)
+
+
+def _pack(
+    folder: Path,
+    out: Path,
+    options: Options,
+    jobs: int,
+    skip_corrupt: bool,
+    overwrite: bool,
+    display: Display,
+) -> Summary:
     shards, notes = make_plan(folder, out, options, skip_corrupt)
     manifest = as_manifest(shards, options)
     filled.prepare(out, manifest, overwrite)
@@ -71,7 +86,6 @@ def pack(
     total, left = (sum(len(shard.names) for shard in some) for some in (shards, todo))
     jobs = min(jobs or available_cores(), max(1, len(todo)))
     began = time.monotonic()
-    display = Display(console)
     for note in notes:
         display.line(note)
     display.start("packing", 1, total, total - left, "images")
@@ -96,6 +110,7 @@ def pack(
 
 def verify(out: Path, jobs: int, console: Console) -> Summary:
     """Read all shards of a finished `out` again. Raises UserError naming the first broken one."""
+    refuse_in_use(out)
     entries = filled.finished_shards(out)
     began = time.monotonic()
     broken: list[tuple[str, str]] = []

@@ -143,6 +143,7 @@ def _refuse_other_plan(out: Path, there: dict[str, Any], here: dict[str, Any]) -
         if not (old and new) or not new.items() <= old.items():
             entry = old or new
             raise UserError(
-                f"images have changed since {out} was begun (the first between {entry['first']!r} "
-                f"and {entry['last']!r}): put them back as they were, {remedy}"
+                f"images have changed since {out} was begun ({there.get('files')} files then, "
+                f"{here['files']} now; the first between {entry['first']!r} and "
+                f"{entry['last']!r}): put them back as they were, {remedy}"
             )
