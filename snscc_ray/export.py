@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snscc_ray.checkpoints import write_whole
+from snscc_ray.checkpoints import is_disk_full, write_whole
 from snscc_ray.encoders import ClusterNet
 from snscc_ray.errors import UserError
 from snscc_ray.predict import Model, load_model
@@ -75,7 +75,14 @@ def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
         found: dict[Format, float] = {}
         for kind, path in made.items():
             write, read = _FORMATS[kind]
-            write(program, path, describe(model))
+            try:
+                write(program, path, describe(model))
+            except (OSError, RuntimeError) as error:
+                if not is_disk_full(error):
+                    raise
+                raise UserError(
+                    f"no space left in {folder}, where --{kind} is made first: free some space"
+                ) from error
             found[kind] = difference(model, read(path))
             if not found[kind] <= _TOLERANCE:  # a NaN is no agreement
                 raise UserError(

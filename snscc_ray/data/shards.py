@@ -48,7 +48,7 @@ def read_shards(path: Path, limit: int | None) -> Rows:
     """
     files = shard_files(path)
     if not files:
-        raise UserError(f"no *.parquet files in {path}: give their folder with --data PATH")
+        raise UserError(f"no *.parquet files in {path}: give their folder")
     shards = [_inspect(file) for file in files]
     bare = next((shard.file for shard in shards if not shard.label), None)
     if bare is not None and any(shard.label for shard in shards):

@@ -71,7 +71,7 @@ def _resolve(data: DataSettings) -> str:
     known = ", ".join(archive.folder for archive in ARCHIVES.values())
     raise UserError(
         f"nothing known in {path} (looked for *.parquet, {known}, and image files at any depth): "
-        "give another folder or file with --data PATH"
+        "give another folder or file"
     )
 
 
@@ -97,13 +97,13 @@ def _list(data: DataSettings) -> Rows:
         if is_url(path):
             raise UserError(
                 f"{path}: torchvision's copy of {source} must be a folder on this machine; give "
-                "one with --data PATH, or Parquet shards at that address"
+                "one, or Parquet shards at that address"
             )
         return read_archive(source, path, download=data.download, limit=data.limit)
     if source == "shards":
         return read_shards(path, data.limit)
     if not path.is_dir():
-        raise UserError(f"{path} is a file: source {source!r} needs a folder with --data PATH")
+        raise UserError(f"{path} is a file: source {source!r} needs a folder")
     if source == "imagenet":
         return _imagenet(path, data.classes, data.limit)
     return _folder(path, data.folders_are_labels, data.limit)
@@ -116,9 +116,7 @@ def _existing_path(data: DataSettings) -> Path:
     path = as_path(data.path)
     if not path.exists():
         fetch = ", or add --set data.download=true to fetch it" * (data.source in ARCHIVES)
-        raise UserError(
-            f"{path} does not exist: give an existing folder or file with --data PATH{fetch}"
-        )
+        raise UserError(f"{path} does not exist: give an existing folder or file{fetch}")
     return path
 
 
@@ -132,7 +130,7 @@ def _reaching(place: str | None) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{place} cannot be read ({reason}): check the address in --data and the credentials"
+            f"{place} cannot be read ({reason}): check the address and the credentials"
         ) from error
 
 
@@ -162,7 +160,7 @@ def _folder(path: Path, folders_are_labels: bool, limit: int | None) -> Rows:
     if not files:
         raise UserError(
             f"no images found below {path} (looked for {' '.join(sorted(EXTENSIONS))}): "
-            "give a folder that holds some with --data PATH"
+            "give a folder that holds some"
         )
     if not folders_are_labels:
         return _file_rows(path, files[:limit], None, None)

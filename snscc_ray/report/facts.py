@@ -71,7 +71,8 @@ def read_facts(folder: Path) -> Facts:
     """Raises UserError for a file that cannot be read."""
     held = checkpoints.read_json(folder / "metrics.json")["stages"]
     lines = _lines(folder / "metrics.jsonl")
-    table = pq.read_table(folder / "assignments.parquet", columns=["cluster", "confidence"])
+    with (folder / "assignments.parquet").open("rb") as file:  # by name it would have to be UTF-8
+        table = pq.read_table(file, columns=["cluster", "confidence"])
     return Facts(
         {stage: held[stage] for stage in STAGES if stage in held},
         checkpoints.read_json(folder / "recipe.json").get("versions", {}),
