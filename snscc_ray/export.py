@@ -7,6 +7,7 @@ with the model first.
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import shutil
 import tempfile
@@ -145,7 +146,10 @@ def _images(model: Model, batch: int) -> Tensor:
 
 
 def _write_torch(program: torch.export.ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    torch.export.save(program, path, extra_files={_METADATA: json.dumps(about)})
+    # By way of memory: where a disk is full, torch's own writer ends in a page of its C++.
+    whole = io.BytesIO()
+    torch.export.save(program, whole, extra_files={_METADATA: json.dumps(about)})
+    path.write_bytes(whole.getvalue())
 
 
 def _read_torch(path: Path) -> Answer:

@@ -18,7 +18,7 @@ from snscc_ray import SNSCC
 from snscc_ray.cli import options
 from snscc_ray.errors import UserError
 from snscc_ray.paths import expanded
-from tests.test_cli import PHOTOS, Done, Snscc, command, environment, refused, sets
+from tests.test_cli import PHOTOS, Done, Snscc, command, environment, refused, sets, start
 
 
 @pytest.fixture
@@ -133,3 +133,12 @@ def test_the_estimator_names_what_it_has(tmp_path: Path) -> None:
         )
     for error in (absent, broken, large):
         assert "--" not in str(error.value)
+
+
+def test_export_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    photos, out = photographs(tmp_path / "photos"), tmp_path / "run"
+    done = start("run", "images", "--data", photos, "--out", out, *sets(*PHOTOS))
+    assert done.status == 0, done.err
+    full = start("export", out, "--torch", tmp_path / "model.pt2", file_limit=20_000)
+    refused(full, "no space left", "--torch")
+    assert not (tmp_path / "model.pt2").exists()
