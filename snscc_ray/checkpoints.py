@@ -59,7 +59,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         if is_disk_full(error):
             raise UserError(
                 f"no space left while writing {path}; the previous file is untouched: "
-                "free some space and continue with --resume"
+                "free some space and run the same command again (`snscc run` with --resume)"
             ) from error
         raise
 

@@ -33,6 +33,7 @@ from snscc_ray.pretrained import check_encoder
 from snscc_ray.run import check, normalisation
 from snscc_ray.run_folder import (
     IMAGES_FILE,
+    check_apart,
     check_images,
     first_difference,
     holds_something,
@@ -65,6 +66,7 @@ def compare(request: Request, console: Console) -> list[Row]:
     the folder is touched. Raises UserError, or Interrupted once there is something to go on from.
     """
     display = Display(console)
+    check_apart(request.folder, request.recipe.data.path)
     with claimed(request.folder, display.line):
         return _compare(request, display)
 
@@ -239,7 +241,8 @@ def _rows(study: Study, failed: dict[str, str]) -> list[Row]:
         if method in failed:
             rows.append(Row(method, note=f"failed: {failed[method]}"))
         elif outcome := _outcome(study, method):
-            found = pq.read_table(home(study.folder, method) / "assignments.parquet")
+            with (home(study.folder, method) / "assignments.parquet").open("rb") as file:
+                found = pq.read_table(file)
             clusters_N = torch.tensor(found["cluster"].to_pylist())
             rows.append(
                 Row(

@@ -7,10 +7,11 @@ The Greek letters of the paper have the names the field uses: ε is `train.entro
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from snscc_ray.paths import expanded
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -138,7 +139,7 @@ def _an_encoder(name: str) -> str:
 def _from_anywhere(weights: str) -> str:
     # Workers on this machine and others must find the same file, wherever they are started.
     known = weights == "default" or "://" in weights
-    return weights if known else str(Path(weights).expanduser().absolute())
+    return weights if known else str(expanded(weights).absolute())
 
 
 class EncoderSettings(Settings):

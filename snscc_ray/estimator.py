@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -331,10 +332,34 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
         )
 
 
+_HERE = (
+    (r"repair or remove it, or leave out such images with --set data\.skip_corrupt=true",
+     "repair or remove it"),
+    (r",? ?(or )?use another --out(, or --overwrite)?( to replace it)?( to write beside them)?",
+     ", or give another folder"),
+    (r"; use --overwrite", "; give another folder"),
+    (r"delete it or use --overwrite", "delete it, or give another folder"),
+    (r" and use --resume to train that stage again", " to train that stage again"),
+    (r"run the same command again \(`snscc run` with --resume\)", "fit again"),
+    (r"runtime\.device=cuda, but (.*); use --set runtime\.device=cpu",
+     r"device='cuda', but \1; use device='cpu'"),
+    (r"with --data PATH", "as X"),
+    (r"give --data PATH", "give it as X"),
+    (r"--set ([\w.]+=[^\s,;]+)", r"settings=['\1']"),
+)  # fmt: skip
+
+
 @contextmanager
 def _value_errors() -> Iterator[None]:
     """A mistake as scikit-learn reports it."""
     try:
         yield
     except UserError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_in_python(str(error))) from error
+
+
+def _in_python(text: str) -> str:
+    """What the command line would be told, in what the estimator has."""
+    for pattern, here in _HERE:
+        text = re.sub(pattern, here, text)
+    return text

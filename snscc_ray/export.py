@@ -7,6 +7,7 @@ with the model first.
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snscc_ray.checkpoints import write_whole
+from snscc_ray.checkpoints import is_disk_full, write_whole
 from snscc_ray.encoders import ClusterNet
 from snscc_ray.errors import UserError
 from snscc_ray.predict import Model, load_model
@@ -75,7 +76,14 @@ def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
         found: dict[Format, float] = {}
         for kind, path in made.items():
             write, read = _FORMATS[kind]
-            write(program, path, describe(model))
+            try:
+                write(program, path, describe(model))
+            except (OSError, RuntimeError) as error:
+                if not is_disk_full(error):
+                    raise
+                raise UserError(
+                    f"no space left in {folder}, where --{kind} is made first: free some space"
+                ) from error
             found[kind] = difference(model, read(path))
             if not found[kind] <= _TOLERANCE:  # a NaN is no agreement
                 raise UserError(
@@ -138,7 +146,10 @@ def _images(model: Model, batch: int) -> Tensor:
 
 
 def _write_torch(program: torch.export.ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    torch.export.save(program, path, extra_files={_METADATA: json.dumps(about)})
+    # By way of memory: where a disk is full, torch's own writer ends in a page of its C++.
+    whole = io.BytesIO()
+    torch.export.save(program, whole, extra_files={_METADATA: json.dumps(about)})
+    path.write_bytes(whole.getvalue())
 
 
 def _read_torch(path: Path) -> Answer:

@@ -28,7 +28,7 @@ from snscc_ray.monitor import Display, Journal, RunMonitor, Silent
 from snscc_ray.pace import describe, measure, within
 from snscc_ray.pretrained import check_encoder
 from snscc_ray.run import Request, Result, check, execute, final_figures
-from snscc_ray.run_folder import prepare_folder
+from snscc_ray.run_folder import check_apart, prepare_folder
 from snscc_ray.workers import LocalWorker, Worker, choose_device, join_group, leave_group
 
 
@@ -57,6 +57,7 @@ def run_here(
     Everything that can be refused is refused before the folder is touched.
     Raises UserError, or TrainingError from the loop, or Interrupted once there is a run to resume.
     """
+    check_apart(request.folder, request.recipe().data.path)
     # Of the processes that torchrun started, the first one has the folder for all.
     first = os.environ.get("RANK", "0") == "0"
     with claimed(request.folder, Display(console).line) if first else nullcontext():

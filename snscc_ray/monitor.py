@@ -25,7 +25,7 @@ from torch import Tensor
 
 from snscc_ray.checkpoints import write_whole
 from snscc_ray.eta import Eta
-from snscc_ray.paths import is_url
+from snscc_ray.paths import as_text, is_url
 
 # Seconds between lines where there is no terminal to draw a bar on.
 _LINE_SECONDS = 10.0
@@ -135,7 +135,8 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._remote = is_url(folder)
+        # TensorBoard's writer takes no folder either whose name is not UTF-8.
+        self._remote = is_url(folder) or as_text(str(folder)) != str(folder)
         self._local = Path(tempfile.mkdtemp(prefix="snscc")) if self._remote else folder
         self._lines = self._local / "metrics.jsonl"
         self._writer: Any = None
@@ -316,7 +317,9 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, bool | int | float | str | torch.Tensor):
+        elif isinstance(value, str):
+            flat[prefix + name] = as_text(value)
+        elif isinstance(value, bool | int | float | torch.Tensor):
             flat[prefix + name] = value
         else:
             flat[prefix + name] = json.dumps(value)

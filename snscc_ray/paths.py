@@ -14,7 +14,7 @@ def as_path(text: str | Path) -> Path:
     Raises UserError for a URL whose package is not installed.
     """
     if not is_url(text):
-        return Path(text).expanduser()
+        return expanded(text)
     try:
         # Imported here: a run on local files does without them.
         from upath import UPath
@@ -43,6 +43,19 @@ def arrow_storage(folder: Path) -> tuple[str, Any]:
 
     store: Any = folder
     return store.path, PyFileSystem(FSSpecHandler(store.fs))
+
+
+def expanded(text: str | Path) -> Path:
+    """A path with `~` taken for the home folder. Raises UserError where there is none."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text}: no home folder is known here; give the path in full") from error
+
+
+def as_text(name: str) -> str:
+    """A name made UTF-8 if it is not, by escapes, for files that hold nothing else."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def is_url(path: str | Path) -> bool:

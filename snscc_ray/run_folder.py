@@ -82,6 +82,15 @@ def holds_something(folder: Path) -> bool:
     return folder.exists() and any(not p.name.startswith((SEEN, CLAIM)) for p in folder.iterdir())
 
 
+def check_apart(folder: Path, source: str | None) -> None:
+    """Refuse to write into the images' own folder: what is written would be read as images' table
+    the next time. Raises UserError."""
+    if source is None or is_url(source) or is_url(folder):
+        return
+    if folder.resolve() == Path(source).resolve():
+        raise UserError(f"{folder} is where the images are; use another --out")
+
+
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
     """Read a run that others may read as well. Raises UserError where it is being written, also

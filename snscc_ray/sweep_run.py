@@ -24,6 +24,7 @@ from snscc_ray.pace import Seconds
 from snscc_ray.paths import is_url
 from snscc_ray.run_folder import (
     IMAGES_FILE,
+    check_apart,
     check_images,
     holds_something,
     note_images,
@@ -76,6 +77,7 @@ def run_sweep(
     """
     space = load(name)(recipe)
     check_points(space, recipe)
+    check_apart(folder, recipe.data.path)
     with claimed(folder, Display(console).line):
         return _run(
             space,

@@ -379,7 +379,7 @@ def test_a_damaged_archive_is_refused_before_it_is_unpickled(
 def test_a_missing_archive_names_the_path_and_the_ways_out(tmp_path: Path) -> None:
     for message in (refusal("cifar10", tmp_path), refusal("stl10", tmp_path / "absent")):
         assert str(tmp_path) in message
-        assert "--set data.download=true" in message and "--data PATH" in message
+        assert "--set data.download=true" in message
     assert "--data PATH" in refusal("cifar20")
     assert "--data PATH" in refusal("cifar20", download=True)
 

@@ -53,7 +53,8 @@ def pretext_kmeans(study: Study) -> Found:
 def cluster(study: Study) -> Found:
     """Pretrain, Train and Boost (Duan et al., IEEE TIP 2025): a run like any other."""
     _run(study, STAGES)
-    found = pq.read_table(study.folder / FOLDER / "assignments.parquet")
+    with (study.folder / FOLDER / "assignments.parquet").open("rb") as file:
+        found = pq.read_table(file)
     recipe = study.context.recipe
     epochs = " + ".join(str(getattr(recipe, stage).epochs) for stage in STAGES)
     return Found(torch.tensor(found["cluster"].to_pylist()), epochs, "its run is in snscc/")

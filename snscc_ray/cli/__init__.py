@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
+import os
+import signal
 import sys
 from typing import Any
 
@@ -52,8 +55,12 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 
 def main() -> None:
     """Run the command line; a mistake is one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a console cannot show is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
     except UserError as error:
         fail(str(error), 2)
@@ -65,10 +72,15 @@ def main() -> None:
         fail(f"{error.format_message()} (snscc --help teaches)", 2)
     except (typer.Abort, KeyboardInterrupt):
         fail("stopped", 130)
+    except BrokenPipeError:
+        # Who read, `head` say, has gone; Python would complain of it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             where = f" ({error.filename})" if error.filename else ""
-            fail(f"no space left{where}: free some space and continue with --resume", 2)
+            again = "the same command again (`snscc run` with --resume)"
+            fail(f"no space left{where}: free some space and run {again}", 2)
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}; check the paths given and their rights", 2)

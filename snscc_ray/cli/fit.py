@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -83,12 +84,15 @@ def fit(
     from snscc_ray.claim import claimed
     from snscc_ray.engine import Interrupted
     from snscc_ray.fit import FitRequest, fit_images
-    from snscc_ray.paths import as_path
+    from snscc_ray.paths import as_path, is_url
     from snscc_ray.pretrained import encoder_settings
     from snscc_ray.report import report
+    from snscc_ray.run_folder import check_apart
 
     chosen = None if encoder is None else encoder_settings(encoder)
-    name = as_path(place).name.removesuffix(".parquet") or "images"
+    # Of `..` the name is that of the folder it leads to.
+    whole = place if is_url(place) else os.path.abspath(place)
+    name = as_path(whole).name.removesuffix(".parquet") or "images"
     folder = as_path(out_folder or f"runs/{name}")
     request = FitRequest(
         source=place,
@@ -101,6 +105,7 @@ def fit(
         overwrite=overwrite,
     )
     page = folder / "report.html"
+    check_apart(folder, place)
     with claimed(folder, _line):
         try:
             fitted = fit_images(request, out)
@@ -123,7 +128,8 @@ def _count(text: str) -> int | None:
 def _show(fitted: Fitted, folder: Path) -> None:
     import pyarrow.parquet as pq
 
-    found = pq.read_table(folder / "assignments.parquet", columns=["id", "cluster", "confidence"])
+    with (folder / "assignments.parquet").open("rb") as file:
+        found = pq.read_table(file, columns=["id", "cluster", "confidence"])
     table = Table("cluster", "images", "share", "mean confidence", box=None)
     sizes = found.group_by("cluster").aggregate([("id", "count"), ("confidence", "mean")])
     for row in sizes.sort_by("cluster").to_pylist():

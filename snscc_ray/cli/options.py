@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -12,6 +15,7 @@ import typer
 from rich.console import Console
 
 from snscc_ray.errors import UserError
+from snscc_ray.paths import expanded
 
 out = Console()
 SCALE = "Scale out"  # a panel of the help
@@ -49,11 +53,12 @@ def seconds_of(budget: str) -> float:
 
 def place_of(data: str) -> str:
     """A URL as it was given, a path in full: a run is looked at from other folders later."""
-    return data if "://" in data else str(Path(data).expanduser().absolute())
+    return data if "://" in data else str(expanded(data).absolute())
 
 
 def launcher() -> Any:
     """The module of runs on Ray. Raises UserError where Ray is not installed."""
+    ready_for_ray()
     try:
         from snscc_ray import launch
     except ImportError as error:
@@ -62,6 +67,18 @@ def launcher() -> Any:
             "--workers out"
         ) from error
     return launch
+
+
+def ready_for_ray() -> None:
+    """Ray wants a home folder and a user's name, which a container's user may not have."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="snscc")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
 
 
 def refuse_alone(**given: object) -> None:

@@ -46,7 +46,7 @@ def pack_folder(
     """
     # Imported here: torch takes seconds, which --help should not wait for.
     from snscc_ray import pack
-    from snscc_ray.paths import as_path
+    from snscc_ray.paths import as_path, expanded
 
     place = as_path(shards)
     if verify and overwrite:
@@ -57,7 +57,7 @@ def pack_folder(
         options = pack.Options(shard_mb, image_size, folders_are_labels)
         try:
             found = pack.pack(
-                folder.expanduser(),
+                expanded(folder),
                 place,
                 options,
                 jobs=jobs,

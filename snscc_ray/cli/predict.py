@@ -59,12 +59,15 @@ def predict(
     from snscc_ray.paths import as_path
     from snscc_ray.predict import Question
     from snscc_ray.predict import predict as predict_here
+    from snscc_ray.run_folder import check_apart
 
     target = as_path(out_file)
     if target.is_dir():
         raise UserError(f"--out {out_file} is a folder; give a file, such as new.parquet")
     check_name(target)
     check_writable(target)
+    if target.suffix.lower() == ".parquet":  # it would be taken for images the next time
+        check_apart(target.parent, place_of(data))
     if target.exists() and not overwrite:
         raise UserError(f"{out_file} exists; use --overwrite, or another --out")
     question = Question(as_path(run), place_of(data), target, top, nearest)

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from snscc_ray import recipes
-from snscc_ray.cli.options import SCALE, Address, Settings, fail, out, overrides_of
+from snscc_ray.cli.options import (
+    SCALE,
+    Address,
+    Settings,
+    fail,
+    out,
+    overrides_of,
+    ready_for_ray,
+)
 from snscc_ray.errors import UserError
 from snscc_ray.overrides import override
 
@@ -103,6 +111,7 @@ def sweep(
     folder = as_path(out_folder or f"runs/{recipe}-{label}")
     if metric.startswith("oracle/"):
         out.print(f"Searching by {metric}, which reads the labels, as asked.", highlight=False)
+    ready_for_ray()
     try:
         from snscc_ray.sweep_run import Options, run_sweep
     except ImportError as error:

@@ -71,7 +71,7 @@ def read_shards(path: Path, limit: int | None) -> Rows:
     """
     files = shard_files(path)
     if not files:
-        raise UserError(f"no *.parquet files in {path}: give their folder with --data PATH")
+        raise UserError(f"no *.parquet files in {path}: give their folder")
     kept = image_shards(path) or files
     shards = [_inspect(file) for file in kept]
     used = _first_rows(shards, limit)

@@ -77,7 +77,7 @@ def _resolve(data: DataSettings) -> tuple[str, Found | None]:
     aside = "".join(f"; {note}" for note in found.notes())
     raise UserError(
         f"nothing known in {path} (looked for *.parquet, {known}, and image files at any depth"
-        f"{aside}): give another folder or file with --data PATH"
+        f"{aside}): give another folder or file"
     )
 
 
@@ -103,7 +103,7 @@ def _list(data: DataSettings) -> Rows:
         if is_url(path):
             raise UserError(
                 f"{path}: torchvision's copy of {source} must be a folder on this machine; give "
-                "one with --data PATH, or Parquet shards at that address"
+                "one, or Parquet shards at that address"
             )
         return read_archive(source, path, download=data.download, limit=data.limit)
     if source == "shards":
@@ -113,7 +113,7 @@ def _list(data: DataSettings) -> Rows:
             rows = replace(rows, notes=(*rows.notes, beside))
         return rows
     if not path.is_dir():
-        raise UserError(f"{path} is a file: source {source!r} needs a folder with --data PATH")
+        raise UserError(f"{path} is a file: source {source!r} needs a folder")
     if source == "imagenet":
         return _imagenet(path, data.classes, data.limit)
     return _folder(path, found or find_images(path), data.folders_are_labels, data.limit)
@@ -126,9 +126,7 @@ def _existing_path(data: DataSettings) -> Path:
     path = as_path(data.path)
     if not path.exists():
         fetch = ", or add --set data.download=true to fetch it" * (data.source in ARCHIVES)
-        raise UserError(
-            f"{path} does not exist: give an existing folder or file with --data PATH{fetch}"
-        )
+        raise UserError(f"{path} does not exist: give an existing folder or file{fetch}")
     return path
 
 
@@ -142,7 +140,7 @@ def _reaching(place: str | None) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{place} cannot be read ({reason}): check the address in --data and the credentials"
+            f"{place} cannot be read ({reason}): check the address and the credentials"
         ) from error
 
 
@@ -170,7 +168,7 @@ def _folder(path: Path, found: Found, folders_are_labels: bool, limit: int | Non
     """Every image below `path`, by relative path; the first sub-folder may be its class."""
     files = found.files
     if not files:
-        raise UserError(f"{no_images(path, found)}: give a folder that holds some with --data PATH")
+        raise UserError(f"{no_images(path, found)}: give a folder that holds some")
     if not folders_are_labels:
         return _file_rows(path, files[:limit], None, None, found.notes())
     classes = folder_classes(path, files, "set data.folders_are_labels=false")

@@ -22,7 +22,7 @@ from snscc_ray.monitor import Display, Journal
 from snscc_ray.paths import is_url
 from snscc_ray.pretrained import check_encoder
 from snscc_ray.run import Request, Result, check, final_figures
-from snscc_ray.run_folder import prepare_folder, remove_tree
+from snscc_ray.run_folder import check_apart, prepare_folder, remove_tree
 
 
 def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
@@ -32,6 +32,7 @@ def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     started again from the last checkpoint, up to `runtime.max_failures` times.
     Raises UserError, TrainingError, or Interrupted once there is a run to resume.
     """
+    check_apart(request.folder, request.recipe().data.path)
     with claimed(request.folder, Display(console).line):
         return _run_on_ray(request, console, scale)
 

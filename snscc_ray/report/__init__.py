@@ -54,7 +54,7 @@ def report(run: Path, out: Path, console: Console, *, device: str = "auto") -> P
     rows = shown_rows(content)
     page = render(content, sprites.pack(rows, sprites.take(own.data, rows)))
     checkpoints.write_json(data_file, content)
-    checkpoints.write_whole(out, partial(_write, page.encode()))
+    checkpoints.write_whole(out, partial(_write, page.encode("utf-8", "backslashreplace")))
     return data_file
 
 

@@ -73,7 +73,8 @@ def read_facts(folder: Path) -> Facts:
     figures = checkpoints.read_json(folder / "metrics.json")
     held = figures["stages"]
     lines = _lines(folder / "metrics.jsonl")
-    table = pq.read_table(folder / "assignments.parquet", columns=["cluster", "confidence"])
+    with (folder / "assignments.parquet").open("rb") as file:  # by name it would have to be UTF-8
+        table = pq.read_table(file, columns=["cluster", "confidence"])
     return Facts(
         {stage: held[stage] for stage in STAGES if stage in held},
         checkpoints.read_json(folder / "recipe.json").get("versions", {}),
