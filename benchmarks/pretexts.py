@@ -274,14 +274,13 @@ def main() -> None:
                 "seconds": arguments.seconds,
                 "seed": seed,
             }
-            if any(asked.items() <= row.items() for row in rows):
+            settings = {"settings": recipe.pretrain.model_dump(mode="json")}
+            if any({**row, **asked, **settings} == row for row in rows):
                 continue
             images = images or load_images(recipe.data)
             row = asked | measure(entry, recipe, images, arguments.seconds)
             print_table([row])
-            row["settings"] = recipe.pretrain.model_dump(mode="json")
-            row["views"] = entry.views + entry.small_views
-            rows.append(row)
+            rows.append(row | settings | {"views": entry.views + entry.small_views})
             if out:
                 save(out, describe_machine(1), rows)
 
