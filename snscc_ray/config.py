@@ -123,15 +123,15 @@ class StrongView(Settings):
 View = Annotated[SimclrView | StrongView, Field(discriminator="kind")]
 
 
-BUILT_IN = ("convnet", "resnet18", "resnet50")
+BUILT_IN = ("convnet", "resnet18", "resnet34", "resnet50")
 
 
 def _an_encoder(name: str) -> str:
     library, _, model = name.partition(":")
     if name not in BUILT_IN and (library not in ("torchvision", "timm") or not model):
         raise ValueError(
-            "use 'convnet', 'resnet18' or 'resnet50', or a model of a library as torchvision:NAME "
-            "or timm:NAME"
+            "use 'convnet', 'resnet18', 'resnet34' or 'resnet50', or a model of a library as "
+            "torchvision:NAME or timm:NAME"
         )
     return name
 
@@ -144,7 +144,7 @@ def _from_anywhere(weights: str) -> str:
 
 class EncoderSettings(Settings):
     name: Annotated[str, AfterValidator(_an_encoder)] = Field(
-        description="convnet, resnet18, resnet50, torchvision:NAME or timm:NAME"
+        description="convnet, resnet18, resnet34, resnet50, torchvision:NAME or timm:NAME"
     )
     stem: Literal["small", "standard"] = Field(
         "small", description="of the ResNets named here; small: 3×3, no max-pool"

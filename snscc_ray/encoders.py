@@ -44,10 +44,9 @@ class ConvNet(nn.Module):
 
 def _resnet(settings: EncoderSettings, channels: int) -> nn.Module:
     # Imported here: torchvision takes a second to import and the small ConvNet needs none of it.
-    from torchvision.models import resnet18, resnet50
+    from torchvision import models
 
-    build = {"resnet18": resnet18, "resnet50": resnet50}[settings.name]
-    net = build(weights=None, zero_init_residual=False)
+    net = getattr(models, settings.name)(weights=None, zero_init_residual=False)
     if settings.stem == "small":
         net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         net.maxpool = nn.Identity()

@@ -113,7 +113,7 @@ def infer_encoder(held: object) -> EncoderSettings:
     """Which of the built-in encoders a checkpoint is of. Raises UserError if it is of none."""
     candidates = [
         EncoderSettings(name=name, stem=stem)
-        for name, stem in product(("resnet18", "resnet50"), ("small", "standard"))
+        for name, stem in product(("resnet18", "resnet34", "resnet50"), ("small", "standard"))
     ]
     for _, state in _states(held):
         for name, weight in state.items():

@@ -251,7 +251,8 @@ def _best(
 ) -> Recipe:
     """Our settings for ResNet-18 and half an hour of one large GPU, put together from others'
     results and untested at full length until a GPU run says otherwise. In the short trials a CPU
-    can afford, SimCLR's features were better than BYOL's (docs/log.md).
+    can afford, SimCLR's features were better than BYOL's; on CIFAR-10 that is 15 CPU seconds
+    of a small ConvNet, too few to choose by (docs/log.md).
 
     Pretrain is BYOL much as ProPos has it (Huang et al., "Learning representation for clustering
     via prototype scattering and positive sampling", TPAMI 2022: SGD at .05 per 256 images, weight
@@ -300,7 +301,7 @@ def _best(
 
 
 def cifar10_best() -> Recipe:
-    """CIFAR-10 for accuracy, not the paper's settings; untested at full length."""
+    """CIFAR-10 for accuracy, our settings; untested at full length (or encoder.name=resnet34)."""
     return _best(
         "cifar10_best",
         _CIFAR10,

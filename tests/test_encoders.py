@@ -23,6 +23,7 @@ TRAIN = recipes.get("digits").train
         (EncoderSettings(name="convnet", width=8), 3, 31, 32),
         (EncoderSettings(name="resnet18", stem="small"), 3, 32, 512),
         (EncoderSettings(name="resnet18", stem="standard"), 1, 96, 512),
+        (EncoderSettings(name="resnet34", stem="small"), 3, 32, 512),
         (EncoderSettings(name="resnet50", stem="small"), 1, 16, 2048),
         (EncoderSettings(name="resnet50", stem="standard"), 3, 64, 2048),
     ],

@@ -49,7 +49,7 @@ def test_the_names_of_encoders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("resnet34", "did you mean torchvision:resnet34"),
+        ("resnext50_32x4", "did you mean torchvision:resnext50_32x4d"),
         ("resnet19", "did you mean resnet18"),
         ("torchvision:resnet81", "did you mean torchvision:resnet18"),
         ("timm:vit_tiny_patch16_225", "did you mean timm:vit_tiny_patch16_224"),
@@ -65,7 +65,7 @@ def test_an_unknown_encoder_is_refused(text: str, says: str) -> None:
 
 
 def test_a_checkpoint_of_an_unknown_encoder_asks_for_its_name(tmp_path: Path) -> None:
-    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "x.pth")
+    torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"--set encoder\.name=… and --set encoder\.weights"):
         encoder_settings(str(tmp_path / "x.pth"))
 

@@ -62,7 +62,7 @@ def test_override_reaches_any_field() -> None:
         ("train.num_neighbors=0", "train.num_neighbors=0: input should be greater than or equal"),
         ("train.epochs=many", 'train.epochs="many": input should be a valid integer'),
         ("boost.confidence_threshold=1.5", "boost.confidence_threshold=1.5"),
-        ("encoder.name=vgg", "'convnet', 'resnet18' or 'resnet50'"),
+        ("encoder.name=vgg", "'convnet', 'resnet18', 'resnet34' or 'resnet50'"),
         ("train.view.flip=-1", "train.view.flip=-1"),
         ("data.mean=[0.5,0.5]", "mean needs 1 numbers, one per channel"),
         ("data.std=[0]", "std must be above 0"),

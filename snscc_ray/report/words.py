@@ -44,7 +44,12 @@ CRITERIA = {
     "eigengap": ("Eigengap", "How clearly the graph of look-alikes falls into that many parts."),
 }
 
-_ENCODERS = {"convnet": "a small ConvNet", "resnet18": "a ResNet-18", "resnet50": "a ResNet-50"}
+_ENCODERS = {
+    "convnet": "a small ConvNet",
+    "resnet18": "a ResNet-18",
+    "resnet34": "a ResNet-34",
+    "resnet50": "a ResNet-50",
+}
 _METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 
 
