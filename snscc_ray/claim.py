@@ -89,7 +89,7 @@ def _make(folder: Path) -> list[Path]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir():
-        raise UserError(f"{there} is a file and no folder; use another one")
+        raise UserError(f"{there} is a file and no folder; use another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -88,18 +88,7 @@ def _paper(
         name=name,
         data=data,
         encoder=encoder,
-        pretrain=pretrain
-        or PretrainSettings(
-            epochs=500,
-            batch_size=512,
-            optimizer="sgd",
-            learning_rate=0.4,
-            schedule="cosine",
-            # Not theirs. At such a rate from the first step all images are projected to one point
-            # within an epoch, and stay there for long (docs/log.md).
-            warmup_epochs=10,
-            temperature=0.1,
-        ),
+        pretrain=pretrain or _simclr(epochs=500),
         train=TrainSettings(
             epochs=500,
             batch_size=train_batch,
@@ -113,6 +102,21 @@ def _paper(
             confidence_threshold=confidence_threshold,
             view=view,
         ),
+    )
+
+
+def _simclr(epochs: int) -> PretrainSettings:
+    """The paper's pretext for small images."""
+    return PretrainSettings(
+        epochs=epochs,
+        batch_size=512,
+        optimizer="sgd",
+        learning_rate=0.4,
+        schedule="cosine",
+        # Not theirs. At such a rate from the first step all images are projected to one point
+        # within an epoch, and stay there for long (docs/log.md).
+        warmup_epochs=10,
+        temperature=0.1,
     )
 
 
@@ -249,15 +253,14 @@ def _best(
     epochs: tuple[int, int, int],
     confidence_threshold: float = 0.99,
 ) -> Recipe:
-    """Our settings for ResNet-18 and half an hour of one large GPU, put together from others'
-    results and untested at full length until a GPU run says otherwise. In the short trials a CPU
-    can afford, SimCLR's features were better than BYOL's; on CIFAR-10 that is 15 CPU seconds
-    of a small ConvNet, too few to choose by (docs/log.md).
+    """Our settings for ResNet-18 and a large GPU, put together from others' results and untested at
+    full length until a GPU run says otherwise.
 
-    Pretrain is BYOL much as ProPos has it (Huang et al., "Learning representation for clustering
-    via prototype scattering and positive sampling", TPAMI 2022: SGD at .05 per 256 images, weight
-    decay 5e-4, predictor 4096-256; there for 1,000 epochs, the predictor at ten times the rate),
-    with the momentum Grill et al. give for 300 epochs.
+    Pretrain is the paper's SimCLR. In all that a CPU can afford it led BYOL, with three seeds on
+    CIFAR-10, but that is seconds of a small ConvNet (docs/log.md). For BYOL much as ProPos has it
+    (Huang et al., "Learning representation for clustering via prototype scattering and positive
+    sampling", TPAMI 2022): pretrain.method=byol, learning_rate=.1, weight_decay=5e-4,
+    projection_dim=256, projection_hidden=4096, key_momentum=.99.
     Train takes the 20 nearest of the whole set, as SCAN does (Van Gansbeke et al., ECCV 2020),
     and ten heads, of which the label-free score keeps one. Boost is SCAN's self-labelling rate.
     """
@@ -266,19 +269,7 @@ def _best(
         name=name,
         data=data,
         encoder=encoder,
-        pretrain=PretrainSettings(
-            method="byol",
-            epochs=epochs[0],
-            batch_size=512,
-            optimizer="sgd",
-            learning_rate=0.1,
-            weight_decay=5e-4,
-            schedule="cosine",
-            warmup_epochs=10,
-            projection_dim=256,
-            projection_hidden=4096,
-            key_momentum=0.99,
-        ),
+        pretrain=_simclr(epochs[0]),
         train=TrainSettings(
             epochs=epochs[1],
             batch_size=512,
@@ -307,7 +298,7 @@ def cifar10_best() -> Recipe:
         _CIFAR10,
         EncoderSettings(name="resnet18"),
         cutout=16,
-        epochs=(300, 50, 50),
+        epochs=(500, 50, 50),
     )
 
 
@@ -318,7 +309,7 @@ def cifar20_best() -> Recipe:
         _CIFAR20,
         EncoderSettings(name="resnet18"),
         cutout=16,
-        epochs=(300, 50, 50),
+        epochs=(500, 50, 50),
         confidence_threshold=0.95,
     )
 

@@ -490,7 +490,7 @@ def test_an_occupied_folder_is_refused(snscc: Snscc, finished: Path, tmp_path: P
     for out in (foreign / "note.txt", foreign / "note.txt" / "below"):
         for more in ([], ["--overwrite"], ["--resume"]):
             done = snscc("run", *tiny, *more, "--out", out)
-            refused(done, f"{foreign / 'note.txt'} is a file", "another --out")
+            refused(done, f"{foreign / 'note.txt'} is a file", "another")
     assert (foreign / "note.txt").read_text() == "mine"
 
 
