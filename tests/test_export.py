@@ -43,7 +43,7 @@ def model(*settings: str, encoder: EncoderSettings | None = None) -> Model:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     normalize = Normalize((0.3, 0.4, 0.5)[:channels], (0.2, 0.25, 0.3)[:channels])
-    return Model(recipe, network, normalize, torch.device("cpu"))
+    return Model(recipe, network, normalize, torch.device("cpu"), trained={})
 
 
 @pytest.fixture
