@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from snscc_ray.checkpoints import is_disk_full
 from snscc_ray.errors import UserError
 from snscc_ray.paths import is_url
 
@@ -93,9 +94,13 @@ def _make(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno not in NOT_WRITABLE:
+        if error.errno in NOT_WRITABLE:
+            raise UserError(f"{there} is not writable; use another folder") from error
+        if is_disk_full(error):
             raise
-        raise UserError(f"{there} is not writable; use another folder") from error
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}); use another folder"
+        ) from error
     return made
 
 
