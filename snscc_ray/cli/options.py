@@ -89,6 +89,11 @@ def refuse_alone(**given: object) -> None:
             raise UserError(f"{option} is for Ray workers; add --workers N")
 
 
+def said(line: str) -> None:
+    """Print a line that holds names of files."""
+    out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def fail(message: str, status: int) -> NoReturn:
     print("snscc: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(status)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from snscc_ray.cli.options import out
+from snscc_ray.cli.options import out, said
 from snscc_ray.errors import UserError
 
 
@@ -39,7 +39,7 @@ def report(
         raise UserError(f"--out {out_file}: give a name that ends in .html")
     # Imported here: torch takes seconds, which --help should not wait for.
     from snscc_ray.checkpoints import check_writable
-    from snscc_ray.claim import claimed
+    from snscc_ray.claim import claimed, claimed_file
     from snscc_ray.paths import as_path, is_url
     from snscc_ray.report import report as make_report
     from snscc_ray.run_folder import read_recipe
@@ -50,7 +50,7 @@ def report(
         raise UserError("--open shows a file on this machine; give one with --out")
     read_recipe(folder)  # a folder that is no run is not made
     check_writable(target)
-    with claimed(folder, lambda line: out.print(line, markup=False, soft_wrap=True)):
+    with claimed(folder, said), claimed_file(target, said):
         data_file = make_report(folder, target, out, device=device)
     out.print(
         f"\nReport: {target} (its numbers: {data_file})",
