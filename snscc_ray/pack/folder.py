@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from snscc_ray.checkpoints import read_json, write_json, write_whole
+from snscc_ray.data.shards import MANIFEST
 from snscc_ray.errors import UserError
 from snscc_ray.pack.plan import FORMAT
 from snscc_ray.pack.shard import keeps_shards
 from snscc_ray.paths import is_url
 
-MANIFEST = "pack.json"
 SKIPPED = "skipped.csv"
 _SHARD = re.compile(r"part-\d{5,}\.parquet")
 _LEFTOVER = re.compile(rf"\.({_SHARD.pattern}|pack\.json|skipped\.csv)\..+")
