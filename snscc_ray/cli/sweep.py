@@ -146,3 +146,7 @@ def sweep(
         return
     out.print(summary.text, highlight=False, markup=False, soft_wrap=True)
     out.print(f"\nSweep folder: {folder}", highlight=False, markup=False, soft_wrap=True)
+    failed = sum(row["status"] == "failed" for row in summary.rows)
+    if failed:
+        again = "the reasons are in the table, and the same command tries them again"
+        fail(f"{failed} of {len(summary.rows)} trials failed; {again}", 1)
