@@ -41,7 +41,8 @@ _LINE_SECONDS = 10.0
 
 @contextmanager
 def connected(scale: Scale) -> Iterator[None]:
-    """Join the cluster, or start Ray on this machine. Raises UserError when that fails."""
+    """Join the cluster, or start Ray on this machine. Raises UserError when that fails, or when
+    the memory and the disk of Ray are full in the end."""
     address = scale.address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     check_reachable(address)
@@ -59,6 +60,12 @@ def connected(scale: Scale) -> Iterator[None]:
         # Ray has put its own handler of SIGTERM in place, which aborts with a dump of the stack.
         with terminated_like_interrupted():
             yield
+    except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
+        raise UserError(
+            "Ray's object store is full, and so is the disk that takes what it cannot hold (Ray "
+            "keeps 5 % of it free): free some space on it, on every node, and run the same "
+            "command again"
+        ) from error
     finally:
         ray.shutdown()
 
