@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -142,3 +143,16 @@ def test_export_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
     full = start("export", out, "--torch", tmp_path / "model.pt2", file_limit=20_000)
     refused(full, "no space left", "--torch")
     assert not (tmp_path / "model.pt2").exists()
+
+
+def test_a_disk_that_fills_under_tensorboard_is_told_once(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from snscc_ray.monitor import write_hyperparameters\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))\n"
+        "try: write_hyperparameters(Path(sys.argv[1]), {'a': 'b' * 999}, {'c': 1.0})\n"
+        "except OSError as error: print(error.strerror)"
+    )
+    asked = [sys.executable, "-c", code, tmp_path / "events"]
+    done = subprocess.run(asked, env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "File too large" and not done.stderr, done
