@@ -74,7 +74,13 @@ def predict(
         if target.exists() and not overwrite:
             raise UserError(f"{out_file} exists; use --overwrite, or another --out")
         if workers:
-            scale = Scale((workers, workers), gpu, address=address)
+            scale = Scale(
+                (workers, workers),
+                gpu,
+                address=address,
+                fewer="use fewer --workers",
+                smaller="leave --gpu out",
+            )
             launcher()  # says what is missing where Ray is not installed
             from snscc_ray.predict_workers import predict_on_ray
 

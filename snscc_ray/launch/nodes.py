@@ -28,6 +28,7 @@ from snscc_ray.cluster import (
     free_of,
     look,
     stderr_into,
+    too_small,
     unseen,
     why_not_joined,
 )
@@ -84,17 +85,19 @@ def placed(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
     try:
         give_up, shown = time.monotonic() + scale.wait, time.monotonic()
         while not group.wait(1):
+            small = too_small(bundle, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+            why = small or _free()
             if time.monotonic() > give_up:
                 raise UserError(
                     f"{fewest} workers of {amounts(bundle)} could not be placed within "
-                    f"{scale.wait:g} s: {_free()}; use fewer --workers, wait longer with --wait, "
+                    f"{scale.wait:g} s: {why}; {scale.smaller if small else scale.fewer}, "
                     "or see why nodes do not come with `ray status`"
                 )
             if time.monotonic() - shown > _LINE_SECONDS:
                 shown = time.monotonic()
                 left = give_up - shown
                 say(
-                    f"waiting for {fewest} workers of {amounts(bundle)} each: {_free()}; "
+                    f"waiting for {fewest} workers of {amounts(bundle)} each: {why}; "
                     f"giving up in {left:.0f} s"
                 )
         yield _probe(group, bundle, fewest)
