@@ -313,6 +313,9 @@ def _fewer(now: Any, truth: Any, gone: list[str], text: str) -> bool:
     told = [f"left out {name}" in text for name in gone]
     if any(told):
         return all(told) or all(f"{name}" not in str(now) for name in gone)
+    if isinstance(now, list) and now and "image" in now[0]:  # of a pack
+        there = {name for shard in now for name in shard["id"]}
+        return not there & set(gone)
     return any(f"{_PHOTOS - count} images" in text for count in (1, 2, 3)) or (
         isinstance(now, dict) and not set(gone) & set(now.get("id", gone))
     )
@@ -334,11 +337,9 @@ def _undisturbed(command: Command, at: Path, truth: Any, log: Path) -> None:
 
 def _move_in(at: Path, setup: Path) -> None:
     """Have the runs that were copied say where their images are now."""
-    for recipe in at.rglob("*.json"):
-        held = recipe.read_text()
-        if str(setup) in held and recipe.name in ("recipe.json", "fit.json", "compare.json",
-                                                  "sweep.json"):  # fmt: skip
-            recipe.write_text(held.replace(str(setup), str(at)))
+    for name in ("recipe.json", "fit.json", "compare.json", "sweep.json"):
+        for recipe in at.rglob(name):
+            recipe.write_text(recipe.read_text().replace(str(setup), str(at)))
 
 
 def prepared(place: Path) -> Path:
