@@ -328,6 +328,9 @@ def _undisturbed(command: Command, at: Path, truth: Any, log: Path) -> None:
     words = command.again(at) if begun and command.again else command.words(at)
     status = ended(start(words, log))
     tail = log.read_text(errors="replace")[-4000:]
+    if status == 2 and "has just begun; try again in a moment" in tail:  # killed in its first line
+        time.sleep(21)
+        status = ended(start(words, log))
     if status == 2 and ("other images" in tail or "have changed since" in tail):
         status = ended(start([*command.words(at), "--overwrite"], log))
     if status != 0 or command.answer(at) != truth:
