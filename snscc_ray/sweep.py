@@ -6,6 +6,7 @@ by its identity, continues what was begun, and trains the rest.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -49,6 +50,9 @@ from snscc_ray.workers import LocalWorker, choose_device
 
 # Tune's own reports on every trial; ours are a bar and a table.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+# It prints pages of every trial that fails; ours is a line.
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 Scheduler = Literal["none", "asha", "median"]
 Searcher = Literal["random", "optuna"]

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.ray_tools import FEW_CHECKPOINTS, Ray, own_ray, refused, sets
+from snscc_ray.claim import CLAIM
+from tests.ray_tools import FEW_CHECKPOINTS, Ray, own_ray, refused, sets, until
 
 SPACE = '''
 from tune_spaces.space import Claim, Point, Space
@@ -140,7 +141,8 @@ def test_a_trial_that_fails_is_said_and_the_others_end(
     ray: Ray, spaces: Path, whole: tuple[Path, str]
 ) -> None:
     folder = whole[0].parent / "broken"  # beside the first, whose Pretrain it finds
-    done = ray.snscc(*command(spaces, folder, name="broken")).wait()
+    done = ray.snscc(*command(spaces, folder, name="broken")).wait(1)
+    refused(done, "2 of 4 trials failed", "the same command")
     rows = table(folder)
     by_point = {(row["point"], row["seed"]): row for row in rows}
     for seed in (0, 1):
@@ -163,6 +165,8 @@ def test_asha_stops_trials_that_fall_behind(
     assert stopped and len(stopped) < len(rows)
     assert all(row["stopped_at"].split()[0] in ("train", "boost") for row in stopped)
     assert "stopped" in done.out
+    # Stopped, and its actor used again: it has given back what it had for itself.
+    assert not list((tmp_path / "stages").rglob(f"{CLAIM}*"))
     full = {(row["point"], row["seed"]): row for row in table(whole[0])}
     for row in rows:
         if row["status"] == "finished":  # the same stages as in the full sweep
@@ -170,6 +174,44 @@ def test_asha_stops_trials_that_fall_behind(
             whole_row = full[row["point"], row["seed"]]
             assert known == {name: whole_row[name] for name in known}
             assert "boost/oracle/acc" in known
+
+
+def test_asha_with_all_places_and_several_seeds_leaves_no_trial_out(
+    ray: Ray, spaces: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "asha"
+    more = ["--scheduler", "asha", "--grace", 1, "--seeds", 3]
+    ray.snscc(*command(spaces, folder, *more)).wait()
+    rows = table(folder)
+    assert len(rows) == 12 and {row["status"] for row in rows} <= {"finished", "stopped"}
+    assert {row["seed"] for row in rows if row["status"] == "finished"} == {0, 1, 2}
+    ended = [row for row in rows if row["status"] == "finished"]
+    assert all(row["boost/epochs"] == 3 for row in ended)
+    assert all(row["stopped_at"] for row in rows if row not in ended)
+    assert not list((tmp_path / "stages").rglob(f"{CLAIM}*"))
+
+
+def test_what_ray_tune_keeps_of_a_sweep_may_be_broken(
+    ray: Ray, spaces: Path, whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Killed in mid-write: a sweep goes on by what it has written down itself."""
+    folder = tmp_path / "sweep"
+    running = ray.snscc(*command(spaces, folder))
+    until(lambda: bool(list((tmp_path / "stages").glob("train-*/train/stage.json"))), running.said)
+    running.send(signal.SIGKILL)
+    running.wait(-signal.SIGKILL)
+    for left in ray.processes():
+        left.kill()
+    state = [path for path in (folder / "tune").rglob("*") if path.is_file()]
+    assert any(path.name == "tuner.pkl" for path in state)
+    assert any(path.name.startswith("experiment_state") for path in state)
+    for number, path in enumerate(state):
+        cut = path.read_bytes()[: path.stat().st_size // 2]
+        path.write_bytes(b"\x00garbled" if number % 2 else cut)
+    done = {path: path.read_bytes() for path in (tmp_path / "stages").rglob("stage.json")}
+    ray.snscc(*command(spaces, folder)).wait()
+    assert table(folder) == table(whole[0])
+    assert done and all(path.read_bytes() == content for path, content in done.items())
 
 
 def test_a_dry_run_says_what_there_is_to_train_and_writes_nothing(
