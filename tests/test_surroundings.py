@@ -101,8 +101,8 @@ def test_a_sweep_without_a_home_and_a_name(tmp_path: Path) -> None:
     asked = command("sweep", "gamma", "--seeds", 1, "--samples", 1, "--out", out, *few)
     unset = ["env", "-u", "HOME", "-u", "USER", "-u", "LOGNAME"]
     with own_ray() as ray:
-        said = ray.start(*unset, *nobody, *asked).wait()
-    assert (out / "results.csv").exists() and said.err == "", said.said()
+        done = ray.start(*unset, *nobody, *asked).wait()
+        assert (out / "results.csv").exists() and done.err == "", done.said()
 
 
 def test_nothing_is_written_among_the_images(snscc: Snscc, tmp_path: Path) -> None:
