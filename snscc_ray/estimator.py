@@ -200,7 +200,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         return tags
 
     def _display(self) -> Display:
-        return Display(Console(quiet=not self.verbose))
+        return Display(Console(quiet=not self.verbose, emoji=False))
 
     def _check_parameters(self) -> None:
         if not isinstance(self.n_clusters, Integral) or self.n_clusters < 2:
@@ -338,8 +338,9 @@ _HERE = (
     (r",? ?(or )?use another --out(, or --overwrite)?( to replace it)?( to write beside them)?",
      ", or give another folder"),
     (r"; use --overwrite", "; give another folder"),
-    (r"delete it or use --overwrite", "delete it, or give another folder"),
-    (r" and use --resume to train that stage again", " to train that stage again"),
+    (r"repeat the command that (wrote it|made it|made the run), with --overwrite",
+     "give another folder"),
+    (r"repeat the command that made the run \(`snscc run` with --resume\)", "fit again"),
     (r"run the same command again \(`snscc run` with --resume\)", "fit again"),
     (r"runtime\.device=cuda, but (.*); use --set runtime\.device=cpu",
      r"device='cuda', but \1; use device='cpu'"),

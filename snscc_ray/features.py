@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +40,12 @@ class Own:
 def own_images(folder: Path, device: torch.device, display: Display) -> Own:
     """Read a run's images again. Raises UserError where they are gone or are others by now."""
     recipe = read_recipe(folder)
+    place = recipe.data.path
+    if place is not None and not is_url(place) and not Path(place).exists():
+        raise UserError(
+            f"the images that {folder} was made of are no longer at {place}: put them back there, "
+            "or run the recipe again"
+        )
     rows = list_rows(recipe.data)
     mode = mode_for(recipe.data, rows, device, display)
     catalog, data = bring(recipe.data, rows, mode, device, display)
@@ -55,8 +60,8 @@ def own_images(folder: Path, device: torch.device, display: Display) -> Own:
 
 def own_ids(folder: Path) -> list[str]:
     """The ids of a run's own images, in their order."""
-    with (folder / "assignments.parquet").open("rb") as file:
-        ids: list[str] = pq.read_table(file, columns=["id"])["id"].to_pylist()
+    table = checkpoints.read_columns(folder / "assignments.parquet", ["id"])
+    ids: list[str] = table["id"].to_pylist()
     return ids
 
 
@@ -65,7 +70,7 @@ def load_encoder(
 ) -> tuple[nn.Module, Normalize, Recipe]:
     """The encoder as a finished stage left it, and the recipe to answer by. Raises UserError."""
     path = folder / stage / "final.pt"
-    held = checkpoints.load(path, device)
+    held = checkpoints.load_final(path, recipe.data.channels, device)
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
     weights = {
         name.removeprefix("encoder."): weight
@@ -105,7 +110,7 @@ def answering(
 
 def stage_features(own: Own, stage: StageName) -> Tensor:
     """L2-normalised features after a stage, (N, D) float32 on the CPU; half precision is kept."""
-    kept = kept_features(own.folder, stage)
+    kept = kept_features(own.folder, stage, len(own.catalog))
     if kept is not None:
         return kept
     encoder, normalize, recipe = load_encoder(own.folder, own.recipe, stage, own.device)
@@ -119,12 +124,25 @@ def stage_features(own: Own, stage: StageName) -> Tensor:
     return features_ND.float()
 
 
-def kept_features(folder: Path, stage: StageName) -> Tensor | None:
-    """What `stage_features` kept of this very stage; None if it did not, or the stage is newer."""
+def kept_features(folder: Path, stage: StageName, rows: int) -> Tensor | None:
+    """What `stage_features` kept of all rows of this very stage.
+
+    None if it did not, the stage is newer, or what is kept is damaged: it can be had again.
+    """
     path = folder / stage / "features.pt"
     if not path.exists():
         return None
-    held = checkpoints.load(path)
     identity = checkpoints.read_json(folder / stage / "stage.json")["identity"]
-    features: Tensor = held["features"]
-    return features.float() if held["identity"] == identity else None
+    try:
+        held = checkpoints.load(path)
+    except UserError:
+        return None
+    features = held.get("features")
+    sound = (
+        held.get("identity") == identity
+        and isinstance(features, Tensor)
+        and features.ndim == 2
+        and len(features) == rows
+        and bool(features.isfinite().all())
+    )
+    return features.float() if sound else None  # type: ignore[union-attr]

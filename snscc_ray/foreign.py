@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -17,8 +18,11 @@ from typing import Any
 
 import torch
 
+from snscc_ray.checkpoints import check_bytes
 from snscc_ray.errors import UserError
 from snscc_ray.paths import as_path, is_url
+
+_COPY = "copy or download it again, or give another"
 
 
 def read_checkpoint(place: str) -> Any:
@@ -27,15 +31,20 @@ def read_checkpoint(place: str) -> Any:
     Objects of any other class become empty. Raises UserError.
     """
     content = _bytes(place)
+    if not content:
+        raise UserError(f"{place} is empty; {_COPY}")
     if place.endswith(".safetensors"):
         return _read_safetensors(content, place)
     try:
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            check_bytes(io.BytesIO(content))
         # What the file calls a class or a function, whichever it is, makes an empty container.
         stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
             (_Nothing, name) for name in _foreign(content)
         ]
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how the file is made, which is nobody's fault here
+            held = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, AttributeError, TypeError, RuntimeError, EOFError,
             ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:  # fmt: skip
         if isinstance(error, pickle.UnpicklingError) and content[:1] in (b"P", b"\x80"):
@@ -44,7 +53,18 @@ def read_checkpoint(place: str) -> Any:
                 "executed here; extract the weights where it was written: torch.save(torch.load("
                 "FILE, weights_only=False)['state_dict'], 'weights.pth')"
             ) from error
-        raise UserError(f"{place} is truncated or no checkpoint of torch") from error
+        if _is_script(content):
+            raise UserError(
+                f"{place} is TorchScript, a program and its weights; extract the weights: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+            ) from error
+        raise UserError(f"{place} is damaged or no checkpoint of torch; {_COPY}") from error
+    if "_modules" in getattr(held, "__dict__", ()):  # of an object that became empty
+        raise UserError(
+            f"{place} is a whole model, which only its own program can read; save its weights "
+            "where it was written: torch.save(model.state_dict(), 'weights.pth')"
+        )
+    return held
 
 
 def digest(place: str) -> str:
@@ -57,6 +77,14 @@ def digest(place: str) -> str:
 @lru_cache(maxsize=16)
 def _digest(place: str, changed: int, size: int) -> str:
     return hashlib.blake2b(_bytes(place), digest_size=16).hexdigest()
+
+
+def _is_script(content: bytes) -> bool:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            return any(name.endswith("/constants.pkl") for name in parts.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 class _Nothing:
@@ -82,7 +110,7 @@ def _read_safetensors(content: bytes, place: str) -> Any:
     try:
         return load(content)
     except SafetensorError as error:
-        raise UserError(f"{place} is truncated or no safetensors file") from error
+        raise UserError(f"{place} is damaged or no safetensors file; {_COPY}") from error
 
 
 def _bytes(place: str) -> bytes:
@@ -91,10 +119,19 @@ def _bytes(place: str) -> bytes:
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"encoder.weights={place}: there is no such file") from error
+        raise UserError(
+            f"encoder.weights={place}: there is no such file; give one that is there"
+        ) from error
+    except IsADirectoryError as error:
+        raise UserError(
+            f"encoder.weights={place} is a folder; give the file in it, of a run of ours such as "
+            "boost/final.pt"
+        ) from error
     except Exception as error:  # what a store's client raises is open-ended
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"encoder.weights={place} cannot be read ({reason})") from error
+        raise UserError(
+            f"encoder.weights={place} cannot be read ({reason}); check the address and the rights"
+        ) from error
 
 
 def _reached(place: str) -> Path:

@@ -12,10 +12,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from snscc_ray.checkpoints import not_finite
 from snscc_ray.config import EncoderSettings
 from snscc_ray.encoders import build_encoder
 from snscc_ray.errors import UserError
@@ -27,6 +29,10 @@ _COPY = re.compile(r"(^|[._])(ema|momentum|target|teacher|key)([._]|$)|encoder_k
 _HEAD = re.compile(r"(fc|classifier|heads?|linear)\.")
 _NAMES = 3  # shown of a list
 _DEPTH = 4
+
+
+class Unusable(UserError):
+    """A checkpoint holds nothing that any network could start from."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,14 @@ def import_weights(held: object, encoder: nn.Module, origin: str) -> Imported:
     Raises UserError unless every weight of the encoder is there, in its shape, and nothing else is
     of the same parts of a network.
     """
-    own = encoder.state_dict()
+    own, states = encoder.state_dict(), list(_states(held))
+    if not states:
+        raise Unusable(
+            f"{origin} holds no weights by name, as torch.save(model.state_dict(), FILE) makes them"
+        )
     fits = [
         _Fit.of(own, place, state, prefix, rename)
-        for place, state in _states(held)
+        for place, state in states
         for rename in _renamings(encoder)
         for prefix in _prefixes(state, rename(next(iter(own))))
     ]
@@ -81,6 +91,13 @@ def import_weights(held: object, encoder: nn.Module, origin: str) -> Imported:
     )
     if best is None or not best.score:
         raise UserError(f"{origin} holds no weights of this encoder")
+    if broken := not_finite(best.weights):
+        raise Unusable(
+            f"{origin}{best.where} is damaged: {_listed(broken)} hold a NaN, an infinity or a "
+            "variance below zero"
+        )
+    if not any(weight.any() for weight in best.weights.values() if weight.dim() > 1):
+        raise Unusable(f"{origin}{best.where} holds nothing but zeros")
     lacking = [name for name in own if name not in best.weights]
     needed = [name for name in lacking if own[name].is_floating_point()]
     if needed:
@@ -123,7 +140,9 @@ def infer_encoder(held: object) -> EncoderSettings:
         with torch.device("meta"):
             encoder = build_encoder(settings, channels=1)  # takes a stem for RGB as well
         try:
-            import_weights(held, encoder, "")
+            import_weights(held, encoder, "it")
+        except Unusable:
+            raise
         except UserError:
             continue
         return settings
@@ -149,7 +168,8 @@ class _Fit:
         weights = {}
         for name, there in names.items():
             weight = _shaped(state[there], own[name].shape)
-            if weight is not None:
+            numbers = weight is not None and weight.is_floating_point()
+            if weight is not None and (numbers or not own[name].is_floating_point()):
                 weights[name] = weight
         return cls(place, prefix, state, names, weights)
 
@@ -192,11 +212,20 @@ def _states(held: object, place: str = "", depth: int = 0) -> Iterator[tuple[str
         return
     items = [(name, value) for name, value in held.items() if isinstance(name, str)]
     # Compiled modules have a part of this name, at any depth.
-    found = {name.replace("_orig_mod.", ""): v for name, v in items if isinstance(v, Tensor)}
+    found = {name.replace("_orig_mod.", ""): v for name, v in items if _plain(v)}
     if found:
         yield place, found
     for name, value in items:
         yield from _states(value, f"{place}.{name}".lstrip("."), depth + 1)
+
+
+def _plain(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of numbers that another can be filled with."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_quantized or value.is_meta)
+    )
 
 
 def _renamings(encoder: nn.Module) -> Iterator[Callable[[str], str]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from snscc_ray import distributed
-from snscc_ray.checkpoints import write_whole
+from snscc_ray.checkpoints import AGAIN, write_whole
 from snscc_ray.errors import UserError
 from snscc_ray.losses.neighbors import soft_confidence
 
@@ -154,18 +154,17 @@ class MinedNeighbors:
     @classmethod
     def load(cls, path: Path) -> MinedNeighbors:
         """Read what `save` wrote. Raises UserError if it is missing, cut short or foreign."""
-        mend = "delete it and the neighbours are mined again"
         try:
             with path.open("rb") as file:
                 table = pq.ParquetFile(file).read()
         except FileNotFoundError:
-            raise UserError(f"no mined neighbours at {path}") from None
+            raise UserError(f"no mined neighbours at {path}: {AGAIN}") from None
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} is damaged or not a Parquet file: {mend}") from error
+            raise UserError(f"{path} is damaged or not a Parquet file: {AGAIN}") from error
         types = {name: table.schema.field(name).type for name in table.column_names}
         K = getattr(types.get("neighbors"), "list_size", 0)
         if types != _schema(K):
-            raise UserError(f"{path} does not hold mined neighbours: {mend}")
+            raise UserError(f"{path} does not hold mined neighbours: {AGAIN}")
         lists = [
             torch.from_numpy(np.array(table[name].combine_chunks().flatten())).reshape(-1, K)
             for name in ("neighbors", "distances", "confidence")

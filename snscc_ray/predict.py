@@ -132,9 +132,7 @@ def load_model(folder: Path, device: str = "auto") -> Model:
     stage = _last_stage(folder)
     chosen = choose_device(device)
     path = folder / stage / "final.pt"
-    held = checkpoints.load(path, chosen)
-    if "normalize" not in held:
-        raise UserError(f"{path} was written by an older version; run the recipe again")
+    held = checkpoints.load_final(path, recipe.data.channels, chosen)
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
     clusters = recipe.data.num_clusters
     heads = ClusterHeads(recipe.train, out_features(encoder), clusters, heads=1)
@@ -148,7 +146,8 @@ def load_model(folder: Path, device: str = "auto") -> Model:
 def _last_stage(folder: Path) -> StageName:
     """The last stage that has clusters. Raises UserError where there is none."""
     for stage in _CLUSTERING:
-        if (folder / stage / "final.pt").exists():
+        # One that is finished and has lost its network is an error, not a reason to take another.
+        if any((folder / stage / name).exists() for name in ("final.pt", "stage.json")):
             return stage
     raise UserError(f"{folder} holds no Train stage, so there are no clusters to predict")
 
@@ -226,7 +225,8 @@ def _settings(recipe: Recipe, source: str) -> DataSettings:
 def _known(question: Question, model: Model, display: Display) -> Known | None:
     """The run's own images by the features of its last stage; None, and why, without them."""
     run, stage = question.run, _last_stage(question.run)
-    features_MD = kept_features(run, stage)
+    ids = own_ids(run)
+    features_MD = kept_features(run, stage, len(ids))
     if features_MD is None:
         display.line("looking at the run's own images, once, to know the nearest")
         with claimed(run, display.line):
@@ -237,4 +237,4 @@ def _known(question: Question, model: Model, display: Display) -> Known | None:
                 return None
     # They are kept in half precision, in which they are no longer of length 1.
     features_MD = F.normalize(features_MD, dim=1).to(model.device)
-    return Known(pa.array(own_ids(run), pa.string()), features_MD, question.nearest)
+    return Known(pa.array(ids, pa.string()), features_MD, question.nearest)

@@ -13,7 +13,7 @@ from snscc_ray.config import BUILT_IN, DataSettings, EncoderSettings, Recipe
 from snscc_ray.encoders import build_encoder, out_features
 from snscc_ray.errors import UserError
 from snscc_ray.foreign import digest, read_checkpoint
-from snscc_ray.importers import Imported, import_weights, infer_encoder
+from snscc_ray.importers import Imported, Unusable, import_weights, infer_encoder
 from snscc_ray.paths import as_path, is_url
 
 _ENDINGS = (".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors")
@@ -34,6 +34,8 @@ def encoder_settings(text: str) -> EncoderSettings:
         held = read_checkpoint(text)
         try:
             found = infer_encoder(held)
+        except Unusable as error:
+            raise UserError(f"{text}: {error}; give another file") from error
         except UserError as error:
             raise UserError(
                 f"{text}: {error}; name its encoder, with --set encoder.name=… and "
@@ -107,6 +109,8 @@ def _fitting(settings: EncoderSettings, held: Any, encoder: nn.Module) -> Import
 def _remedy(settings: EncoderSettings, held: Any) -> str:
     try:
         right = infer_encoder(held)
+    except Unusable:
+        return "give another file"
     except UserError:
         return "set encoder.name to the encoder that it is of"
     changes = [
@@ -116,7 +120,17 @@ def _remedy(settings: EncoderSettings, held: Any) -> str:
         and (field != "stem" or right.name != "convnet")
         and (field != "width" or right.name == "convnet")
     ]
-    return f"use {' '.join(changes)}" if changes else "use another checkpoint"
+    if changes:
+        return f"use {' '.join(changes)}"
+    with torch.device("meta"):
+        grey = build_encoder(settings, channels=1)
+    try:
+        import_weights(held, grey, "it")
+    except UserError:
+        return "use another checkpoint"
+    return (
+        "it is of grey images: use --set data.channels=1 --set data.mean=null --set data.std=null"
+    )
 
 
 def _try(name: str, encoder: nn.Module, data: DataSettings) -> None:

@@ -110,11 +110,16 @@ def read_recipe(folder: Path) -> Recipe:
         raise UserError(f"{folder} holds no run (there is no recipe.json in it)")
     held = checkpoints.read_json(path)
     if not isinstance(held, dict) or not isinstance(held.get("recipe"), dict):
-        raise UserError(f"{path} is not the recipe of a run; delete it or use --overwrite")
+        raise UserError(
+            f"{path} is not the recipe of a run: bring back a copy of it, or repeat the "
+            "command that made the run, with --overwrite"
+        )
     try:
         return validate(held["recipe"])
     except UserError as error:
-        raise UserError(f"{path}: {error}; use another --out, or --overwrite") from error
+        raise UserError(
+            f"{path}: {error}; repeat the command that made it, with --overwrite"
+        ) from error
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:

@@ -33,8 +33,18 @@ def test_a_truncated_checkpoint_is_one_line(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"c\.pt is truncated or not a checkpoint"):
+        with pytest.raises(UserError, match=r"c\.pt is damaged or not a checkpoint"):
             checkpoints.load(path)
+
+
+def test_a_checkpoint_with_another_byte_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    checkpoints.save(path, {"w": torch.randn(1000)})
+    altered = bytearray(path.read_bytes())
+    altered[len(altered) // 2] ^= 1
+    path.write_bytes(altered)
+    with pytest.raises(UserError, match=r"c\.pt is damaged"):
+        checkpoints.load(path)
 
 
 class _Attack:

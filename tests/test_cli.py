@@ -552,7 +552,7 @@ def test_a_truncated_checkpoint_is_named_and_the_advice_works(
     whole = path.read_bytes()
     path.write_bytes(whole[: min(int(len(whole) * share), len(whole) - 1)])
     done = unchanged(snscc, finished, "--resume", "--stages", "boost")
-    refused(done, str(path), "truncated or not a checkpoint", "delete it and use --resume")
+    refused(done, str(path), "damaged or not a checkpoint", "remove it and repeat")
     if share == 0.5:
         path.unlink()
         refused(unchanged(snscc, finished, "--resume", "--stages", "boost"), "add train")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
@@ -28,6 +27,13 @@ class NumberChosen(BaseModel):
     tried: list[int] = Field(min_length=1)
     criteria: dict[str, list[float | None]]
     why: str = ""
+
+
+class _Figures(BaseModel):
+    """metrics.json: what the stages came to."""
+
+    stages: dict[StageName, dict[str, Any]] = Field(min_length=1)
+    notes: list[str] = []
 
 
 class _Choice(BaseModel):
@@ -70,11 +76,13 @@ class Facts:
 
 def read_facts(folder: Path) -> Facts:
     """Raises UserError for a file that cannot be read."""
-    figures = checkpoints.read_json(folder / "metrics.json")
-    held = figures["stages"]
+    figures = _read(folder / "metrics.json", _Figures)
+    if figures is None:
+        raise UserError(f"{folder} holds a run that is not finished")
+    held = figures.stages
     lines = _lines(folder / "metrics.jsonl")
-    with (folder / "assignments.parquet").open("rb") as file:  # by name it would have to be UTF-8
-        table = pq.read_table(file, columns=["cluster", "confidence"])
+    path = folder / "assignments.parquet"
+    table = checkpoints.read_columns(path, ["cluster", "confidence"])
     return Facts(
         {stage: held[stage] for stage in STAGES if stage in held},
         checkpoints.read_json(folder / "recipe.json").get("versions", {}),
@@ -88,18 +96,20 @@ def read_facts(folder: Path) -> Facts:
         torch.from_numpy(table["confidence"].to_numpy().copy()).double(),
         _read(folder / "clusters.json", NumberChosen),
         _read(folder / "fit.json", Picked),
-        figures.get("notes", []),
+        figures.notes,
     )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; figures that are no numbers are None."""
     found = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
         except ValueError:
             continue  # cut short by a kill
+        if not isinstance(line, dict) or not {"stage", "epoch"} <= line.keys():
+            continue
         found.append({name: _finite(value) for name, value in line.items()})
     return found
 
@@ -116,5 +126,8 @@ def _read(path: Path, model: type[Model]) -> Model | None:
         return model.model_validate(held)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {place}: {first['msg']}; delete it or make it again") from error
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise UserError(
+            f"{path} is damaged ({place}{first['msg']}): bring back a copy of it, or run the "
+            "recipe again"
+        ) from error
