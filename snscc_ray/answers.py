@@ -16,8 +16,7 @@ from snscc_ray.checkpoints import write_whole
 from snscc_ray.errors import UserError
 from snscc_ray.neighbors import knn
 
-# Between the values of a list in a CSV: no spreadsheet takes it for the end of a cell, and it is
-# in no file's name.
+# Between the values of a list in a CSV: no spreadsheet takes it for the end of a cell.
 _BETWEEN = "|"
 
 
@@ -90,4 +89,7 @@ def _flat(table: pa.Table) -> pa.Table:
 
 
 def _text(value: object, real: bool) -> str:
-    return f"{value:.6g}" if real else str(value)
+    if real:
+        return f"{value:.6g}"
+    # A name may hold what stands between the values: there a backslash is put before it.
+    return str(value).replace("\\", "\\\\").replace(_BETWEEN, f"\\{_BETWEEN}")

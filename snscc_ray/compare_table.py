@@ -14,6 +14,7 @@ from snscc_ray.baselines.names import TITLES
 from snscc_ray.baselines.paper import DATA_SETS, SOURCE, printed
 from snscc_ray.checkpoints import write_whole
 from snscc_ray.config import Recipe
+from snscc_ray.texts import in_markdown
 
 ORACLE = {"oracle/acc": "ACC", "oracle/nmi": "NMI", "oracle/ari": "ARI"}
 HEALTH = {
@@ -114,7 +115,7 @@ def as_markdown(recipe: Recipe, rows: list[Row], images: int) -> str:
     for row in rows:
         theirs = printed(row.method, recipe.name) or (None,) * 3
         paper = ["-" if value is None else f"{value:.3f}" for value in theirs] * beside
-        lines.append([*cells(row, shown), *paper, row.note.replace("|", "\\|")])
+        lines.append([*cells(row, shown), *paper, in_markdown(row.note)])
     train = recipe.train
     ours = recipe.pretrain.epochs + train.epochs + recipe.boost.epochs
     text = [

@@ -26,6 +26,7 @@ from torch import Tensor
 from snscc_ray.checkpoints import write_whole
 from snscc_ray.eta import Eta
 from snscc_ray.paths import as_text, is_url
+from snscc_ray.texts import say
 
 # Seconds between lines where there is no terminal to draw a bar on.
 _LINE_SECONDS = 10.0
@@ -110,8 +111,7 @@ class Display:
         return tell
 
     def line(self, text: str) -> None:
-        # Not markup: a name may hold brackets.
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     def finish(self) -> None:
         if self._progress is not None:

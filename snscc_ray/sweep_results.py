@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from snscc_ray.checkpoints import write_whole
 from snscc_ray.config import STAGES, StageName
+from snscc_ray.texts import in_markdown
 from tune_spaces.paper import DATA_SETS
 from tune_spaces.space import Figures, Space
 
@@ -180,7 +181,7 @@ def markdown(space: Space, rows: Sequence[Row]) -> str:
         lines.append(
             _line(
                 [
-                    label,
+                    in_markdown(label),
                     " / ".join(map(str, counts)),
                     *(ours[column].get(label, "–") for column in columns),
                     *(cells.get(label, "–") for cells in theirs),
@@ -200,7 +201,7 @@ def markdown(space: Space, rows: Sequence[Row]) -> str:
 
 
 def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
 def _formatted(found: Mapping[str, Mapping[int, float]]) -> dict[str, str]:
@@ -255,7 +256,7 @@ def shortfalls(space: Space, rows: Sequence[Row]) -> list[str]:
     tried = {(row["point"], row["seed"]) for row in rows}
     untried = [label for label in labels if all(label != point for point, _ in tried)]
     missing = [
-        f"{label}, seed {seed}"
+        f"{in_markdown(label)}, seed {seed}"
         for label in labels
         for seed in seeds_of(rows)
         if label not in untried and (label, seed) not in tried
@@ -274,14 +275,18 @@ def shortfalls(space: Space, rows: Sequence[Row]) -> list[str]:
         said.append(f"{_counted(len(missing))} missing: {_listed(missing)}.")
     if untried:
         # Random search leaves most of a grid out: their names would say nothing.
-        names = f": {_listed(untried)}" if len(untried) <= _LISTED else ""
+        names = (
+            f": {_listed([in_markdown(label) for label in untried])}"
+            if len(untried) <= _LISTED
+            else ""
+        )
         said.append(f"{len(untried)} of {len(labels)} points not tried{names}.")
     return said
 
 
 def _ended(row: Row, why: str) -> str:
-    text = f"{row['point']}, seed {row['seed']}"
-    return f"{text} ({' '.join(str(row[why]).split())})" if row.get(why) else text
+    text = f"{in_markdown(row['point'])}, seed {row['seed']}"
+    return f"{text} ({in_markdown(str(row[why]))})" if row.get(why) else text
 
 
 def _counted(number: int) -> str:

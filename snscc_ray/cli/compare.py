@@ -9,7 +9,7 @@ from rich.table import Table
 
 from snscc_ray import recipes
 from snscc_ray.baselines.names import TITLES, chosen
-from snscc_ray.cli.options import Settings, fail, out, overrides_of
+from snscc_ray.cli.options import Settings, fail, out, overrides_of, say
 from snscc_ray.overrides import override
 
 
@@ -60,7 +60,8 @@ def compare(
         table.add_row(*cells(row, shown))
     out.print()
     out.print(table)
-    out.print(f"\nTable: {folder / 'compare.md'}", highlight=False, markup=False, soft_wrap=True)
+    out.print()
+    say(f"Table: {folder / 'compare.md'}")
     failed = [row.method for row in rows if row.seconds is None]
     if failed:
         fail(f"failed: {', '.join(failed)}; the reasons are in the table", 1)

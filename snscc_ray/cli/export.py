@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from snscc_ray.cli.options import out
+from snscc_ray.cli.options import say
 from snscc_ray.errors import UserError
 
 
@@ -57,9 +57,4 @@ def export(
         if target.exists() and not overwrite:
             raise UserError(f"{target} exists; use --overwrite, or another --{kind}")
     for kind, found in export_run(as_path(run), wanted).items():
-        out.print(
-            f"{wanted[kind]}: differs from the model by {found:.1e} at most",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"{wanted[kind]}: differs from the model by {found:.1e} at most")

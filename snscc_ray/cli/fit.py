@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from snscc_ray.cli.options import Settings, fail, out, place_of, seconds_of
+from snscc_ray.cli.options import Settings, fail, out, place_of, say, seconds_of
 from snscc_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,15 +106,16 @@ def fit(
     )
     page = folder / "report.html"
     check_apart(folder, place)
-    with claimed(folder, _line):
+    with claimed(folder, say):
         try:
             fitted = fit_images(request, out)
         except (Interrupted, KeyboardInterrupt):
             fail(f"stopped; the same command goes on with {shlex.quote(str(folder))}", 130)
         _show(fitted, folder)
         report(folder, page, out, device=device)
-    _line(f"\nReport: {page}")
-    _line(f"New images: snscc predict {shlex.quote(str(folder))} FOLDER")
+    out.print()
+    say(f"Report: {page}")
+    say(f"New images: snscc predict {shlex.quote(str(folder))} FOLDER")
 
 
 def _count(text: str) -> int | None:
@@ -146,12 +147,8 @@ def _show(fitted: Fitted, folder: Path) -> None:
     if "oracle/acc" in last:
         names = ("acc", "nmi", "ari")
         shown = ", ".join(f"{name.upper()} {last[f'oracle/{name}']:.3f}" for name in names)
-        _line(f"By the labels, which only measure: {shown}.")
+        say(f"By the labels, which only measure: {shown}.")
     if figures["skipped"]:
-        _line(f"Left out as unreadable: {figures['skipped']}; the report names them.")
+        say(f"Left out as unreadable: {figures['skipped']}; the report names them.")
     told = "" if fitted.told_seconds is None else f" (told: {fitted.told_seconds / 60:.1f})"
-    _line(f"It took {fitted.took_seconds / 60:.1f} minutes{told}.")
-
-
-def _line(text: str) -> None:
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(f"It took {fitted.took_seconds / 60:.1f} minutes{told}.")

@@ -14,10 +14,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from snscc_ray import texts
 from snscc_ray.errors import UserError
 from snscc_ray.paths import expanded
 
-out = Console()
+out = Console(markup=False, emoji=False)
 SCALE = "Scale out"  # a panel of the help
 
 Settings = Annotated[
@@ -89,6 +90,11 @@ def refuse_alone(**given: object) -> None:
             raise UserError(f"{option} is for Ray workers; add --workers N")
 
 
+def say(text: str) -> None:
+    """Print one line, as it stands."""
+    texts.say(out, text)
+
+
 def fail(message: str, status: int) -> NoReturn:
-    print("snscc: " + " ".join(message.split()), file=sys.stderr)
+    print("snscc: " + texts.shown(" ".join(message.split())), file=sys.stderr)
     sys.exit(status)

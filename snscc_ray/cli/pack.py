@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from snscc_ray.cli.options import fail, out
+from snscc_ray.cli.options import fail, out, say
 from snscc_ray.errors import UserError
 
 
@@ -77,4 +77,5 @@ def pack_folder(
     if not verify:
         command = f"snscc run images --data {shlex.quote(str(place))} --set data.num_clusters=..."
         lines.append(f"Next: {command}")
-    out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    for line in lines:
+        say(line)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from snscc_ray.cli.options import SCALE, Address, launcher, out, place_of, refuse_alone
+from snscc_ray.cli.options import SCALE, Address, launcher, out, place_of, refuse_alone, say
 from snscc_ray.errors import UserError
 
 
@@ -85,9 +85,5 @@ def predict(
         table.add_row(str(row["cluster"]), f"{row['id_count']:,}", f"{row['confidence_mean']:.3f}")
     out.print(table)
     left_out = f", {found.left_out} unreadable ones left out" if found.left_out else ""
-    out.print(
-        f"\n{found.table.num_rows:,} images{left_out}: {out_file}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    out.print()
+    say(f"{found.table.num_rows:,} images{left_out}: {out_file}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from snscc_ray.cli.options import out
+from snscc_ray.cli.options import out, say
 from snscc_ray.errors import UserError
 
 
@@ -50,13 +50,9 @@ def report(
         raise UserError("--open shows a file on this machine; give one with --out")
     read_recipe(folder)  # a folder that is no run is not made
     check_writable(target)
-    with claimed(folder, lambda line: out.print(line, markup=False, soft_wrap=True)):
+    with claimed(folder, say):
         data_file = make_report(folder, target, out, device=device)
-    out.print(
-        f"\nReport: {target} (its numbers: {data_file})",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    out.print()
+    say(f"Report: {target} (its numbers: {data_file})")
     if open_it:
         webbrowser.open(Path(target).absolute().as_uri())

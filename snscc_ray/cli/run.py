@@ -18,6 +18,7 @@ from snscc_ray.cli.options import (
     out,
     overrides_of,
     refuse_alone,
+    say,
     seconds_of,
 )
 from snscc_ray.config import STAGES, StageName
@@ -177,7 +178,8 @@ def _print_result(figures: dict[str, object], folder: Path) -> None:
         out.print("Boost made the label-free score worse: the best earlier state was kept.")
     if figures["skipped"]:
         out.print(f"{figures['skipped']} unreadable images were left out.")
-    out.print(f"\nRun folder: {folder}", highlight=False, markup=False, soft_wrap=True)
+    out.print()
+    say(f"Run folder: {folder}")
 
 
 def _cells(row: dict[str, float]) -> list[str]:

@@ -15,6 +15,7 @@ from snscc_ray.cli.options import (
     out,
     overrides_of,
     ready_for_ray,
+    say,
 )
 from snscc_ray.errors import UserError
 from snscc_ray.overrides import override
@@ -144,5 +145,7 @@ def sweep(
     if summary is None:
         out.print("Nothing was written. Leave --dry-run out to start.", highlight=False)
         return
-    out.print(summary.text, highlight=False, markup=False, soft_wrap=True)
-    out.print(f"\nSweep folder: {folder}", highlight=False, markup=False, soft_wrap=True)
+    for line in summary.text.splitlines():
+        say(line)
+    out.print()
+    say(f"Sweep folder: {folder}")

@@ -22,6 +22,10 @@ from snscc_ray.paths import as_path, is_url
 __all__ = ["ImageSet", "list_rows", "load_images", "resolve_source"]
 
 
+# What `snscc fit` and the recipes call it.
+_NO_LABELS = "do without labels: leave --labels out, or use --set data.folders_are_labels=false"
+
+
 def load_images(
     data: DataSettings,
     *,
@@ -171,7 +175,7 @@ def _folder(path: Path, found: Found, folders_are_labels: bool, limit: int | Non
         raise UserError(f"{no_images(path, found)}: give a folder that holds some")
     if not folders_are_labels:
         return _file_rows(path, files[:limit], None, None, found.notes())
-    classes = folder_classes(path, files, "set data.folders_are_labels=false")
+    classes = folder_classes(path, files, _NO_LABELS)
     labels = np.array([classes[file.split("/", 1)[0]] for file in files[:limit]], np.int64)
     return _file_rows(path, files[:limit], labels, tuple(classes), found.notes())
 

@@ -14,12 +14,17 @@ from markupsafe import Markup
 from snscc_ray.report.charts import HEIGHT, WIDTH, draw
 from snscc_ray.report.sprites import Sprites
 from snscc_ray.report.words import CRITERIA, FIGURES, STAGE_MEANING, STAGE_NAMES
+from snscc_ray.texts import shown
 
 _GOLDEN_ANGLE = 137.508
 
 
 def render(content: dict[str, Any], sprites: Sprites) -> str:
-    """`content` is what report.json holds; names and ids in it may be anything, and stay text."""
+    """`content` is what report.json holds; names and ids in it may be anything, and stay text.
+
+    What would turn the reading of a line is written as an escape here, and not in report.json.
+    """
+    content = _shown(content)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -58,6 +63,14 @@ def render(content: dict[str, Any], sprites: Sprites) -> str:
         stage_names=STAGE_NAMES,
         stage_meaning=STAGE_MEANING,
     )
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, dict):
+        return {name: _shown(part) for name, part in value.items()}
+    return [_shown(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _data(content: dict[str, Any], sprites: Sprites, clusters: int) -> dict[str, Any]:
