@@ -7,6 +7,7 @@ clusters is given, or estimated later from the features (`cluster_count`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -159,6 +160,51 @@ def choose(
         ),
         boost=BoostSettings(epochs=counts[2], num_neighbors=neighbors, view=strong, **common),
     ), picks
+
+
+# What of a recipe each pick is about.
+_PICKED = {
+    "image size": ("data.image_size",),
+    "colours": ("data.channels",),
+    "encoder": ("encoder",),
+    "batch": ("pretrain.batch_size", "train.batch_size", "boost.batch_size"),
+    "epochs": ("pretrain.epochs", "train.epochs", "boost.epochs"),
+    "augmentation": ("pretrain.view", "train.view", "boost.view"),
+}
+
+
+def as_set(picks: list[Pick], recipe: Recipe, assignments: Iterable[str]) -> list[Pick]:
+    """The picks, with what a person's `FIELD=VALUE` made of them in the recipe."""
+    fields = [assignment.partition("=")[0].strip() for assignment in assignments]
+
+    def overruled(pick: Pick) -> bool:
+        return any(
+            f"{field}.".startswith(f"{own}.") or f"{own}.".startswith(f"{field}.")
+            for field in fields
+            for own in _PICKED[pick.what]
+        )
+
+    return [
+        Pick(pick.what, used(pick.what, recipe), "as you set it") if overruled(pick) else pick
+        for pick in picks
+    ]
+
+
+def used(what: str, recipe: Recipe) -> str:
+    """What a recipe has of one of the things that are picked."""
+    stages = (recipe.pretrain, recipe.train, recipe.boost)
+    if what == "image size":
+        return f"{recipe.data.image_size} px"
+    if what == "colours":
+        return "grey" if recipe.data.channels == 1 else "RGB"
+    if what == "encoder":
+        return _named(recipe.encoder)
+    if what == "batch":
+        sizes = [str(stage.batch_size) for stage in stages]
+        return " / ".join(sizes if len(set(sizes)) > 1 else sizes[:1])
+    if what == "epochs":
+        return " + ".join(str(stage.epochs) for stage in stages)
+    return "of your own"
 
 
 def _size(side: int, *, gpu: bool, known: bool) -> int:

@@ -189,8 +189,8 @@ def unseen(address: str, marker: str, token: str, files: list[str]) -> str | Non
     path = as_path(marker)
     if not path.exists() or path.read_text() != token:
         return (
-            f"node {node} does not see {path.parent}: give a --storage that every node sees, such "
-            "as s3://BUCKET/runs or a shared file system"
+            f"node {node} does not see {path.parent}: give an --out, or of `snscc run` "
+            "a --storage, that every node sees, such as s3://BUCKET/runs or a shared file system"
         )
     return unread(address, files)
 
@@ -203,7 +203,7 @@ def unread(address: str, files: list[str]) -> str | None:
                 opened.read(4)
         except OSError as error:
             return (
-                f"node {_called(address)} cannot read {file} ({error.strerror or error}): give a "
-                "--data that every node sees, or copy it there"
+                f"node {_called(address)} cannot read {file} ({error.strerror or error}): give "
+                "images that every node sees, or copy it there"
             )
     return None

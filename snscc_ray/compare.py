@@ -105,7 +105,7 @@ def _prepare(request: Request, display: Display) -> Study:
         raise UserError("a comparison runs in one process; leave torchrun out")
     device = choose_device(recipe.runtime.device)
     _check_folder(request)
-    images = _load(recipe, device, display)
+    recipe, images = _load(recipe, device, display)
     held = {"recipe": recipe.model_dump(mode="json"), "images": images.catalog.fingerprint}
     _check_images(request, images.catalog)
     if request.overwrite:
@@ -157,8 +157,11 @@ def _check_images(request: Request, catalog: Catalog) -> None:
         )
 
 
-def _load(recipe: Recipe, device: torch.device, display: Display) -> ImageSet:
-    """The set, in memory. Raises UserError, also for one that would have to be streamed."""
+def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Recipe, ImageSet]:
+    """The recipe with what was looked up of the set, and the set, in memory.
+
+    Raises UserError, also for one that would have to be streamed.
+    """
     if recipe.encoder.weights is not None:
         raise UserError(
             "encoder.weights: a comparison is fair where every method starts from random weights; "
@@ -178,7 +181,7 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> ImageSet:
     display.finish()
     say_skipped(images.catalog.for_clusters(recipe.data.num_clusters), display)
     check(recipe, len(images), 1)
-    return images
+    return recipe, images
 
 
 def _remove(folder: Path) -> None:

@@ -242,6 +242,9 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             return _Given(None, str(X))
         if is_ray_dataset(X):
             return _Given(rows_of_dataset(X), None)
+        if getattr(X, "ndim", None) == 1 and hasattr(X, "tolist"):  # an array or a column of paths
+            listed = X.tolist()
+            X = listed if all(isinstance(path, str | Path) for path in listed) else X
         if isinstance(X, list | tuple) and X and all(isinstance(path, str | Path) for path in X):
             return _Given(rows_of_paths(X), None)
         if isinstance(X, Tensor):
@@ -342,8 +345,7 @@ _HERE = (
      "give another folder"),
     (r"repeat the command that made the run \(`snscc run` with --resume\)", "fit again"),
     (r"run the same command again \(`snscc run` with --resume\)", "fit again"),
-    (r"runtime\.device=cuda, but (.*); use --set runtime\.device=cpu",
-     r"device='cuda', but \1; use device='cpu'"),
+    (r"device cuda: (.*); use cpu \(.*\)", r"device='cuda': \1; use device='cpu'"),
     (r"with --data PATH", "as X"),
     (r"give --data PATH", "give it as X"),
     (r"--set ([\w.]+=[^\s,;]+)", r"settings=['\1']"),

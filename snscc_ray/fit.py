@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from snscc_ray import checkpoints
-from snscc_ray.choose import Pick, Wishes, choose
+from snscc_ray.choose import Pick, Wishes, as_set, choose
 from snscc_ray.cluster_count import Estimate, estimate, expected_seconds
 from snscc_ray.config import DataSettings, Recipe
 from snscc_ray.data.imageset import Catalog
@@ -150,7 +150,8 @@ def _chosen(request: FitRequest, device: torch.device) -> tuple[Recipe, list[Pic
         wishes=request.wishes,
     )
     clusters = request.wishes.clusters or min(_PROVISIONAL, len(rows.ids) // 2)
-    return override(recipe, [f"data.num_clusters={clusters}", *request.overrides]), picks
+    recipe = override(recipe, [f"data.num_clusters={clusters}", *request.overrides])
+    return recipe, as_set(picks, recipe, request.overrides)
 
 
 def _paced(

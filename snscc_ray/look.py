@@ -19,6 +19,7 @@ from snscc_ray.data.decode import (
     open_image,
     to_mode,
     why_unreadable,
+    without_limits,
 )
 from snscc_ray.data.imageset import Rows
 from snscc_ray.data.shards import sample_images
@@ -107,7 +108,8 @@ def _look(rows: Rows) -> tuple[list[_Seen], str]:
     seen, reason = [], ""
     for source in _sample(rows):
         try:
-            seen.append(_one(source, rows.reading))
+            with without_limits():
+                seen.append(_one(source, rows.reading))
         except UserError:
             raise
         except Exception as error:  # what Pillow raises on broken files is open-ended

@@ -79,7 +79,9 @@ def check(recipe: Recipe, rows: int, world_size: int) -> None:
     """Refuse what cannot train, before anything is written. Raises UserError naming the field."""
     clusters = recipe.data.num_clusters
     if rows < clusters:
-        raise UserError(f"data.num_clusters={clusters}, but there are only {rows} images")
+        raise UserError(
+            f"data.num_clusters={clusters}, but there are only {rows} images: use fewer clusters"
+        )
     batches = {f"{stage}.batch_size": getattr(recipe, stage).batch_size for stage in STAGES}
     large = [field for field, batch in batches.items() if batch > rows]
     if large:

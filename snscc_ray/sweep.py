@@ -30,7 +30,6 @@ from snscc_ray.claim import claimed
 from snscc_ray.cluster import Probe, Scale, amounts, check_alike, free_of, look, room
 from snscc_ray.config import Recipe, StageName
 from snscc_ray.data.resident import ResidentData
-from snscc_ray.data.sources import list_rows
 from snscc_ray.data.stream import Shared, share_images
 from snscc_ray.engine import Interrupted
 from snscc_ray.errors import UserError
@@ -38,7 +37,7 @@ from snscc_ray.launch.group import Job as GroupJob
 from snscc_ray.launch.group import train_group
 from snscc_ray.launch.nodes import check_visible, placed
 from snscc_ray.local import say_skipped
-from snscc_ray.look import settled
+from snscc_ray.look import listed
 from snscc_ray.monitor import Display, Journal, Nowhere, RunMonitor
 from snscc_ray.pace import Seconds, measure
 from snscc_ray.paths import arrow_storage, is_url
@@ -93,11 +92,12 @@ class Session:
     """Ray and the images of a sweep, ready for its trials."""
 
     def __init__(self, recipe: Recipe, folder: Path, options: Options, console: Console) -> None:
-        self.recipe, self.options, self.display = recipe, options, Display(console)
+        self.options, self.display = options, Display(console)
         self.folder = folder if is_url(folder) else folder.absolute()
         # Beside the sweep: what one has trained, the next one finds.
         self.ledger = Ledger(self.folder.parent / "stages", self.folder)
-        rows = settled(recipe.data, list_rows(recipe.data))[1]
+        recipe, rows = listed(recipe)
+        self.recipe = recipe
         check(recipe, len(rows.ids), 1)
         check_encoder(recipe, options.workers_per_trial)
         probes = _probed(options, self.display.line)

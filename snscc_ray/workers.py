@@ -56,7 +56,7 @@ def choose_device(name: str) -> torch.device:
     """`auto` takes a GPU where there is one. Raises UserError for a GPU that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "runtime.device=cuda, but torch sees no GPU here; use --set runtime.device=cpu"
+            "device cuda: torch sees no GPU here; use cpu (--device, or runtime.device of a recipe)"
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")

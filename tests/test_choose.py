@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snscc_ray.choose import Wishes, choose
+from snscc_ray.choose import Wishes, as_set, choose
 from snscc_ray.config import DataSettings, EncoderSettings, Recipe
 from snscc_ray.data.sources import list_rows
 from snscc_ray.errors import UserError
 from snscc_ray.look import Look, look
+from snscc_ray.overrides import override
 from snscc_ray.run import check
 
 WHERE: dict[str, Any] = {"source": "auto", "path": "anywhere"}
@@ -139,3 +140,23 @@ def test_nothing_to_look_at(tmp_path: Path) -> None:
     data = DataSettings(source="auto", path=str(tmp_path), num_clusters=2, image_size=32)
     with pytest.raises(UserError, match=r"none of a sample .*known format"):
         look(list_rows(data))
+
+
+def test_what_is_set_is_said_instead_of_what_was_chosen() -> None:
+    recipe, picks = choose(
+        "mine", WHERE, Look(300, 32, True, True), gpu=False, free_bytes=2**36, wishes=Wishes(5)
+    )
+    given = ["encoder.width=4", "train.epochs=3", "boost.batch_size=16", "data.image_size=20"]
+    given += ["train.view.crop_scale=[0.5,1]"]
+    told = {pick.what: pick for pick in as_set(picks, override(recipe, given), given)}
+    first, last = recipe.pretrain.epochs, recipe.boost.epochs
+    for what, value in (
+        ("image size", "20 px"),
+        ("encoder", "convnet, width 4"),
+        ("epochs", f"{first} + 3 + {last}"),
+        ("batch", "128 / 128 / 16"),
+    ):
+        assert (told[what].value, told[what].why) == (value, "as you set it")
+    assert told["augmentation"].why == "as you set it"
+    assert told["colours"] in picks
+    assert as_set(picks, recipe, ["seed=3"]) == picks

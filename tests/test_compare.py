@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 
 from snscc_ray import checkpoints, compare, metrics
 from snscc_ray.baselines import dec, methods, paper, scan
@@ -20,6 +23,9 @@ from snscc_ray.baselines.names import TITLES, chosen
 from snscc_ray.baselines.study import Found, Study
 from snscc_ray.cli import options
 from snscc_ray.errors import UserError
+from snscc_ray.monitor import Display
+from snscc_ray.overrides import override
+from snscc_ray.recipes import get
 from tests.conftest import TINY, equal_states
 from tests.test_cli import Snscc, refused, sets
 
@@ -234,3 +240,20 @@ def test_the_papers_figures_stand_beside_ours() -> None:
     assert paper.printed("scan", "imagenet10") == (None, None, None)
     assert paper.printed("snscc", "cifar10_best") == paper.printed("snscc", "cifar10")
     assert paper.printed("kmeans", "digits") is None
+
+
+def test_what_is_looked_up_of_the_images_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for number in range(30):
+        values = np.random.default_rng(number).integers(0, 1000, (8, 8)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / "deep" / f"{number}.tif")
+    own = ["data.num_clusters=2", "data.image_size=8", f"data.path={tmp_path / 'deep'}"]
+    own += [f"{stage}.batch_size=8" for stage in ("pretrain", "train", "boost")]
+    recipe = override(get("images"), own)
+    request = compare.Request(recipe, ["kmeans"], tmp_path / "out", False)
+    study = compare._prepare(request, Display(Console(quiet=True)))
+    low, high = study.context.recipe.data.value_range or (0, 0)
+    assert 0 <= low < 10 and 990 < high < 1000
+    held = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert held["recipe"]["data"]["value_range"] == [low, high]
+    compare._prepare(request, Display(Console(quiet=True)))  # the same command goes on

@@ -289,3 +289,23 @@ def test_images_that_are_all_the_same_are_not_counted(tmp_path: Path) -> None:
     assert done.returncode == 0 and "ConvergenceWarning" not in done.stdout + done.stderr
     assert "only 1 of the 24 images differ" in done.stdout
     assert "only 1 of the 24 images differ" in (run / "report.html").read_text()
+
+
+def test_the_limits_of_pillow_stay_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 7)
+    out = np.zeros((3, 8, 8), np.uint8)
+    decode_into(encoded(Image.new("RGB", (40, 40)), "PNG"), out)  # 16 times what they allow
+    with pytest.raises(UnreadableImage):
+        decode_into(b"none", out)
+    assert (Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK) == (100, 7)
+
+
+def test_importing_leaves_the_limits_of_pillow_alone() -> None:
+    program = (
+        "from PIL import Image, PngImagePlugin as png;"
+        "before = Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK;"
+        "import snscc_ray.data.decode;"
+        "assert (Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK) == before and before[0]"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -142,3 +142,23 @@ def test_export_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
     full = start("export", out, "--torch", tmp_path / "model.pt2", file_limit=20_000)
     refused(full, "no space left", "--torch")
     assert not (tmp_path / "model.pt2").exists()
+
+
+def test_a_closed_stdout_is_no_failure(tmp_path: Path) -> None:
+    photos = photographs(tmp_path / "photos")
+    words = " ".join(map(str, command("pack", photos, tmp_path / "shards", "--jobs", "1")))
+    done = subprocess.run(f"{words} >&-", shell=True, env=environment(), stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert list((tmp_path / "shards").glob("*.parquet"))
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    words = " ".join(map(str, command("predict", "run", "photos")))
+    done = subprocess.run(
+        f"rmdir {gone}; {words}",
+        shell=True, cwd=gone, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "snscc: the current folder is gone; change to one that exists\n"

@@ -55,9 +55,12 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 
 def main() -> None:
     """Run the command line; a mistake is one line on stderr and exit status 2."""
+    _fill_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a console cannot show is escaped
             stream.reconfigure(errors="backslashreplace")
+    if not _has_current_folder():  # torch itself would end the process
+        fail("the current folder is gone; change to one that exists", 2)
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
@@ -84,3 +87,24 @@ def main() -> None:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}; check the paths given and their rights", 2)
+
+
+def _fill_closed() -> None:
+    """Give what a shell closed (`>&-`) to nobody: the next file opened would take its place."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True

@@ -72,6 +72,8 @@ def pack_folder(
         f"{'OK: ' * verify}{found.shards:,} shards, {found.rows:,} rows, "
         f"{found.bytes / 1e6:,.1f} MB, {len(found.skipped):,} skipped{rate}"
     ]
+    if found.first_frames:
+        lines.append(f"Of several frames or pages the first is kept: {found.first_frames:,} images")
     if found.skipped:
         lines.append(f"Left out: {place / pack.SKIPPED}")
     if not verify:

@@ -79,7 +79,7 @@ def _checked(source: str, file: Path, md5: str) -> bytes:
     except OSError as error:
         raise UserError(
             f"no {ARCHIVES[source].title} found: cannot read {file} "
-            f"({error.strerror}); give the folder of {file.parent.name} with --data PATH, or add "
+            f"({error.strerror}); give the folder that {file.parent.name} lies in, or add "
             "--set data.download=true to fetch it"
         ) from error
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:

@@ -41,9 +41,9 @@ class Found:
 
     def notes(self) -> tuple[str, ...]:
         """What is left aside, as a sentence."""
-        if not self.aside:
+        kinds = [(kind, count) for kind, count in self.aside.most_common() if count]
+        if not kinds:
             return ()
-        kinds = self.aside.most_common()
         named = ", ".join(f"{kind} ({count:,})" for kind, count in kinds[:_ENDINGS])
         more = sum(count for _, count in kinds[_ENDINGS:])
         rest = f" and others ({more:,})" if more else ""
@@ -89,7 +89,12 @@ def _find_remote(root: Path, found: Found) -> None:
     url: Any = root
     above = url.path.rstrip("/") + "/"
     unsure: list[str] = []
-    for name in sorted(url.fs.find(url.path)):
+    names = sorted(url.fs.find(url.path))
+    ours = _remote_ours(url, above, names)
+    found.aside["folders of snscc's own"] += len(ours)
+    for name in names:
+        if name.startswith(tuple(ours)):
+            continue
         file = PurePosixPath(name.removeprefix(above))
         foreign = next((part for part in file.parts[:-1] if _is_foreign(part)), None)
         kind = f"in {foreign}" if foreign else _kind_left_aside(file.name)
@@ -110,13 +115,32 @@ def _find_remote(root: Path, found: Found) -> None:
             found.aside[_ending(name)] += 1
 
 
+def _remote_ours(url: Any, above: str, names: list[str]) -> list[str]:
+    """As `_is_ours`, of all folders below an address; each ends in a slash."""
+    marks = [name for name in names if name.rpartition("/")[2] in _OURS]
+    marks = [name for name in marks if name.rpartition("/")[0] + "/" != above]
+    held = url.fs.cat(marks, on_error="return") if marks else {}
+    folders = {name.rpartition("/")[0] + "/" for name, text in held.items() if _has_recipe(text)}
+    outermost: list[str] = []  # one inside of another counts once
+    for name in sorted(folders):
+        if not name.startswith(tuple(outermost)):
+            outermost.append(name)
+    return outermost
+
+
+def _has_recipe(content: object) -> bool:
+    with suppress(ValueError):
+        held = json.loads(content) if isinstance(content, bytes) else None
+        return isinstance(held, dict) and isinstance(held.get("recipe"), dict)
+    return False
+
+
 def _is_ours(folder: str, names: list[str]) -> bool:
     """Whether a run, a sweep or a comparison is there: its figures are no images of the set."""
     for name in _OURS:
         if name in names:
-            with suppress(OSError, ValueError):
-                held = json.loads(Path(folder, name).read_bytes())
-                if isinstance(held, dict) and isinstance(held.get("recipe"), dict):
+            with suppress(OSError):
+                if _has_recipe(Path(folder, name).read_bytes()):
                     return True
     return False
 

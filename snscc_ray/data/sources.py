@@ -207,8 +207,8 @@ def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
     for number, name in enumerate(classes):
         if not (root / name).is_dir():
             raise UserError(
-                f"class folder {root / name} is missing: give the folder of ImageNet with "
-                "--data PATH, or leave the class out of data.classes"
+                f"class folder {root / name} is missing: give the folder of "
+                "ImageNet, or leave the class out of data.classes"
             )
         held = find_images(root / name)
         found = [f"{name}/{file}" for file in held.files]

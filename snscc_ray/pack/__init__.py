@@ -36,6 +36,7 @@ class Summary:
     rows: int
     bytes: int
     skipped: list[tuple[str, str]]  # (id, reason) of the corrupt images left out
+    first_frames: int  # images of several frames or pages of which the first is kept
     packed: int  # images that this call read, in `seconds`
     seconds: float
 
@@ -151,6 +152,7 @@ def _summary(entries: list[dict[str, Any]], packed: int, seconds: float) -> Summ
         rows=sum(entry["rows"] for entry in entries),
         bytes=sum(entry["bytes"] for entry in entries),
         skipped=_skipped(entries),
+        first_frames=sum(entry.get("first_frames", 0) for entry in entries),
         packed=packed,
         seconds=seconds,
     )

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from snscc_ray.checkpoints import is_disk_full, write_whole
-from snscc_ray.data.decode import FORMATS, UnreadableImage, decode_into, is_deep
+from snscc_ray.data.decode import FORMATS, UnreadableImage, decode_into, is_deep, without_limits
 from snscc_ray.data.sources import image_id
 from snscc_ray.errors import UserError
 
@@ -58,6 +58,7 @@ def write_shard(shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
     schema, columns = pa.schema(fields), list(fields)
     content = hashlib.sha256()
     skipped: list[tuple[str, str]] = []
+    cut: list[str] = []
 
     def write(file: IO[bytes]) -> None:
         with pq.ParquetWriter(
@@ -69,7 +70,7 @@ def write_shard(shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
             write_statistics=[name for name in columns if name != "image"],
             write_page_checksum=True,
         ) as writer:
-            for group in _row_groups(shard, skipped, advance):
+            for group in _row_groups(shard, skipped, cut, advance):
                 _hash_rows(content, group)
                 values = dict(zip(columns, zip(*group, strict=True), strict=True))
                 writer.write_table(pa.table(values, schema), row_group_size=len(group))
@@ -84,7 +85,8 @@ def write_shard(shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
         )
     size, digest = file_digest(shard.path)
     rows = len(shard.names) - len(skipped)
-    return {"rows": rows, "bytes": size, "sha256": digest, "skipped": skipped}
+    record = {"rows": rows, "bytes": size, "sha256": digest, "skipped": skipped}
+    return record | ({"first_frames": len(cut)} if cut else {})
 
 
 def corrupt(root: Path, identifier: str, reason: str) -> UserError:
@@ -126,21 +128,26 @@ def keeps_shards(path: Path) -> Iterator[None]:
 
 
 def _row_groups(
-    shard: Shard, skipped: list[tuple[str, str]], advance: Callable[[int], None]
+    shard: Shard,
+    skipped: list[tuple[str, str]],
+    cut: list[str],
+    advance: Callable[[int], None],
 ) -> Iterator[list[_Row]]:
-    """The rows of a shard, a few MB at a time; what is left out goes to `skipped`."""
+    """The rows of a shard, a few MB at a time; what is left out goes to `skipped`, and the names
+    of those of which only the first frame or page is kept to `cut`."""
     group: list[_Row] = []
     held = 0
     for number, (name, state) in enumerate(zip(shard.names, shard.states.tolist(), strict=True), 1):
         identifier = image_id(name)
         try:
-            image = _image(os.path.join(shard.root, name), tuple(state), shard.image_size)
+            image, alone = _image(os.path.join(shard.root, name), tuple(state), shard.image_size)
         except UnreadableImage as error:
             if not shard.skip_corrupt:
                 raise corrupt(shard.root, identifier, str(error)) from error
             skipped.append((identifier, str(error)))
         else:
             held += len(image)
+            cut += [] if alone else [identifier]
             row: _Row = (identifier, image)
             if shard.classes is not None:
                 row += (shard.classes[name.split("/", 1)[0]], identifier.split("/", 1)[0])
@@ -155,8 +162,9 @@ def _row_groups(
         yield group
 
 
-def _image(path: str, state: tuple[int, int], image_size: int | None) -> bytes:
-    """The bytes to store for one image, which was decoded to see that it is whole.
+def _image(path: str, state: tuple[int, int], image_size: int | None) -> tuple[bytes, bool]:
+    """The bytes to store for one image, which was decoded to see that it is whole, and whether
+    they hold all frames of it.
 
     Raises:
         UnreadableImage: it is not.
@@ -166,7 +174,7 @@ def _image(path: str, state: tuple[int, int], image_size: int | None) -> bytes:
     size = image_size or _CHECKED_SIZE
     pixels = np.empty((3, size, size), np.uint8)
     decode_into(encoded, pixels)
-    return encoded if image_size is None else _reduced(encoded, pixels)
+    return (encoded, True) if image_size is None else _reduced(encoded, pixels)
 
 
 def _read(path: str, state: tuple[int, int]) -> bytes:
@@ -183,18 +191,19 @@ def _read(path: str, state: tuple[int, int]) -> bytes:
             )
 
 
-def _reduced(encoded: bytes, pixels: np.ndarray) -> bytes:
+def _reduced(encoded: bytes, pixels: np.ndarray) -> tuple[bytes, bool]:
     """`pixels` (3, S, S), to which an image was decoded, encoded: as it was if that is no larger.
 
     A run resizes the shorter side and crops the centre at any size, so that nothing is lost that
     a run at S or below would see.
     """
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+    with without_limits(), Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         size, lossless = image.size, image.format in _LOSSLESS
+        alone = getattr(image, "n_frames", 1) == 1
         # What is black and white in these, or lies behind them, is settled for a whole set.
         open_yet = is_deep(image) or image.has_transparency_data
     if min(size) <= pixels.shape[1] or open_yet:
-        return encoded
+        return encoded, True
     grey = (pixels == pixels[0]).all()
     square = Image.fromarray(pixels[0] if grey else pixels.transpose(1, 2, 0))
     buffer = io.BytesIO()
@@ -202,7 +211,7 @@ def _reduced(encoded: bytes, pixels: np.ndarray) -> bytes:
         square.save(buffer, "PNG")
     else:
         square.save(buffer, "JPEG", quality=95, subsampling=0)  # small images: keep their colours
-    return buffer.getvalue()
+    return buffer.getvalue(), alone
 
 
 def _hash_rows(content: Any, rows: list[_Row]) -> None:
