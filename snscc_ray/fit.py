@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from snscc_ray import checkpoints
-from snscc_ray.choose import Pick, Wishes, as_set, choose
+from snscc_ray.choose import Pick, Wishes, as_set, choose, used
 from snscc_ray.cluster_count import Estimate, estimate, expected_seconds
 from snscc_ray.config import DataSettings, Recipe
 from snscc_ray.data.imageset import Catalog
@@ -106,7 +106,11 @@ def fit_images(request: FitRequest, console: Console) -> Fitted:
         display.line(f"  {pick.what}: {pick.value} ({pick.why})")
     try:
         if picks:
+            chosen = used("epochs", recipe)
             recipe, told = _paced(request, recipe, catalog, data, device, display)
+            if used("epochs", recipe) != chosen:
+                fitting = Pick("epochs", used("epochs", recipe), "as many as fit the time there is")
+                picks = [fitting if pick.what == "epochs" else pick for pick in picks]
             _note(request, recipe, picks)
         worker = LocalWorker(folder, device)
         monitor = RunMonitor(Journal(folder), display)

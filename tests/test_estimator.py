@@ -363,3 +363,15 @@ def test_the_page_says_what_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     said: list[str] = []
     failed = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append).failed
     assert not failed, "".join(said)
+
+
+def test_an_array_of_paths_is_a_list_of_paths(tmp_path: Path) -> None:
+    files = []
+    for number in range(3):
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(files[-1])
+    for paths in (np.array(list(map(str, files))), np.array(files, dtype=object)):
+        given = SNSCC()._given(paths, reset=True)
+        assert given.rows is not None and given.rows.ids == list(map(str, files))
+    with pytest.raises(ValueError, match="2D array"):
+        SNSCC()._given(np.zeros(3), reset=True)

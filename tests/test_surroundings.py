@@ -162,3 +162,14 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "snscc: the current folder is gone; change to one that exists\n"
+
+
+def test_who_reads_has_gone(tmp_path: Path) -> None:
+    photos = photographs(tmp_path / "photos")
+    (photos / "half.png").write_text("half")
+    read, write = os.pipe()
+    os.close(read)
+    words = command("pack", photos, tmp_path / "shards", "--skip-corrupt", "--jobs", "1")
+    done = subprocess.run(words, env=environment(), stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")

@@ -7,7 +7,7 @@ import io
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -76,9 +76,11 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         fail("stopped", 130)
     except BrokenPipeError:
-        # Who read, `head` say, has gone; Python would complain of it once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        _end_unread()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich and typer end by 1
+            _end_unread()
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             where = f" ({error.filename})" if error.filename else ""
@@ -87,6 +89,12 @@ def main() -> None:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}; check the paths given and their rights", 2)
+
+
+def _end_unread() -> NoReturn:
+    """Who read, `head` say, has gone; Python would complain of it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _fill_closed() -> None:
