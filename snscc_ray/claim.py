@@ -1,4 +1,4 @@
-"""One command at a time writes into a folder: who does says so in a file there.
+"""One command at a time writes into a folder, or a file: who does says so in a file there.
 
 A file, and no lock of the system's, as a shared file system may have none. It is made by O_EXCL,
 which of two makers lets one through, there as well.
@@ -54,15 +54,37 @@ def claimed(folder: Path, say: Callable[[str], object], *, patient: bool = False
         refuse_in_use(folder)
         yield
         return
-    made = _make(folder)
-    path, own = folder / CLAIM, _Own()
+    with _held(folder, folder / CLAIM, patient):
+        yield
+
+
+@contextmanager
+def claimed_file(file: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Have a file to write alone, whatever else is written into its folder.
+
+    Raises UserError that names the holder.
+    """
+    if is_url(file):
+        say(f"{file} is in an object store, which cannot be locked: one command at a time there")
+        yield
+        return
+    file = file.absolute()
+    with _held(file, file.with_name(f"{CLAIM}.{file.name}")):
+        yield
+
+
+@contextmanager
+def _held(what: Path, path: Path, patient: bool = False) -> Iterator[None]:
+    """Have what `path` is the claim to."""
+    made = _make(path.parent)
+    own = _Own()
     try:
         while (holder := _take(path, own)) is not None:
             if not patient:
-                raise UserError(_in_use(folder, holder))
+                raise UserError(_in_use(what, path, holder))
             time.sleep(_POLL_SECONDS)
         over = threading.Event()
-        threading.Thread(target=_beat, args=(path, own, over), daemon=True).start()
+        threading.Thread(target=_beat, args=(what, path, own, over), daemon=True).start()
         try:
             yield
         finally:
@@ -82,7 +104,7 @@ def refuse_in_use(folder: Path) -> None:
     path = folder / CLAIM
     text = _read(path)
     if text is not None and not _dead(path, text):
-        raise UserError(_in_use(folder, text))
+        raise UserError(_in_use(folder, path, text))
 
 
 def _make(folder: Path) -> list[Path]:
@@ -199,24 +221,24 @@ def _silent_seconds(path: Path) -> float:
         return 0.0
 
 
-def _in_use(folder: Path, text: str) -> str:
+def _in_use(what: Path, path: Path, text: str) -> str:
     about = _about(text)
     if not about:
-        return f"{folder} is in use by a process that has just begun; try again in a moment"
+        return f"{what} is in use by a process that has just begun; try again in a moment"
     here = about["machine"] == _machine()
     who = f"process {about['pid']} ({about['command']})" + f" on {about['host']}" * (not here)
-    mend = "wait until it has ended, or use another folder"
+    mend = f"wait until it has ended, or use another {'folder' if path.name == CLAIM else 'file'}"
     if not here:
-        mend += f"; if it no longer runs there, remove {folder / CLAIM}"
-    return f"{folder} is in use by {who} since {about['since']}: {mend}"
+        mend += f"; if it no longer runs there, remove {path}"
+    return f"{what} is in use by {who} since {about['since']}: {mend}"
 
 
-def _beat(path: Path, own: _Own, over: threading.Event) -> None:
+def _beat(what: Path, path: Path, own: _Own, over: threading.Event) -> None:
     """Show that this process lives; end it where its claim was taken from it while it slept."""
     while not over.wait(_BEAT_SECONDS):
         try:
             if _read(path) != own.text and not over.is_set():
-                print(f"snscc: {path.parent} was taken over by another process", file=sys.stderr)
+                print(f"snscc: {what} was taken over by another process", file=sys.stderr)
                 _thread.interrupt_main()
                 return
             os.utime(path)

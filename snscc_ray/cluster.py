@@ -35,6 +35,9 @@ class Scale:
     cpus: float | None = None  # per worker; None: 1, or, on this machine alone, an equal share
     address: str | None = None  # of the cluster; None: RAY_ADDRESS, or this machine alone
     wait: float = 600.0  # seconds until the workers must be placed
+    # What the command has to say against too many workers, and against too large ones.
+    fewer: str = "use fewer --workers, wait longer with --wait"
+    smaller: str = "ask for fewer --cpus-per-worker"
 
     def bundle(self, cluster_cpus: float) -> dict[str, float]:
         """What one worker takes of a cluster with so many CPUs."""
@@ -120,6 +123,14 @@ def check_fits(
                 f"--workers {fewest} of {amounts(bundle)} each do not fit on this machine: "
                 f"{free_of(free, there)}; {mend}, or join a cluster with --address"
             )
+
+
+def too_small(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """In words, where no node that is up holds even one worker, however many there are."""
+    if any(all(node.get(k, 0) >= amount for k, amount in bundle.items()) for node in nodes):
+        return None
+    most = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in bundle}
+    return f"no node that is up holds one of them (at most {amounts(most)} on a node)"
 
 
 def amounts(bundle: Mapping[str, float]) -> str:

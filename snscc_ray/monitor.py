@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -124,6 +125,19 @@ def _draws(console: Console) -> bool:
     return console.is_terminal or (
         console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     )
+
+
+_print_of_thread = threading.excepthook
+
+
+def _of_thread(args: threading.ExceptHookArgs) -> None:
+    """What fails in TensorBoard's thread, on a full disk say, is raised here by the next flush:
+    the thread need not print it too."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        _print_of_thread(args)
+
+
+threading.excepthook = _of_thread
 
 
 class Journal:

@@ -71,7 +71,14 @@ class Options:
     def scale(self) -> Scale:
         """What the workers of one trial are asked of a cluster as."""
         workers = (self.workers_per_trial, self.workers_per_trial)
-        return Scale(workers, self.gpus_per_trial > 0, self.cpus_per_trial, self.address)
+        return Scale(
+            workers,
+            self.gpus_per_trial > 0,
+            self.cpus_per_trial,
+            self.address,
+            fewer="use fewer --workers-per-trial",
+            smaller="lower --cpus-per-trial or --gpus-per-trial",
+        )
 
     def needs(self) -> dict[str, float]:
         """What one trial takes in all."""

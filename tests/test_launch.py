@@ -228,7 +228,14 @@ def refuses(cluster: Cluster, says: list[str], folder: Path, *command: object, *
             ["--workers", 4, "--wait", 3],
             ["4 workers of 1 CPU", "within 3 s", "2 of 2 CPU free", "--wait", "ray status"],
         ),
-        (["--workers", 1, "--gpu", "--wait", 3], ["1 workers of 1 CPU and 1 GPU", "CPU free"]),
+        (
+            ["--workers", 1, "--gpu", "--wait", 3],
+            ["1 workers of 1 CPU and 1 GPU", "no node that is up", "0 GPU", "leave --gpu out"],
+        ),
+        (  # there are two, on two nodes
+            ["--workers", 1, "--cpus-per-worker", 2, "--wait", 3],
+            ["no node that is up holds one of them (at most 1 CPU on a node)", "--cpus-per-worker"],
+        ),
         (
             ["--workers", 2, *sets("train.batch_size=33")],
             ["train.batch_size=33 is global", "among 2 workers", "--set train.batch_size=32"],
@@ -241,6 +248,27 @@ def test_what_a_cluster_cannot_do(
 ) -> None:
     folder = tmp_path / "r"
     refuses(cluster, says, folder, *SNSCC, *DIGITS, *arguments, "--out", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--cpus-per-trial", 2], ["at most 1 CPU on a node", "lower --cpus-per-trial"]),
+        (["--workers-per-trial", 3], ["2 of 2 CPU free", "use fewer --workers-per-trial"]),
+    ],
+)
+def test_what_a_cluster_cannot_do_for_a_sweep(
+    more: list[object], says: list[str], cluster: Cluster, tmp_path: Path
+) -> None:
+    """The wait, which no option of a sweep sets, is shortened."""
+    soon = (
+        "from dataclasses import replace; from snscc_ray import sweep; was = sweep.Options.scale\n"
+        "sweep.Options.scale = lambda options: replace(was(options), wait=3)\n"
+        "from snscc_ray.cli import main; main()"
+    )
+    sweep = ["sweep", "gamma", *sets(*FEW_CHECKPOINTS), *more, "--out", tmp_path / "r"]
+    refuses(cluster, says, tmp_path / "r", sys.executable, "-c", soon, *sweep)
 
 
 @pytest.mark.slow

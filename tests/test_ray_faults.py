@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from snscc_ray.config import STAGES
 from tests.ray_tools import (
@@ -24,6 +29,7 @@ from tests.ray_tools import (
     starts,
     until,
 )
+from tests.test_cli import PHOTOS
 
 pytestmark = pytest.mark.slow
 
@@ -130,6 +136,40 @@ def test_lost_nodes_change_nothing(ray: Ray, whole: Path, tmp_path: Path) -> Non
     running.wait()
     assert running.out.count(LOST) == 2, running.said()
     assert_same_run(folder, whole)
+
+
+@pytest.fixture(scope="module")
+def more_than_the_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """122 MB of pixels, in shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    encoded = []
+    for seed in range(40):
+        file = io.BytesIO()
+        small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(small).resize((96, 96)).save(file, "JPEG")
+        encoded.append(file.getvalue())
+    table = pa.table({"image": encoded * 110})
+    pq.write_table(table, folder / "a.parquet", row_group_size=200)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["run", "images", *ONE], ["sweep", "gamma", "--recipe", "images"]],
+    ids=["run", "sweep"],
+)
+def test_a_full_store_over_a_full_disk_is_one_line(
+    words: list[object], ray: Ray, more_than_the_store: Path, tmp_path: Path
+) -> None:
+    large = sets(*PHOTOS, "data.image_size=96", "data.mode=resident")
+    full = {
+        "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "80000000",
+        "RAY_local_fs_capacity_threshold": "0.001",  # of the disk; 95 % by default
+    }
+    out = tmp_path / "out"
+    running = ray.snscc(*words, "--data", more_than_the_store, *large, "--out", out, **full)
+    refused(running.wait(2), "Ray's object store is full, and so is the disk", "free some space")
+    assert not out.exists()
 
 
 # ----------------------------------------------------------------------------- an object store

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from snscc_ray import SNSCC
 from snscc_ray.cli import options
 from snscc_ray.errors import UserError
 from snscc_ray.paths import expanded
+from tests.conftest import TINY
+from tests.ray_tools import own_ray
 from tests.test_cli import PHOTOS, Done, Snscc, command, environment, refused, sets, start
 
 
@@ -84,6 +87,22 @@ def test_no_home_and_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert getpass.getuser() == str(os.getuid())
     assert Path.home().is_relative_to(tempfile.gettempdir())
     shutil.rmtree(Path.home())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="needs another user")
+def test_a_sweep_without_a_home_and_a_name(tmp_path: Path) -> None:
+    """By a user that is known by a number alone, as in a container."""
+    nobody = ["unshare", "-U", "--map-user=12345", "--map-group=12345"]
+    if subprocess.run([*nobody, "true"], capture_output=True).returncode:
+        pytest.skip("a user of one process's own is not permitted")
+    out = tmp_path / "sweep"
+    few = sets(*TINY, "pretrain.epochs=1", "train.epochs=1", "boost.epochs=1")
+    asked = command("sweep", "gamma", "--seeds", 1, "--samples", 1, "--out", out, *few)
+    unset = ["env", "-u", "HOME", "-u", "USER", "-u", "LOGNAME"]
+    with own_ray() as ray:
+        said = ray.start(*unset, *nobody, *asked).wait()
+    assert (out / "results.csv").exists() and said.err == "", said.said()
 
 
 def test_nothing_is_written_among_the_images(snscc: Snscc, tmp_path: Path) -> None:
@@ -173,3 +192,16 @@ def test_who_reads_has_gone(tmp_path: Path) -> None:
     done = subprocess.run(words, env=environment(), stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_disk_that_fills_under_tensorboard_is_told_once(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from snscc_ray.monitor import write_hyperparameters\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))\n"
+        "try: write_hyperparameters(Path(sys.argv[1]), {'a': 'b' * 999}, {'c': 1.0})\n"
+        "except OSError as error: print(error.strerror)"
+    )
+    asked = [sys.executable, "-c", code, tmp_path / "events"]
+    done = subprocess.run(asked, env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "File too large" and not done.stderr, done

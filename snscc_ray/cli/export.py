@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -40,6 +41,7 @@ def export(
     """
     # Imported here: torch takes seconds, which --help should not wait for.
     from snscc_ray.checkpoints import check_writable
+    from snscc_ray.claim import claimed_file
     from snscc_ray.export import Format
     from snscc_ray.export import export as export_run
     from snscc_ray.paths import as_path
@@ -54,7 +56,11 @@ def export(
         if target.is_dir():
             raise UserError(f"--{kind} {target} is a folder; give a file")
         check_writable(target)
-        if target.exists() and not overwrite:
-            raise UserError(f"{target} exists; use --overwrite, or another --{kind}")
-    for kind, found in export_run(as_path(run), wanted).items():
+    with ExitStack() as held:
+        for kind, target in wanted.items():
+            held.enter_context(claimed_file(target, say))
+            if target.exists() and not overwrite:
+                raise UserError(f"{target} exists; use --overwrite, or another --{kind}")
+        differences = export_run(as_path(run), wanted)
+    for kind, found in differences.items():
         say(f"{wanted[kind]}: differs from the model by {found:.1e} at most")

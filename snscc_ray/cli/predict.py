@@ -55,6 +55,7 @@ def predict(
     # Imported here: torch takes seconds, which --help should not wait for.
     from snscc_ray.answers import check_name
     from snscc_ray.checkpoints import check_writable
+    from snscc_ray.claim import claimed_file
     from snscc_ray.cluster import Scale
     from snscc_ray.paths import as_path
     from snscc_ray.predict import Question
@@ -68,17 +69,24 @@ def predict(
     check_writable(target)
     if target.suffix.lower() == ".parquet":  # it would be taken for images the next time
         check_apart(target.parent, place_of(data))
-    if target.exists() and not overwrite:
-        raise UserError(f"{out_file} exists; use --overwrite, or another --out")
     question = Question(as_path(run), place_of(data), target, top, nearest)
-    if workers:
-        scale = Scale((workers, workers), gpu, address=address)
-        launcher()  # says what is missing where Ray is not installed
-        from snscc_ray.predict_workers import predict_on_ray
+    with claimed_file(target, say):
+        if target.exists() and not overwrite:
+            raise UserError(f"{out_file} exists; use --overwrite, or another --out")
+        if workers:
+            scale = Scale(
+                (workers, workers),
+                gpu,
+                address=address,
+                fewer="use fewer --workers",
+                smaller="leave --gpu out",
+            )
+            launcher()  # says what is missing where Ray is not installed
+            from snscc_ray.predict_workers import predict_on_ray
 
-        found = predict_on_ray(question, out, scale)
-    else:
-        found = predict_here(question, out, device)
+            found = predict_on_ray(question, out, scale)
+        else:
+            found = predict_here(question, out, device)
     table = Table("cluster", "images", "mean confidence", box=None)
     sizes = found.table.group_by("cluster").aggregate([("id", "count"), ("confidence", "mean")])
     for row in sizes.sort_by("cluster").to_pylist():

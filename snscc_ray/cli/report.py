@@ -39,7 +39,7 @@ def report(
         raise UserError(f"--out {out_file}: give a name that ends in .html")
     # Imported here: torch takes seconds, which --help should not wait for.
     from snscc_ray.checkpoints import check_writable
-    from snscc_ray.claim import claimed
+    from snscc_ray.claim import claimed, claimed_file
     from snscc_ray.paths import as_path, is_url
     from snscc_ray.report import report as make_report
     from snscc_ray.run_folder import read_recipe
@@ -50,7 +50,7 @@ def report(
         raise UserError("--open shows a file on this machine; give one with --out")
     read_recipe(folder)  # a folder that is no run is not made
     check_writable(target)
-    with claimed(folder, say):
+    with claimed(folder, say), claimed_file(target, say):
         data_file = make_report(folder, target, out, device=device)
     out.print()
     say(f"Report: {target} (its numbers: {data_file})")

@@ -123,7 +123,8 @@ def run(
         else:
             if budget is not None:
                 raise UserError("--budget measures this process; leave it out with --workers")
-            scale = Scale(counts, gpu, cpus_per_worker, address, wait)
+            smaller = "leave --gpu out, or " * gpu + "ask for fewer --cpus-per-worker"
+            scale = Scale(counts, gpu, cpus_per_worker, address, wait, smaller=smaller)
             result = launcher().run_on_ray(request, out, scale)
     except Interrupted:
         command = f"snscc run --resume --out {shlex.quote(str(folder))}"

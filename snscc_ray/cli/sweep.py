@@ -149,3 +149,7 @@ def sweep(
         say(line)
     out.print()
     say(f"Sweep folder: {folder}")
+    failed = sum(row["status"] == "failed" for row in summary.rows)
+    if failed:
+        again = "the reasons are in the table, and the same command tries them again"
+        fail(f"{failed} of {len(summary.rows)} trials failed; {again}", 1)

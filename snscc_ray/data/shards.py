@@ -8,10 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from snscc_ray.checkpoints import read_json
 from snscc_ray.data.imageset import BATCH, Rows
 from snscc_ray.data.labels import Labels
 from snscc_ray.errors import UserError
 from snscc_ray.paths import is_url
+
+# What `snscc pack` says of the shards in a folder.
+MANIFEST = "pack.json"
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,11 @@ def read_shards(path: Path, limit: int | None) -> Rows:
     column `image` beside others that have one.
 
     Raises:
-        UserError: no such file, one that cannot be read, or a column that is missing or of a
-            wrong type or range.
+        UserError: no such file, one that cannot be read, a column that is missing or of a wrong
+            type or range, or only a part of what `snscc pack` is to write there.
     """
     files = shard_files(path)
+    _refuse_part(path, files)
     if not files:
         raise UserError(f"no *.parquet files in {path}: give their folder")
     kept = image_shards(path) or files
@@ -93,6 +98,24 @@ def read_shards(path: Path, limit: int | None) -> Rows:
         shards=used,
         notes=tuple(text for text in (left, note) if text),
     )
+
+
+def _refuse_part(path: Path, files: Sequence[Path]) -> None:
+    manifest = path / MANIFEST
+    if path.is_file() or not manifest.exists():
+        return
+    held = read_json(manifest)
+    entries = held.get("shards") if isinstance(held, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return  # not of ours
+    names = {file.name for file in files}
+    there = [entry for entry in entries if "sha256" in entry and entry.get("file") in names]
+    if len(there) < len(entries):
+        raise UserError(
+            f"{path} holds only {len(there)} of the {len(entries)} shards in its {MANIFEST}: let "
+            f"`snscc pack` finish them (the same command again), or remove {MANIFEST} to take "
+            "what is there"
+        )
 
 
 @contextmanager

@@ -43,9 +43,8 @@ from snscc_ray.data.survey import StreamedSet, check_streamed, choose_mode, conc
 from snscc_ray.errors import TrainingError, UserError
 from snscc_ray.monitor import Display
 
-logging.getLogger("ray.data").setLevel(logging.WARNING)
-# It warns that there will be no progress bars.
-logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+# Of an error it prints pages, beside the exception that it raises.
+logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 # Decoded bytes of one task, about: a tenth of a second of work and more, beside which its start
 # is cheap.

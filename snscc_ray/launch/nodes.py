@@ -28,6 +28,7 @@ from snscc_ray.cluster import (
     free_of,
     look,
     stderr_into,
+    too_small,
     unseen,
     why_not_joined,
 )
@@ -41,7 +42,8 @@ _LINE_SECONDS = 10.0
 
 @contextmanager
 def connected(scale: Scale) -> Iterator[None]:
-    """Join the cluster, or start Ray on this machine. Raises UserError when that fails."""
+    """Join the cluster, or start Ray on this machine. Raises UserError when that fails, or when
+    the memory and the disk of Ray are full in the end."""
     address = scale.address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     check_reachable(address)
@@ -59,6 +61,12 @@ def connected(scale: Scale) -> Iterator[None]:
         # Ray has put its own handler of SIGTERM in place, which aborts with a dump of the stack.
         with terminated_like_interrupted():
             yield
+    except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
+        raise UserError(
+            "Ray's object store is full, and so is the disk that takes what it cannot hold (Ray "
+            "keeps 5 % of it free): free some space on it, on every node, and run the same "
+            "command again"
+        ) from error
     finally:
         ray.shutdown()
 
@@ -77,17 +85,19 @@ def placed(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
     try:
         give_up, shown = time.monotonic() + scale.wait, time.monotonic()
         while not group.wait(1):
+            small = too_small(bundle, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+            why = small or _free()
             if time.monotonic() > give_up:
                 raise UserError(
                     f"{fewest} workers of {amounts(bundle)} could not be placed within "
-                    f"{scale.wait:g} s: {_free()}; use fewer --workers, wait longer with --wait, "
+                    f"{scale.wait:g} s: {why}; {scale.smaller if small else scale.fewer}, "
                     "or see why nodes do not come with `ray status`"
                 )
             if time.monotonic() - shown > _LINE_SECONDS:
                 shown = time.monotonic()
                 left = give_up - shown
                 say(
-                    f"waiting for {fewest} workers of {amounts(bundle)} each: {_free()}; "
+                    f"waiting for {fewest} workers of {amounts(bundle)} each: {why}; "
                     f"giving up in {left:.0f} s"
                 )
         yield _probe(group, bundle, fewest)

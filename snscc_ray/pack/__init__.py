@@ -19,6 +19,7 @@ from rich.console import Console
 
 from snscc_ray.claim import claimed, refuse_in_use
 from snscc_ray.data.decode import available_cores
+from snscc_ray.data.sources import image_id
 from snscc_ray.errors import UserError
 from snscc_ray.monitor import Display
 from snscc_ray.pack import folder as filled
@@ -78,7 +79,8 @@ def _pack(
 ) -> Summary:
     shards, notes = make_plan(folder, out, options, skip_corrupt)
     manifest = as_manifest(shards, options)
-    filled.prepare(out, manifest, overwrite)
+    ids = [image_id(name) for shard in shards for name in shard.names]
+    filled.prepare(out, manifest, ids, overwrite)
     entries = manifest["shards"]
     if not skip_corrupt:
         for name, reason in _skipped(entries)[:1]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from snscc_ray.checkpoints import read_json, write_json, write_whole
+from snscc_ray.data.shards import MANIFEST
 from snscc_ray.errors import UserError
 from snscc_ray.pack.plan import FORMAT
 from snscc_ray.pack.shard import keeps_shards
 from snscc_ray.paths import is_url
 
-MANIFEST = "pack.json"
 SKIPPED = "skipped.csv"
 _SHARD = re.compile(r"part-\d{5,}\.parquet")
 _LEFTOVER = re.compile(rf"\.({_SHARD.pattern}|pack\.json|skipped\.csv)\..+")
@@ -32,8 +36,10 @@ def check_folders(folder: Path, out: Path) -> None:
         )
 
 
-def prepare(out: Path, planned: dict[str, Any], overwrite: bool) -> None:
+def prepare(out: Path, planned: dict[str, Any], ids: Sequence[str], overwrite: bool) -> None:
     """Write the manifest `planned`, into which goes what it says there of the shards that are kept.
+
+    ids: of the images that it is of.
 
     With `overwrite` none is: what an earlier command left is removed.
 
@@ -46,7 +52,7 @@ def prepare(out: Path, planned: dict[str, Any], overwrite: bool) -> None:
     former = {*own, SKIPPED} if begun and overwrite else set()
     if begun and not overwrite:
         held = _read_manifest(out)
-        _refuse_other_plan(out, held, planned)
+        _refuse_other_plan(out, held, planned, ids)
         own = {entry["file"] for entry in planned["shards"]}
         for entry, old in zip(planned["shards"], held["shards"], strict=True):
             if entry["file"] in names and (out / entry["file"]).stat().st_size == old.get("bytes"):
@@ -131,7 +137,9 @@ def _read_manifest(out: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _refuse_other_plan(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def _refuse_other_plan(
+    out: Path, there: dict[str, Any], here: dict[str, Any], ids: Sequence[str]
+) -> None:
     remedy = "or start afresh with --overwrite"
     for name, value in here["options"].items():
         if there["options"].get(name) != value:
@@ -143,7 +151,25 @@ def _refuse_other_plan(out: Path, there: dict[str, Any], here: dict[str, Any]) -
         if not (old and new) or not new.items() <= old.items():
             entry = old or new
             raise UserError(
-                f"images have changed since {out} was begun ({there.get('files')} files then, "
-                f"{here['files']} now; the first between {entry['first']!r} and "
-                f"{entry['last']!r}): put them back as they were, {remedy}"
+                f"images have changed since {out} was begun ({_came_and_went(out, there, ids)}"
+                f"{there.get('files')} files then, {here['files']} now; the first between "
+                f"{entry['first']!r} and {entry['last']!r}): put them back as they were, give "
+                f"another folder for the shards, {remedy}"
             )
+
+
+def _came_and_went(out: Path, there: dict[str, Any], ids: Sequence[str]) -> str:
+    """In words, where the shards that are there tell it: not all may be finished."""
+    then: set[str] = set()
+    for entry in there["shards"]:
+        file = out / str(entry.get("file"))
+        if "sha256" not in entry or not file.exists():
+            return ""
+        try:
+            with file.open("rb") as opened:
+                then.update(pq.read_table(opened, columns=["id"])["id"].to_pylist())
+        except (pa.ArrowException, OSError):
+            return ""  # `--verify` says more of it
+        then.update(name for name, _ in entry["skipped"])
+    came, went = len(set(ids) - then), len(then - set(ids))
+    return f"{came:,} came and {went:,} went, " if came or went else "of the same names, "
