@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from snscc_ray import checkpoints
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.core import checkpoints
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -100,12 +100,12 @@ def test_a_kill_in_mid_write_leaves_the_last_good_one(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
-from snscc_ray import checkpoints
+from snscc_ray.core import checkpoints
 def write(file):
     file.write(b"half of it")
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.write_whole(Path(sys.argv[1]), write)
+storage.write_whole(Path(sys.argv[1]), write)
 """
     assert _in_child(code, str(path)) == -signal.SIGKILL
     assert checkpoints.load(path)["epoch"] == 1
@@ -117,8 +117,8 @@ def test_no_space_leaves_the_last_good_one(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from pathlib import Path
-from snscc_ray import checkpoints
-from snscc_ray.errors import UserError
+from snscc_ray.core import checkpoints
+from snscc_ray.config.errors import UserError
 try:
     checkpoints.save(Path(sys.argv[1]), {"w": torch.zeros(2_000_000)})
 except UserError as error:

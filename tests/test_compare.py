@@ -17,15 +17,17 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from snscc_ray import checkpoints, compare, metrics
-from snscc_ray.baselines import dec, methods, paper, scan
-from snscc_ray.baselines.names import TITLES, chosen
-from snscc_ray.baselines.study import Found, Study
 from snscc_ray.cli import options
-from snscc_ray.errors import UserError
-from snscc_ray.monitor import Display
-from snscc_ray.overrides import override
-from snscc_ray.recipes import get
+from snscc_ray.compare import comparison as compare
+from snscc_ray.compare import methods, paper
+from snscc_ray.compare.methods import TITLES, chosen, dec, scan
+from snscc_ray.compare.study import Found, Study
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.recipes import get
+from snscc_ray.core import checkpoints, storage
+from snscc_ray.core.clustering import metrics
+from snscc_ray.core.display import Display
 from tests.conftest import TINY, equal_states
 from tests.test_cli import Snscc, refused, sets
 
@@ -219,7 +221,7 @@ def test_a_folder_with_something_else_in_it_is_refused(
     refused(snscc(*call, "--seed", "1"), "seed is 0 there and 1 here", "--overwrite")
     (folder / "mine.txt").touch()
     assert snscc(*call, "--seed", "1", "--overwrite").status == 0
-    assert checkpoints.read_json(folder / "compare.json")["recipe"]["seed"] == 1
+    assert storage.read_json(folder / "compare.json")["recipe"]["seed"] == 1
     assert (folder / "mine.txt").exists()
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from snscc_ray.config import STAGES
+from snscc_ray.config.settings import STAGES
 from tests.ray_tools import (
     FEW_CHECKPOINTS,
     Cluster,

@@ -17,8 +17,8 @@ from PIL import Image
 
 from snscc_ray import SNSCC
 from snscc_ray.cli import options
-from snscc_ray.errors import UserError
-from snscc_ray.paths import expanded
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import expanded
 from tests.conftest import TINY
 from tests.ray_tools import own_ray
 from tests.test_cli import PHOTOS, Done, Snscc, command, environment, refused, sets, start
@@ -197,7 +197,7 @@ def test_who_reads_has_gone(tmp_path: Path) -> None:
 def test_a_disk_that_fills_under_tensorboard_is_told_once(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from snscc_ray.monitor import write_hyperparameters\n"
+        "from snscc_ray.runs.monitor import write_hyperparameters\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))\n"
         "try: write_hyperparameters(Path(sys.argv[1]), {'a': 'b' * 999}, {'c': 1.0})\n"
         "except OSError as error: print(error.strerror)"

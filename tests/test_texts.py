@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from snscc_ray.report import page
+from snscc_ray.answers.report import page
 from snscc_ray.texts import in_markdown, say, shown
 
 

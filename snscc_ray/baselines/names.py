@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
 
 TITLES = {
     "kmeans": "K-Means on pixels",
