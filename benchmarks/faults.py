@@ -34,7 +34,12 @@ import torch
 
 from benchmarks.kinds import make
 from benchmarks.report import describe_machine, revision
-from snscc_ray import checkpoints, cli, compare, fit, pack, predict, report  # noqa: F401  (warm)
+from snscc_ray import cli
+from snscc_ray.answers import predict, report  # noqa: F401  (warm)
+from snscc_ray.compare import comparison as compare  # noqa: F401  (warm)
+from snscc_ray.core import storage
+from snscc_ray.data import pack
+from snscc_ray.fit import fit  # noqa: F401  (warm)
 
 FAULTS = ("kill", "term", "full", "vanish", "second")
 _PHOTOS = 42
@@ -367,7 +372,7 @@ def main() -> None:
     }
     print(f"{rounds} rounds in {result['minutes']} minutes, {len(faults)} wrong")
     if asked.save:
-        checkpoints.write_json(SAVED, result)
+        storage.write_json(SAVED, result)
     sys.exit(bool(faults))
 
 

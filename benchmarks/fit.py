@@ -34,8 +34,8 @@ from sklearn.datasets import load_digits
 
 from benchmarks.kinds import make
 from benchmarks.report import describe_machine, print_table, revision, save
-from snscc_ray.choose import Wishes
-from snscc_ray.fit import FitRequest, fit_images
+from snscc_ray.fit.choose import Wishes
+from snscc_ray.fit.fit import FitRequest, fit_images
 
 PHOTOS, PHOTOS_EACH = ("automobile", "horse", "ship"), 700
 UNEVEN = np.round(174 * 0.1 ** (np.arange(10) / 9)).astype(int)

@@ -28,15 +28,15 @@ from torch import Tensor
 
 from benchmarks.epoch import noise, now
 from benchmarks.report import describe_machine, print_table, save
-from snscc_ray import recipes
-from snscc_ray.answers import Known
-from snscc_ray.config import Recipe
-from snscc_ray.data.resident import ResidentData
-from snscc_ray.local import run_here
-from snscc_ray.monitor import Display
-from snscc_ray.overrides import override
-from snscc_ray.predict import Question, conclude, predict, prepare
-from snscc_ray.run import Request
+from snscc_ray.answers.predict import Question, conclude, predict, prepare
+from snscc_ray.answers.table import Known
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe
+from snscc_ray.core.display import Display
+from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.runs.local import run_here
+from snscc_ray.runs.run import Request
 
 SIDE = 32
 OWN, KNOWN, BATCH = 600, 20_000, 1024

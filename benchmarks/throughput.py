@@ -43,15 +43,15 @@ from torchvision.transforms.functional import to_pil_image
 from benchmarks.epoch import context_for, logits_of, noise, now, stage_for, views_of, whole
 from benchmarks.report import describe_machine, print_table, revision, save
 from benchmarks.views import pil_simclr
-from snscc_ray import recipes
-from snscc_ray.config import STAGES, Recipe, SimclrView, StageName
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe, SimclrView, StageName
+from snscc_ray.core.losses import nt_xent
 from snscc_ray.data.sources import load_images
-from snscc_ray.encoders import PretextNet, build_encoder, out_features
-from snscc_ray.losses import nt_xent
-from snscc_ray.overrides import override
-from snscc_ray.schedules import build_optimizer
-from snscc_ray.stages.context import Context, Stage
-from snscc_ray.workers import choose_device
+from snscc_ray.models.encoders import PretextNet, build_encoder, out_features
+from snscc_ray.training.context import Context, Stage
+from snscc_ray.training.schedules import build_optimizer
+from snscc_ray.training.workers import choose_device
 
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets; the first name that fits counts.
 _PEAKS = (

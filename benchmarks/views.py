@@ -23,8 +23,8 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from benchmarks.report import describe_machine, print_table, save
-from snscc_ray.config import SimclrView, StrongView
-from snscc_ray.views import Normalize, make_view
+from snscc_ray.config.settings import SimclrView, StrongView
+from snscc_ray.core.views import Normalize, make_view
 
 REPEATS = 9
 CASES = ((32, 3, 512, 16), (16, 1, 256, 6), (8, 1, 256, 3))  # side, channels, batch, cutout

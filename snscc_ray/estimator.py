@@ -30,10 +30,14 @@ from sklearn.utils.validation import (
 )
 from torch import Tensor
 
-from snscc_ray import recipes
-from snscc_ray.choose import Wishes, choose
-from snscc_ray.claim import claimed
-from snscc_ray.config import DataSettings, Recipe
+from snscc_ray.answers.predict import Model, load_model
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override, validate
+from snscc_ray.config.paths import as_path
+from snscc_ray.config.settings import DataSettings, Recipe
+from snscc_ray.core.claim import claimed
+from snscc_ray.core.display import Display
 from snscc_ray.data.given import (
     HAIR,
     as_bytes,
@@ -42,19 +46,16 @@ from snscc_ray.data.given import (
     rows_of_dataset,
     rows_of_paths,
 )
-from snscc_ray.data.imageset import Rows
+from snscc_ray.data.look import look, settled
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
-from snscc_ray.engine import Interrupted
-from snscc_ray.errors import UserError
-from snscc_ray.local import bring, device_bytes, load, mode_for
-from snscc_ray.look import look, settled
-from snscc_ray.monitor import Display, Journal, RunMonitor
-from snscc_ray.overrides import override, validate
-from snscc_ray.paths import as_path
-from snscc_ray.predict import Model, load_model
-from snscc_ray.run import execute
-from snscc_ray.run_folder import first_difference, holds_something, read_recipe
-from snscc_ray.workers import LocalWorker, choose_device
+from snscc_ray.fit.choose import Wishes, choose
+from snscc_ray.runs.folder import first_difference, holds_something, read_recipe
+from snscc_ray.runs.local import bring, device_bytes, load, mode_for
+from snscc_ray.runs.monitor import Journal, RunMonitor
+from snscc_ray.runs.run import execute
+from snscc_ray.training.engine import Interrupted
+from snscc_ray.training.workers import LocalWorker, choose_device
 
 
 @dataclass(frozen=True)

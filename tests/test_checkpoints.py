@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from snscc_ray import checkpoints
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.core import checkpoints
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def write(file):
     file.write(b"half of it")
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.write_whole(Path(sys.argv[1]), write)
+storage.write_whole(Path(sys.argv[1]), write)
 """
     assert _in_child(code, str(path)) == -signal.SIGKILL
     assert checkpoints.load(path)["epoch"] == 1

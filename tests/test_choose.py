@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snscc_ray.choose import Wishes, choose
-from snscc_ray.config import DataSettings, EncoderSettings, Recipe
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import DataSettings, EncoderSettings, Recipe
+from snscc_ray.data.look import Look, look
 from snscc_ray.data.sources import list_rows
-from snscc_ray.errors import UserError
-from snscc_ray.look import Look, look
-from snscc_ray.run import check
+from snscc_ray.fit.choose import Wishes, choose
+from snscc_ray.runs.run import check
 
 WHERE: dict[str, Any] = {"source": "auto", "path": "anywhere"}
 

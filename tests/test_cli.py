@@ -17,15 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import snscc_ray.runs.run
 import torch
 from PIL import Image
 
-import snscc_ray.run
-from snscc_ray import checkpoints, cli, recipes
+from snscc_ray import cli
 from snscc_ray.cli import options
-from snscc_ray.config import STAGES, Recipe
-from snscc_ray.overrides import override
-from snscc_ray.run_folder import read_recipe
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe
+from snscc_ray.core import checkpoints
+from snscc_ray.runs.folder import read_recipe
 from tests.conftest import TINY
 
 # A folder of forty small images.
@@ -345,7 +347,7 @@ def test_a_signal_between_the_loops_also_says_how_to_go_on(
         os.kill(os.getpid(), number)
         time.sleep(60)  # the signal comes first
 
-    monkeypatch.setattr(snscc_ray.run, "Pretrain", stop)
+    monkeypatch.setattr(snscc_ray.runs.run, "Pretrain", stop)
     folder = tmp_path / "r"
     done = snscc("run", "digits", *sets(*TINY), "--out", folder)
     refused(done, f"stopped; continue with: snscc run --resume --out {folder}", status=130)

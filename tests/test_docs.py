@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import typer
 
-from snscc_ray import cli, metrics, recipes
-from snscc_ray.choose import Wishes, choose
-from snscc_ray.config import Recipe
-from snscc_ray.errors import UserError
-from snscc_ray.imbalance import forced_warning
-from snscc_ray.look import Look
-from snscc_ray.overrides import override
-from snscc_ray.report.trust import TOLD_BY_FIGURES
+from snscc_ray import cli
+from snscc_ray.answers.report.trust import TOLD_BY_FIGURES
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe
+from snscc_ray.core.clustering import metrics
+from snscc_ray.core.clustering.imbalance import forced_warning
+from snscc_ray.data.look import Look
+from snscc_ray.fit.choose import Wishes, choose
 
 ROOT = Path(__file__).resolve().parents[1]
 TROUBLE = "docs/when-it-goes-wrong.md"

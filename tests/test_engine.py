@@ -14,16 +14,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from snscc_ray import checkpoints, engine, recipes
-from snscc_ray.config import STAGES, Recipe, StageName
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import TrainingError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe, StageName
+from snscc_ray.core import checkpoints
+from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.engine import Interrupted, fit
-from snscc_ray.errors import TrainingError
-from snscc_ray.monitor import Display, Journal, RunMonitor, Silent
-from snscc_ray.overrides import override
-from snscc_ray.schedules import learning_rate
-from snscc_ray.stages.pretrain import Pretrain
-from snscc_ray.workers import LocalWorker
+from snscc_ray.runs.monitor import Journal, RunMonitor, Silent
+from snscc_ray.training import engine
+from snscc_ray.training.engine import Interrupted, fit
+from snscc_ray.training.schedules import learning_rate
+from snscc_ray.training.stages.pretrain import Pretrain
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import TINY, equal_states, execute_on, make_context
 
 CPU = torch.device("cpu")

@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import snscc_ray.runs.run
 import torch
 from PIL import Image
 from rich.console import Console
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_clustering, parametrize_with_checks
 
-import snscc_ray.run
 from snscc_ray import SNSCC
 from snscc_ray.data.given import as_bytes
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.engine import Interrupted
-from snscc_ray.local import run_here
-from snscc_ray.run import Request, _Run
-from snscc_ray.run_folder import read_recipe
+from snscc_ray.runs.folder import read_recipe
+from snscc_ray.runs.local import run_here
+from snscc_ray.runs.run import Request, _Run
+from snscc_ray.training.engine import Interrupted
 from tests.conftest import TINY
 
 DIGITS = {"recipe": "digits", "settings": [s for s in TINY if "limit" not in s], "device": "cpu"}
@@ -184,7 +184,7 @@ def test_a_folder_that_stays(
 ) -> None:
     first = SNSCC(10, folder=tmp_path / "run", random_state=1, **DIGITS).fit(digits)
     assert read_recipe(tmp_path / "run").seed == 1
-    monkeypatch.setattr(snscc_ray.run, "fit", None)  # nothing is trained again
+    monkeypatch.setattr(snscc_ray.runs.run, "fit", None)  # nothing is trained again
     again = SNSCC(10, folder=tmp_path / "run", random_state=1, **DIGITS).fit(digits)
     assert np.array_equal(again.probabilities_, first.probabilities_)
     with pytest.raises(ValueError, match=r"another recipe \(seed is 1 there and 2 here\)"):
@@ -245,7 +245,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
 def test_a_mistake_is_one_line_before_anything_is_trained(
     parameters: dict[str, Any], X: Any, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snscc_ray.run, "fit", None)
+    monkeypatch.setattr(snscc_ray.runs.run, "fit", None)
     with pytest.raises(ValueError, match=re.escape(says)):
         SNSCC(
             **{"n_clusters": 3, "recipe": "digits", "settings": DIGITS["settings"]} | parameters

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from snscc_ray.config import STAGES, StageName
-from snscc_ray.errors import UserError
-from snscc_ray.features import Own, kept_features, own_images, stage_features
-from snscc_ray.local import run_here
-from snscc_ray.monitor import Display
-from snscc_ray.predict import load_model
-from snscc_ray.run import Request
-from snscc_ray.views import clean_view
+from snscc_ray.answers.features import Own, kept_features, own_images, stage_features
+from snscc_ray.answers.predict import load_model
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import STAGES, StageName
+from snscc_ray.core.display import Display
+from snscc_ray.core.views import clean_view
+from snscc_ray.runs.local import run_here
+from snscc_ray.runs.run import Request
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_a_stage_trained_again_has_other_features(own: Own) -> None:
 
 
 def test_other_images_are_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import snscc_ray.features as features
+    import snscc_ray.answers.features as features
 
     real = features.bring
 

@@ -14,8 +14,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from snscc_ray.errors import UserError
-from snscc_ray.foreign import read_checkpoint
+from snscc_ray.config.errors import UserError
+from snscc_ray.models.foreign import read_checkpoint
 from tests.conftest import equal_states
 
 

@@ -10,27 +10,34 @@ import pytest
 import torch
 from torch import nn
 
-from snscc_ray import checkpoints, recipes
-from snscc_ray.config import Recipe, SimclrView, StrongView, View
+from snscc_ray.answers.predict import load_model
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe, SimclrView, StrongView, View
+from snscc_ray.core import checkpoints
+from snscc_ray.core.clustering.kmeans import kmeans, lloyd
+from snscc_ray.core.clustering.metrics import oracle
+from snscc_ray.core.clustering.neighbors import knn, mine
+from snscc_ray.core.views import Normalize, make_view
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.data.resident import ResidentData
+from snscc_ray.data.loading.resident import ResidentData
 from snscc_ray.data.sources import load_images
-from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
-from snscc_ray.engine import Interrupted
-from snscc_ray.kmeans import kmeans, lloyd
-from snscc_ray.metrics import oracle
-from snscc_ray.monitor import Silent
-from snscc_ray.neighbors import knn, mine
-from snscc_ray.overrides import override
-from snscc_ray.predict import load_model
-from snscc_ray.run import Result, normalisation
-from snscc_ray.schedules import build_optimizer
-from snscc_ray.stages.boost import Boost
-from snscc_ray.stages.context import Context, Stage
-from snscc_ray.stages.pretrain import Pretrain
-from snscc_ray.stages.train import Train, probabilities
-from snscc_ray.views import Normalize, make_view
-from snscc_ray.workers import LocalWorker
+from snscc_ray.models.encoders import (
+    ClusterHeads,
+    ClusterNet,
+    PretextNet,
+    build_encoder,
+    out_features,
+)
+from snscc_ray.runs.monitor import Silent
+from snscc_ray.runs.run import Result, normalisation
+from snscc_ray.training.context import Context, Stage
+from snscc_ray.training.engine import Interrupted
+from snscc_ray.training.schedules import build_optimizer
+from snscc_ray.training.stages.boost import Boost
+from snscc_ray.training.stages.pretrain import Pretrain
+from snscc_ray.training.stages.train import Train, probabilities
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import TINY, execute_on
 
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -17,13 +17,13 @@ import torch
 from benchmarks.gpu import bundle, carry
 from benchmarks.gpu.__main__ import beside_expected, run_phase
 from benchmarks.gpu.cifar10 import EPOCHS, STOPPED, epochs_that_fit, pays, recipe_for, speeds_in
-from snscc_ray.config import STAGES, Recipe
+from snscc_ray.answers.predict import load_model
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import STAGES, Recipe
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.data.resident import ResidentData
-from snscc_ray.errors import UserError
-from snscc_ray.monitor import Silent
-from snscc_ray.predict import load_model
-from snscc_ray.workers import LocalWorker
+from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.runs.monitor import Silent
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import execute_on, shards
 
 CPU = torch.device("cpu")

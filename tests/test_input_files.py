@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snscc_ray.data.imageset import Rows
+from snscc_ray.config.errors import UserError
+from snscc_ray.data.look import look
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows, load_images
-from snscc_ray.errors import UserError
-from snscc_ray.look import look
 from tests.test_sources import encoded, picture, settings, write_images, write_shard
 
 KINDS = (("x.jfif", "JPEG"), ("x.jpe", "JPEG"), ("y.avif", "AVIF"), ("z.heic", "AVIF"),

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from snscc_ray.config import DataSettings, Recipe
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import DataSettings, Recipe
 from snscc_ray.data.decode import OWN_RANGE, Reading, UnreadableImage, decode_into
 from snscc_ray.data.imageset import assemble
+from snscc_ray.data.loading.survey import survey
+from snscc_ray.data.look import listed, look, settled
 from snscc_ray.data.sources import list_rows
-from snscc_ray.data.survey import survey
-from snscc_ray.look import listed, look, settled
-from snscc_ray.overrides import override
-from snscc_ray.run_folder import first_difference
+from snscc_ray.runs.folder import first_difference
 from tests.conftest import digits_table
 from tests.test_predict import images
 from tests.test_sources import encoded, picture, pixels, settings

@@ -21,14 +21,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from snscc_ray import cli, pack
+from snscc_ray import cli
 from snscc_ray.cli.options import out as console
-from snscc_ray.config import DataSettings
+from snscc_ray.config.paths import as_path
+from snscc_ray.config.settings import DataSettings
+from snscc_ray.data import pack
 from snscc_ray.data.imageset import ImageSet
+from snscc_ray.data.pack import folder as pack_folder
+from snscc_ray.data.pack import shard as pack_shard
 from snscc_ray.data.sources import load_images
-from snscc_ray.pack import folder as pack_folder
-from snscc_ray.pack import shard as pack_shard
-from snscc_ray.paths import as_path
 from tests.test_cli import Snscc, command, content, environment, refused, start
 
 

@@ -16,12 +16,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from snscc_ray import checkpoints, cli
+from snscc_ray import cli
+from snscc_ray.answers.features import own_images
+from snscc_ray.answers.predict import Question, prepare
 from snscc_ray.cli import options
-from snscc_ray.encoders import ClusterNet
-from snscc_ray.features import own_images
-from snscc_ray.monitor import Display
-from snscc_ray.predict import Question, prepare
+from snscc_ray.core import checkpoints
+from snscc_ray.core.display import Display
+from snscc_ray.models.encoders import ClusterNet
 from tests.conftest import TINY, digits_table
 from tests.ray_tools import own_ray, sets
 from tests.test_cli import Snscc, content, refused

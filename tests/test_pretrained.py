@@ -13,17 +13,17 @@ import torch
 import torchvision
 from torch import nn
 
-from snscc_ray import zoo
-from snscc_ray.checkpoints import load
-from snscc_ray.config import EncoderSettings, Recipe
-from snscc_ray.encoders import build_encoder, out_features
-from snscc_ray.errors import UserError
-from snscc_ray.identity import stage_identity
-from snscc_ray.importers import import_weights
-from snscc_ray.overrides import override
-from snscc_ray.predict import load_model
-from snscc_ray.pretrained import check_encoder, encoder_settings, start_encoder
-from snscc_ray.recipes import get
+from snscc_ray.answers.predict import load_model
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.recipes import get
+from snscc_ray.config.settings import EncoderSettings, Recipe
+from snscc_ray.core.checkpoints import load
+from snscc_ray.models import libraries as zoo
+from snscc_ray.models.encoders import build_encoder, out_features
+from snscc_ray.models.importers import import_weights
+from snscc_ray.models.pretrained import check_encoder, encoder_settings, start_encoder
+from snscc_ray.runs.identity import stage_identity
 from tests.conftest import TINY, digits_table, equal_states
 from tests.test_cli import Snscc, refused, sets
 from tests.test_importers import body, noisy, resnet, scan_pretext, under

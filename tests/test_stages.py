@@ -11,26 +11,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snscc_ray import checkpoints, recipes
-from snscc_ray.config import STAGES, Recipe, StageName
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe, StageName
+from snscc_ray.core import checkpoints
+from snscc_ray.core.clustering.kmeans import kmeans
+from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
+from snscc_ray.core.clustering.pseudo_labels import select_pseudo_labels
+from snscc_ray.core.views import clean_view
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.data.resident import Batch
-from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
-from snscc_ray.engine import fit
-from snscc_ray.identity import stage_identity
-from snscc_ray.kmeans import kmeans
-from snscc_ray.monitor import Silent
-from snscc_ray.neighbors import MinedNeighbors, mine
-from snscc_ray.overrides import override
-from snscc_ray.pseudo_labels import select_pseudo_labels
-from snscc_ray.stages import context as context_module
-from snscc_ray.stages import train as train_module
-from snscc_ray.stages.boost import Boost
-from snscc_ray.stages.context import Context
-from snscc_ray.stages.pretrain import pretext_features
-from snscc_ray.stages.train import Train, probabilities
-from snscc_ray.views import clean_view
-from snscc_ray.workers import LocalWorker
+from snscc_ray.data.loading.resident import Batch
+from snscc_ray.models.encoders import (
+    ClusterHeads,
+    ClusterNet,
+    PretextNet,
+    build_encoder,
+    out_features,
+)
+from snscc_ray.runs.identity import stage_identity
+from snscc_ray.runs.monitor import Silent
+from snscc_ray.training import context as context_module
+from snscc_ray.training.context import Context
+from snscc_ray.training.engine import fit
+from snscc_ray.training.stages import train as train_module
+from snscc_ray.training.stages.boost import Boost
+from snscc_ray.training.stages.pretrain import pretext_features
+from snscc_ray.training.stages.train import Train, probabilities
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import equal_states, execute_on, make_context
 
 CPU = torch.device("cpu")

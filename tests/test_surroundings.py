@@ -16,8 +16,8 @@ from PIL import Image
 
 from snscc_ray import SNSCC
 from snscc_ray.cli import options
-from snscc_ray.errors import UserError
-from snscc_ray.paths import expanded
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import expanded
 from tests.test_cli import PHOTOS, Done, Snscc, command, environment, refused, sets, start
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 import tune_spaces
-from snscc_ray import recipes
-from snscc_ray import sweep_results as sr
+from snscc_ray.config import recipes
+from snscc_ray.sweep import results as sr
 from tune_spaces.space import Point, Space
 
 ACC = "oracle/acc"

@@ -21,7 +21,7 @@ from snscc_ray.cli.predict import predict
 from snscc_ray.cli.report import report
 from snscc_ray.cli.run import run
 from snscc_ray.cli.sweep import sweep
-from snscc_ray.errors import TrainingError, UserError
+from snscc_ray.config.errors import TrainingError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,

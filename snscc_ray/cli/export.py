@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from snscc_ray.cli.options import out
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
 
 
 def export(
@@ -39,10 +39,10 @@ def export(
         torch.export.load("model.pt2").module()(tensor)
     """
     # Imported here: torch takes seconds, which --help should not wait for.
-    from snscc_ray.checkpoints import check_writable
-    from snscc_ray.export import Format
-    from snscc_ray.export import export as export_run
-    from snscc_ray.paths import as_path
+    from snscc_ray.answers.export import Format
+    from snscc_ray.answers.export import export as export_run
+    from snscc_ray.config.paths import as_path
+    from snscc_ray.core.storage import check_writable
 
     given: dict[Format, str | None] = {"torch": torch, "onnx": onnx}
     wanted = {kind: as_path(name) for kind, name in given.items() if name is not None}

@@ -11,10 +11,10 @@ import typer
 from rich.table import Table
 
 from snscc_ray.cli.options import Settings, fail, out, place_of, seconds_of
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
 
 if TYPE_CHECKING:
-    from snscc_ray.fit import Fitted
+    from snscc_ray.fit.fit import Fitted
 
 
 def fit(
@@ -80,14 +80,14 @@ def fit(
     seconds = None if budget is None else seconds_of(budget)
     place = place_of(data)
     # Imported here: torch takes seconds, which --help should not wait for.
-    from snscc_ray.choose import Wishes
-    from snscc_ray.claim import claimed
-    from snscc_ray.engine import Interrupted
-    from snscc_ray.fit import FitRequest, fit_images
-    from snscc_ray.paths import as_path, is_url
-    from snscc_ray.pretrained import encoder_settings
-    from snscc_ray.report import report
-    from snscc_ray.run_folder import check_apart
+    from snscc_ray.answers.report import report
+    from snscc_ray.config.paths import as_path, is_url
+    from snscc_ray.core.claim import claimed
+    from snscc_ray.fit.choose import Wishes
+    from snscc_ray.fit.fit import FitRequest, fit_images
+    from snscc_ray.models.pretrained import encoder_settings
+    from snscc_ray.runs.folder import check_apart
+    from snscc_ray.training.engine import Interrupted
 
     chosen = None if encoder is None else encoder_settings(encoder)
     # Of `..` the name is that of the folder it leads to.

@@ -14,8 +14,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from snscc_ray.errors import UserError
-from snscc_ray.paths import expanded
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import expanded
 
 out = Console()
 SCALE = "Scale out"  # a panel of the help
@@ -60,7 +60,7 @@ def launcher() -> Any:
     """The module of runs on Ray. Raises UserError where Ray is not installed."""
     ready_for_ray()
     try:
-        from snscc_ray import launch
+        from snscc_ray.cluster import run as launch
     except ImportError as error:
         raise UserError(
             f"--workers needs Ray ({error}); pip install 'ray[data,train,tune]', or leave "

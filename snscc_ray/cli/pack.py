@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from snscc_ray.cli.options import fail, out
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
 
 
 def pack_folder(
@@ -45,8 +45,8 @@ def pack_folder(
         snscc pack ~/photos shards/photos --verify
     """
     # Imported here: torch takes seconds, which --help should not wait for.
-    from snscc_ray import pack
-    from snscc_ray.paths import as_path, expanded
+    from snscc_ray.config.paths import as_path, expanded
+    from snscc_ray.data import pack
 
     place = as_path(shards)
     if verify and overwrite:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from snscc_ray.cli.options import SCALE, Address, launcher, out, place_of, refuse_alone
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
 
 
 def predict(
@@ -53,13 +53,13 @@ def predict(
     elif device != "auto":
         raise UserError("--device is of this process; leave it out with --workers, or add --gpu")
     # Imported here: torch takes seconds, which --help should not wait for.
-    from snscc_ray.answers import check_name
-    from snscc_ray.checkpoints import check_writable
-    from snscc_ray.cluster import Scale
-    from snscc_ray.paths import as_path
-    from snscc_ray.predict import Question
-    from snscc_ray.predict import predict as predict_here
-    from snscc_ray.run_folder import check_apart
+    from snscc_ray.answers.predict import Question
+    from snscc_ray.answers.predict import predict as predict_here
+    from snscc_ray.answers.table import check_name
+    from snscc_ray.cluster.scale import Scale
+    from snscc_ray.config.paths import as_path
+    from snscc_ray.core.storage import check_writable
+    from snscc_ray.runs.folder import check_apart
 
     target = as_path(out_file)
     if target.is_dir():
@@ -74,7 +74,7 @@ def predict(
     if workers:
         scale = Scale((workers, workers), gpu, address=address)
         launcher()  # says what is missing where Ray is not installed
-        from snscc_ray.predict_workers import predict_on_ray
+        from snscc_ray.cluster.predict import predict_on_ray
 
         found = predict_on_ray(question, out, scale)
     else:

@@ -20,8 +20,8 @@ from snscc_ray.cli.options import (
     refuse_alone,
     seconds_of,
 )
-from snscc_ray.config import STAGES, StageName
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import STAGES, StageName
 
 
 def run(
@@ -97,11 +97,11 @@ def run(
         snscc run cifar10 --workers 8 --gpu --address auto --storage s3://bucket/runs
     """
     # Imported here: torch takes seconds, which --help and a misspelt recipe should not wait for.
-    from snscc_ray.cluster import Scale
-    from snscc_ray.engine import Interrupted
-    from snscc_ray.local import run_here
-    from snscc_ray.paths import as_path
-    from snscc_ray.run import Request
+    from snscc_ray.cluster.scale import Scale
+    from snscc_ray.config.paths import as_path
+    from snscc_ray.runs.local import run_here
+    from snscc_ray.runs.run import Request
+    from snscc_ray.training.engine import Interrupted
 
     chosen_stages = _stages(stages)
     seconds = None if budget is None else seconds_of(budget)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from snscc_ray import recipes
 from snscc_ray.cli.options import (
     SCALE,
     Address,
@@ -16,8 +15,9 @@ from snscc_ray.cli.options import (
     overrides_of,
     ready_for_ray,
 )
-from snscc_ray.errors import UserError
-from snscc_ray.overrides import override
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
 
 _METRICS = (
     "health/score", "health/neighbor_agreement", "health/balance", "health/confidence",
@@ -89,8 +89,8 @@ def sweep(
 
         snscc sweep my_space.py:space --recipe images --data ~/photos
     """
-    from snscc_ray.engine import Interrupted
-    from snscc_ray.paths import as_path
+    from snscc_ray.config.paths import as_path
+    from snscc_ray.training.engine import Interrupted
 
     if scheduler not in ("none", "asha", "median"):
         raise UserError(f"--scheduler {scheduler}: use none, asha or median")
@@ -113,7 +113,7 @@ def sweep(
         out.print(f"Searching by {metric}, which reads the labels, as asked.", highlight=False)
     ready_for_ray()
     try:
-        from snscc_ray.sweep_run import Options, run_sweep
+        from snscc_ray.sweep.run import Options, run_sweep
     except ImportError as error:
         raise UserError(f"sweeps need Ray ({error}); pip install 'ray[data,train,tune]'") from error
     options = Options(

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from snscc_ray.config import DataSettings
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import DataSettings
 
 # A file's content, where it lies, an (H, W) or (H, W, 3) uint8 array, or None where a row is empty.
 Source = bytes | Path | np.ndarray | None

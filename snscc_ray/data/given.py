@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from snscc_ray.config.paths import as_path
 from snscc_ray.data.decode import Source
-from snscc_ray.data.imageset import Batches, Rows
+from snscc_ray.data.rows import Batches, Rows
 from snscc_ray.data.sources import image_id
-from snscc_ray.paths import as_path
 
 HAIR = 1e-3  # how far floats may lie outside of 0 to 1: less than a step of uint8
 

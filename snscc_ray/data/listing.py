@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import is_url
 from snscc_ray.data.decode import BEGINNING, begins_like_an_image
-from snscc_ray.errors import UserError
-from snscc_ray.paths import is_url
 
 # Compared in lower case. A file that ends so is an image, readable or not.
 EXTENSIONS = frozenset([
