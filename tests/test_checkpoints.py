@@ -90,7 +90,7 @@ def test_a_kill_in_mid_write_leaves_the_last_good_one(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
-from snscc_ray import checkpoints
+from snscc_ray.core import storage
 def write(file):
     file.write(b"half of it")
     file.flush()
@@ -107,8 +107,8 @@ def test_no_space_leaves_the_last_good_one(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from pathlib import Path
-from snscc_ray import checkpoints
-from snscc_ray.errors import UserError
+from snscc_ray.core import checkpoints
+from snscc_ray.config.errors import UserError
 try:
     checkpoints.save(Path(sys.argv[1]), {"w": torch.zeros(2_000_000)})
 except UserError as error:

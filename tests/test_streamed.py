@@ -366,10 +366,10 @@ def test_an_error_in_the_reader_reaches_the_consumer(places: dict[str, Path]) ->
 MEASURE = """
 import re, sys
 import torch
-from snscc_ray.config import DataSettings
+from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.sources import list_rows
-from snscc_ray.data.streamed import StreamedData, threads_reader
-from snscc_ray.data.survey import survey
+from snscc_ray.data.loading.streamed import StreamedData, threads_reader
+from snscc_ray.data.loading.survey import survey
 
 def peak_mb(limit):
     data = DataSettings(
