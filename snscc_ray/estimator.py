@@ -167,7 +167,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
 
     def predict(self, X: Any) -> np.ndarray:
         """The cluster of each image, int (N,)."""
-        return self.predict_proba(X).argmax(axis=1)
+        return np.asarray(self.predict_proba(X).argmax(axis=1))
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probability of each cluster for each image, float32 (N, n_clusters)."""

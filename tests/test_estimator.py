@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import snscc_ray.runs.run
 import torch
 from PIL import Image
 from rich.console import Console
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_clustering, parametrize_with_checks
 
+import snscc_ray.runs.run
 from snscc_ray import SNSCC
 from snscc_ray.data.given import as_bytes
 from snscc_ray.data.imageset import ImageSet

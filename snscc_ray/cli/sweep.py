@@ -113,7 +113,8 @@ def sweep(
         out.print(f"Searching by {metric}, which reads the labels, as asked.", highlight=False)
     ready_for_ray()
     try:
-        from snscc_ray.sweep.run import Options, run_sweep
+        from snscc_ray.sweep.run import run_sweep
+        from snscc_ray.sweep.session import Options
     except ImportError as error:
         raise UserError(f"sweeps need Ray ({error}); pip install 'ray[data,train,tune]'") from error
     options = Options(

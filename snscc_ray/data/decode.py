@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import DataSettings
@@ -128,7 +128,7 @@ def decode_into(source: Source, out: np.ndarray, reading: Reading = OWN_RANGE) -
 
 def why_unreadable(error: Exception) -> str:
     """In one line."""
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image in a known format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -174,7 +174,7 @@ def _paced(
     stages = tuple(pace)
 
     def needed(recipe: Recipe) -> float:
-        return sum(pace[s][0] + pace[s][1] * getattr(recipe, s).epochs for s in stages)
+        return sum(pace[s][0] + pace[s][1] * float(getattr(recipe, s).epochs) for s in stages)
 
     most = request.budget or (_GPU_SECONDS if device.type == "cuda" else _CPU_SECONDS)
     if request.budget is not None or needed(recipe) > most:

@@ -214,7 +214,7 @@ class Session:
         )
 
 
-class _PerSeed(FIFOScheduler):
+class _PerSeed(FIFOScheduler):  # type: ignore[misc]
     """One scheduler for each seed: a trial is compared with those of its own start only.
 
     Writes each decision to stop down at once; it is final, also for a sweep that is continued.
@@ -249,7 +249,7 @@ class _PerSeed(FIFOScheduler):
         self._of(trial).on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision = self._of(trial).on_trial_result(tune_controller, trial, result)
+        decision: str = self._of(trial).on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP:
             job = self._jobs[trial.config["trial"]["job"]]
             figures = {name: result[name] for name in result if name.startswith(_KEPT)}
@@ -270,7 +270,7 @@ class _PerSeed(FIFOScheduler):
 _KEPT = ("health/", "oracle/", "loss/")
 
 
-class _Progress(tune.Callback):
+class _Progress(tune.Callback):  # type: ignore[misc]
     def __init__(self, display: Display) -> None:
         self._display = display
 

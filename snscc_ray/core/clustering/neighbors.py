@@ -81,7 +81,8 @@ def local_radius(d_BK: Tensor) -> Tensor:
 @torch.no_grad()
 def global_radius(z_BD: Tensor, zaug_BD: Tensor) -> Tensor:
     """Eq. 4: r_B, the distance of each row to its own augmented view."""
-    return torch.linalg.vector_norm(z_BD - zaug_BD, dim=1)
+    d_B: Tensor = torch.linalg.vector_norm(z_BD - zaug_BD, dim=1)
+    return d_B
 
 
 @torch.no_grad()
