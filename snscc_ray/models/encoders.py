@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snscc_ray.config.settings import BUILT_IN, EncoderSettings, PretrainSettings, TrainSettings
-from snscc_ray.models import libraries as zoo
+from snscc_ray.models import libraries
 
 
 class ConvNet(nn.Module):
@@ -67,7 +67,7 @@ def build_encoder(settings: EncoderSettings, channels: int) -> nn.Module:
         return ConvNet(channels, settings.width)
     if settings.name in BUILT_IN:
         return _resnet(settings, channels)
-    return zoo.build(settings.name, channels)
+    return libraries.build(settings.name, channels)
 
 
 def activation_bytes(settings: EncoderSettings, channels: int, side: int) -> int:
