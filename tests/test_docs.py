@@ -71,7 +71,7 @@ def bases(name: str, params: dict[str, Any]) -> list[Recipe]:
     """Recipes that the command may change."""
     if name == "fit":
         where = {"source": "auto", "path": "scans"}
-        looks = [Look(1000, 32, grey, True) for grey in (False, True)]
+        looks = [Look(1000, 32, grey) for grey in (False, True)]
         return [
             choose("x", where, look, gpu=False, free_bytes=2**34, wishes=Wishes(10))[0]
             for look in looks

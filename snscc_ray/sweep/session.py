@@ -37,13 +37,11 @@ from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display, Nowhere
 from snscc_ray.data.loading.ray_stream import Shared, share_images
 from snscc_ray.data.loading.resident import ResidentData
-from snscc_ray.data.look import settled
-from snscc_ray.data.sources import list_rows
-from snscc_ray.models.pretrained import check_encoder
 from snscc_ray.runs.local import say_skipped
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.pace import Seconds, measure
-from snscc_ray.runs.run import check, execute
+from snscc_ray.runs.plan import make_plan
+from snscc_ray.runs.run import execute
 from snscc_ray.sweep.plan import Job, Ledger, searched
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.workers import LocalWorker, choose_device
@@ -94,19 +92,18 @@ class Session:
     """Ray and the images of a sweep, ready for its trials."""
 
     def __init__(self, recipe: Recipe, folder: Path, options: Options, console: Console) -> None:
-        self.recipe, self.options, self.display = recipe, options, Display(console)
+        self.options, self.display = options, Display(console)
         self.folder = folder if is_url(folder) else folder.absolute()
         # Beside the sweep: what one has trained, the next one finds.
         self.ledger = Ledger(self.folder.parent / "stages", self.folder)
-        rows = settled(recipe.data, list_rows(recipe.data))[1]
-        check(recipe, len(rows.ids), 1)
-        check_encoder(recipe, options.workers_per_trial)
+        plan = make_plan(recipe, (options.workers_per_trial,))
+        self.recipe, rows = plan.recipe, plan.rows
         probes = _probed(options, self.display.line)
         check_visible(self.folder, rows.some_files)
         self.concurrent = _concurrent(options)
         # Each trial holds the set, and the object store holds it once.
         free = room(probes) // (self.concurrent + 1)
-        self.images = share_images(recipe, rows, free, self.display)
+        self.images = share_images(self.recipe, rows, free, self.display)
         say_skipped(self.images.catalog, self.display)
         self._shared = ray.put(_Shared(self.images, self.ledger, options))
 
