@@ -175,7 +175,7 @@ def test_images_of_another_size_are_brought_to_the_runs_as_files_are(
     files = written(tmp_path / "files", large)
     assert np.array_equal(fitted.transform(large), fitted.transform(files))
     smaller = SNSCC(10, image_size=6, random_state=3, **DIGITS)
-    recipe = smaller._recipe(smaller._given(large, reset=True))
+    recipe = smaller._adapted(recipes.get("digits"), smaller._given(large, reset=True))
     assert (recipe.data.image_size, recipe.seed) == (6, 3)
 
 
