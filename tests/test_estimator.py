@@ -21,6 +21,7 @@ from sklearn.utils.estimator_checks import check_clustering, parametrize_with_ch
 
 import snscc_ray.runs.run
 from snscc_ray import SNSCC
+from snscc_ray.config import recipes
 from snscc_ray.data.given import as_bytes
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.runs.folder import read_recipe
