@@ -68,33 +68,49 @@ class _Given:
 
 
 class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
-    """Clusters images without labels by Soft Neighbors Supported Contrastive Clustering.
+    """Clusters unlabelled images by Soft Neighbors Supported Contrastive Clustering.
+
+    In `fit` and after it, X is one of these:
+
+    - an array or a torch tensor of images, (N, H, W), (N, H, W, C) or (N, C, H, W), or a table with
+      one image per row; integers from 0 to 255 or floats from 0 to 1
+    - a list of paths or URLs, one image each
+    - one path or URL: a folder of images, or Parquet shards
+    - a Ray Dataset with a column `image`
 
     Parameters
     ----------
-    n_clusters : how many clusters to find.
-    recipe : what to run, by a name of `snscc recipes`; auto: chosen as `snscc fit` does, by the
-        images and the machine.
-    settings : changes to it, each `FIELD=VALUE` as after `--set`.
-    image_size : side in pixels that images are brought to; None: the recipe's.
-    image_shape : (H, W), (H, W, C) or (C, H, W) of the rows of a table; None: square and grey.
-    random_state : a seed; None: the recipe's, so that a fit can be repeated.
-    device : auto, cpu or cuda.
-    folder : where the run folder is to stay; None: nothing stays. A fit that was stopped there
-        goes on, and one that is finished is found again.
-    verbose : 1 shows what `snscc run` shows.
+    n_clusters : int, default 8
+        How many clusters to find.
+    recipe : str, default "auto"
+        A name from `snscc recipes`. "auto" chooses the settings from the images and the machine, as
+        `snscc fit` does.
+    settings : sequence of str
+        Changes to the recipe, each `FIELD=VALUE` as after `--set`.
+    image_size : int, optional
+        Side in pixels that images are resized to; None: the recipe's.
+    image_shape : tuple of int, optional
+        (H, W), (H, W, C) or (C, H, W) of the rows of a table; None: square and grey.
+    random_state : int, RandomState or None
+        A seed; None: the recipe's, so that a fit can be repeated.
+    device : {"auto", "cpu", "cuda"}
+        Where to train and predict.
+    folder : str or Path, optional
+        Where to keep the run folder; None: it is not kept. A fit that was stopped there continues,
+        and one that is finished is found again.
+    verbose : int, default 0
+        1 shows what `snscc run` shows.
 
     Attributes
     ----------
-    labels_ : the cluster of each image, int (N,).
-    probabilities_ : of each cluster for each image, float32 (N, n_clusters).
-    ids_ : what the images are called: their number, or the file.
-    n_features_in_ : the length of a row, where X was a table.
-
-    X, in `fit` and after it, is an array or a torch tensor of images, (N, H, W), (N, H, W, C) or
-    (N, C, H, W), or a table with an image in each row; its values are integers from 0 to 255 or
-    floats from 0 to 1. Or a list of paths, or one path or URL (a folder of images, or shards), or
-    a Ray Dataset with a column `image`.
+    labels_ : ndarray of int, (N,)
+        The cluster of each image.
+    probabilities_ : ndarray of float32, (N, n_clusters)
+        The probability of each cluster for each image.
+    ids_ : ndarray of str, (N,)
+        The name of each image: its number, or the file.
+    n_features_in_ : int
+        The length of a row, if X was a table.
     """
 
     _fit_shape: tuple[int, ...] | None = None  # of the array of a fit; None: it was on files
