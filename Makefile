@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-fast lint setup bench gpu-pack clean
+.PHONY: run test test-fast lint docs setup bench gpu-pack clean
 
 run: setup
 	$(BIN)/snscc run digits --overwrite
@@ -27,6 +27,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into site/: every link and every name of the API reference is checked.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 bench: setup
 	$(BIN)/python -m benchmarks.views
 	$(BIN)/python -m benchmarks.epoch
@@ -45,4 +53,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

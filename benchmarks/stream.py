@@ -203,7 +203,7 @@ def _rate(found: list[Figures]) -> float:
 
 def _cpu_of_children() -> float:
     times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-    return sum(time.user + time.system for time in times)
+    return float(sum(time.user + time.system for time in times))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def flops_per_image(network: nn.Module, context: Context, views: int) -> float:
     with FlopCounterMode(display=False) as counter:
         logits_of(network(batch)).float().sum().backward()
     network.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops() / 2)
 
 
 def _fixed_batch(context: Context, size: int) -> Tensor:
@@ -284,7 +284,7 @@ def _ratio(turns: list[dict[str, Any]], name: str, other: str) -> float | None:
     """The median over rounds of how many times as fast, each round compared within itself."""
     if other not in turns[0]:
         return None
-    return statistics.median(turn[name][0] / turn[other][0] for turn in turns)
+    return float(statistics.median(turn[name][0] / turn[other][0] for turn in turns))
 
 
 def recipe_for(arguments: argparse.Namespace) -> Recipe:

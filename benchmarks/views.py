@@ -33,7 +33,7 @@ PilView = Callable[[Image.Image], Tensor]
 
 def pil_simclr(view: SimclrView, side: int, normalize: Normalize) -> PilView:
     jitter = transforms.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
-    return transforms.Compose([
+    view_of: PilView = transforms.Compose([
         transforms.RandomResizedCrop(side, view.crop_scale, view.crop_ratio),
         transforms.RandomHorizontalFlip(view.flip),
         transforms.RandomApply([jitter], view.jitter),
@@ -41,6 +41,7 @@ def pil_simclr(view: SimclrView, side: int, normalize: Normalize) -> PilView:
         transforms.ToTensor(),
         transforms.Normalize(normalize.mean, normalize.std),
     ])  # fmt: skip
+    return view_of
 
 
 def pil_strong(view: StrongView, side: int, normalize: Normalize) -> PilView:
@@ -76,7 +77,8 @@ def pil_operation(name: str, image: Image.Image, view: StrongView) -> Image.Imag
             return ImageOps.equalize(image)
         case "brightness" | "color" | "contrast" | "sharpness":
             enhancer = getattr(ImageEnhance, name.capitalize())
-            return enhancer(image).enhance(random.uniform(*view.enhance))
+            enhanced: Image.Image = enhancer(image).enhance(random.uniform(*view.enhance))
+            return enhanced
         case "posterize":
             return ImageOps.posterize(image, random.randint(*view.posterize_bits))
         case "solarize":

@@ -100,7 +100,7 @@ def test_a_kill_in_mid_write_leaves_the_last_good_one(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
-from snscc_ray.core import checkpoints
+from snscc_ray.core import storage
 def write(file):
     file.write(b"half of it")
     file.flush()

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import snscc_ray.run
 import torch
 from PIL import Image
 
+import snscc_ray.runs.run
 from snscc_ray import cli
 from snscc_ray.cli import options
 from snscc_ray.config import recipes

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from snscc_ray.cli import options
 from snscc_ray.compare import comparison as compare
-from snscc_ray.compare import methods, paper
-from snscc_ray.compare.methods import TITLES, chosen, dec, scan
+from snscc_ray.compare import paper
+from snscc_ray.compare.methods import METHODS, chosen, dec, load, scan
 from snscc_ray.compare.study import Found, Study
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
@@ -73,12 +73,12 @@ def test_every_method_runs_and_its_figures_are_those_of_its_assignment(
     done = snscc(*arguments(folder))
     assert done.status == 0, done
     rows = table(folder)
-    assert list(rows) == list(TITLES)
+    assert list(rows) == list(METHODS)
     assert "has the 2 epochs alone, SNSCC 4 in all" in (folder / "compare.md").read_text()
     markdown = (folder / "compare.md").read_text()
     for method, row in rows.items():
         assert f"{method}: ACC {float(row['acc']):.3f}" in done.out
-        assert f"| {TITLES[method]} | {float(row['acc']):.3f} |" in markdown
+        assert f"| {METHODS[method].title} | {float(row['acc']):.3f} |" in markdown
         found = pq.read_table(folder / "methods" / method / "assignments.parquet")
         clusters = torch.tensor(found["cluster"].to_pylist())
         truth = pq.read_table(folder / "snscc" / "assignments.parquet")
@@ -95,9 +95,9 @@ def test_every_method_runs_and_its_figures_are_those_of_its_assignment(
         losses = [json.loads(text)["loss/total"] for text in lines]
         assert losses[-1] < losses[0], method
 
-    monkeypatch.setattr(compare, "METHODS", dict.fromkeys(TITLES, broken))
+    monkeypatch.setattr(compare, "load", dict.fromkeys(METHODS, broken).__getitem__)
     again = snscc(*arguments(folder))
-    assert again.status == 0 and again.out.count("done before") == len(TITLES)
+    assert again.status == 0 and again.out.count("done before") == len(METHODS)
     assert table(folder) == rows
 
 
@@ -105,7 +105,7 @@ def test_a_method_that_fails_is_a_row_and_the_same_command_tries_it_again(
     tmp_path: Path, snscc: Snscc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = {"kmeans": stub(0), "pretext": broken, "snscc": stub(1)}
-    monkeypatch.setattr(compare, "METHODS", chosen)
+    monkeypatch.setattr(compare, "load", chosen.__getitem__)
     call = arguments(tmp_path / "c", "--methods", "snscc,pretext,kmeans")
     done = snscc(*call)
     assert done.status == 1 and done.err.startswith("snscc: failed: pretext;"), done
@@ -114,7 +114,9 @@ def test_a_method_that_fails_is_a_row_and_the_same_command_tries_it_again(
     assert rows["pretext"]["note"] == "failed: ValueError: no memory left"
     assert rows["pretext"]["acc"] == "" and rows["snscc"]["clusters"] == "1"
 
-    monkeypatch.setattr(compare, "METHODS", {**chosen, "kmeans": broken, "pretext": stub(2)})
+    monkeypatch.setattr(
+        compare, "load", {**chosen, "kmeans": broken, "pretext": stub(2)}.__getitem__
+    )
     done = snscc(*call)
     assert done.status == 0, done
     assert [row["note"] for row in table(tmp_path / "c").values()] == ["a stub"] * 3
@@ -207,7 +209,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_a_folder_with_something_else_in_it_is_refused(
     tmp_path: Path, snscc: Snscc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "METHODS", {"kmeans": stub(3)})
+    monkeypatch.setattr(compare, "load", {"kmeans": stub(3)}.__getitem__)
     other = tmp_path / "other"
     other.mkdir()
     (other / "recipe.json").write_text("{}")
@@ -226,7 +228,8 @@ def test_a_folder_with_something_else_in_it_is_refused(
 
 
 def test_the_names_methods_means() -> None:
-    assert chosen("all") == tuple(TITLES) == tuple(methods.METHODS)
+    assert chosen("all") == tuple(METHODS)
+    assert all(callable(load(name)) for name in METHODS)
     assert chosen("snscc, kmeans,kmeans") == ("kmeans", "snscc")
     with pytest.raises(UserError, match="no method ''"):
         chosen("")
@@ -234,7 +237,7 @@ def test_the_names_methods_means() -> None:
 
 def test_the_papers_figures_stand_beside_ours() -> None:
     assert all(len(cells) == 15 for cells in paper.TABLE_IV.values())
-    assert set(paper.TABLE_IV) >= set(TITLES)
+    assert set(paper.TABLE_IV) >= set(METHODS)
     # By hand, from the printed table.
     assert paper.printed("snscc", "cifar10") == (0.886, 0.795, 0.777)
     assert paper.printed("kmeans", "imagenet_dogs") == (0.105, 0.055, 0.020)

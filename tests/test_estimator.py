@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import snscc_ray.run
 import torch
 from PIL import Image
 from rich.console import Console
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_clustering, parametrize_with_checks
 
+import snscc_ray.runs.run
 from snscc_ray import SNSCC
+from snscc_ray.config import recipes
 from snscc_ray.data.given import as_bytes
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.runs.folder import read_recipe
@@ -175,7 +176,7 @@ def test_images_of_another_size_are_brought_to_the_runs_as_files_are(
     files = written(tmp_path / "files", large)
     assert np.array_equal(fitted.transform(large), fitted.transform(files))
     smaller = SNSCC(10, image_size=6, random_state=3, **DIGITS)
-    recipe = smaller._recipe(smaller._given(large, reset=True))
+    recipe = smaller._adapted(recipes.get("digits"), smaller._given(large, reset=True))
     assert (recipe.data.image_size, recipe.seed) == (6, 3)
 
 

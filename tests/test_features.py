@@ -63,7 +63,7 @@ def test_a_stage_trained_again_has_other_features(own: Own) -> None:
 
 
 def test_other_images_are_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import snscc_ray.features as features
+    import snscc_ray.answers.features as features
 
     real = features.bring
 

@@ -17,7 +17,7 @@ from snscc_ray.config.settings import DataSettings, Recipe
 from snscc_ray.data.decode import OWN_RANGE, Reading, UnreadableImage, decode_into
 from snscc_ray.data.imageset import assemble
 from snscc_ray.data.loading.survey import survey
-from snscc_ray.data.look import listed, look, settled
+from snscc_ray.data.look import look, settled
 from snscc_ray.data.sources import list_rows
 from snscc_ray.runs.folder import first_difference
 from tests.conftest import digits_table
@@ -117,7 +117,8 @@ def test_colour_of_16_bits_that_holds_less_is_not_read_as_black() -> None:
 def test_a_recipe_says_what_was_found_and_goes_on_with_it(tmp_path: Path, tiny: Recipe) -> None:
     folder = write(tmp_path / "set", deep(0, 1023, "u2"))
     wish = override(tiny, ["data.source=auto", f"data.path={folder}"])
-    recipe, _ = listed(wish)
+    data, _ = settled(wish.data, list_rows(wish.data))
+    recipe = wish.model_copy(update={"data": data})
     assert recipe.data.value_range == (0, 1023)
     there, here = recipe.model_dump(mode="json"), wish.model_dump(mode="json")
     assert first_difference(there, here) is None  # --resume with the command that began it

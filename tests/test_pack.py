@@ -153,8 +153,7 @@ def test_sizes_of_shards_and_row_groups(large: Path, packed_once: Path, tmp_path
 
 
 def pack_here(folder: Path, out: Path, options: pack.Options, **more: Any) -> pack.Summary:
-    given = {"jobs": 1, "skip_corrupt": False, "overwrite": False, "console": console, **more}
-    return pack.pack(folder, out, options, **given)
+    return pack.pack(pack.Request(folder, out, options, **{"jobs": 1, **more}), console)
 
 
 def test_memory_is_that_of_a_row_group(large: Path, tmp_path: Path) -> None:

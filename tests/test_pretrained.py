@@ -21,7 +21,7 @@ from snscc_ray.config.overrides import override
 from snscc_ray.config.recipes import get
 from snscc_ray.config.settings import EncoderSettings, Recipe
 from snscc_ray.core.checkpoints import load
-from snscc_ray.models import libraries as zoo
+from snscc_ray.models import libraries
 from snscc_ray.models.encoders import build_encoder, out_features
 from snscc_ray.models.importers import import_weights
 from snscc_ray.models.pretrained import check_encoder, encoder_settings, start_encoder
@@ -155,7 +155,7 @@ def test_models_of_libraries_are_encoders(name: str, channels: int) -> None:
     encoder = build_encoder(settings(name=name), channels).eval()
     h_BD = encoder(torch.rand(2, channels, 64, 64))
     assert h_BD.shape == (2, out_features(encoder))
-    assert import_weights(zoo.like_default(name), encoder, "x").summed == (channels == 1)
+    assert import_weights(libraries.like_default(name), encoder, "x").summed == (channels == 1)
 
 
 @pytest.mark.parametrize(

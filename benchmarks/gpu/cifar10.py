@@ -91,7 +91,7 @@ def pays(file: Path) -> bool:
         return False
     rows = json.loads(file.read_text())["results"]
     speed = {row["what"]: row["images_per_second"] for row in rows}
-    return speed.get("pretrain compiled", 0) > 1.05 * speed.get("pretrain", torch.inf)
+    return bool(speed.get("pretrain compiled", 0) > 1.05 * speed.get("pretrain", torch.inf))
 
 
 class _Sitting(LocalWorker):

@@ -8,14 +8,14 @@ import typer
 from rich.table import Table
 
 from snscc_ray.cli.options import Settings, fail, out, overrides_of, say
-from snscc_ray.compare.methods import TITLES, chosen
+from snscc_ray.compare.methods import METHODS, chosen
 from snscc_ray.config import recipes
 from snscc_ray.config.overrides import override
 
 
 def compare(
     recipe: Annotated[str, typer.Argument(help="a name from `snscc recipes`")],
-    methods: Annotated[str, typer.Option(help=f"all, or some of {', '.join(TITLES)}")] = "all",
+    methods: Annotated[str, typer.Option(help=f"all, or some of {', '.join(METHODS)}")] = "all",
     data: Annotated[
         str | None, typer.Option(help="folder of images, Parquet shards, or a torchvision copy")
     ] = None,

@@ -9,6 +9,8 @@ import platform
 import psutil
 import torch
 
+from snscc_ray.core.clustering.neighbors import describe_faiss
+
 
 def examine() -> list[tuple[str, str]]:
     """(what, finding) rows for a person to read."""
@@ -26,18 +28,10 @@ def examine() -> list[tuple[str, str]]:
     if not gpus:
         rows.append(("GPU", "none that torch sees"))
     rows.append(("ray", _version("ray")))
-    rows.append(("faiss", _faiss()))
+    rows.append(("faiss", describe_faiss()))
     device = "cuda, bfloat16 autocast" if gpus else "cpu, float32"
     rows.append(("a run would use", device))
     return rows
-
-
-def _faiss() -> str:
-    try:
-        import faiss
-    except ImportError as error:
-        return f"not there ({error}); torch finds the neighbours"
-    return f"{faiss.__version__}, {faiss.get_num_gpus()} GPUs"
 
 
 def _version(package: str) -> str:

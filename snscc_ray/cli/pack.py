@@ -56,15 +56,8 @@ def pack_folder(
     else:
         options = pack.Options(shard_mb, image_size, folders_are_labels)
         try:
-            found = pack.pack(
-                expanded(folder),
-                place,
-                options,
-                jobs=jobs,
-                skip_corrupt=skip_corrupt,
-                overwrite=overwrite,
-                console=out,
-            )
+            request = pack.Request(expanded(folder), place, options, jobs, skip_corrupt, overwrite)
+            found = pack.pack(request, out)
         except KeyboardInterrupt:
             fail("stopped; the same command again keeps the finished shards", 130)
     rate = f", {found.packed / found.seconds:,.0f} images/s" if found.packed else ""

@@ -114,7 +114,8 @@ def sweep(
         out.print(f"Searching by {metric}, which reads the labels, as asked.", highlight=False)
     ready_for_ray()
     try:
-        from snscc_ray.sweep.run import Options, run_sweep
+        from snscc_ray.sweep.run import Request, run_sweep
+        from snscc_ray.sweep.session import Options
     except ImportError as error:
         raise UserError(f"sweeps need Ray ({error}); pip install 'ray[data,train,tune]'") from error
     options = Options(
@@ -129,17 +130,8 @@ def sweep(
         address=address,
     )
     try:
-        summary = run_sweep(
-            space,
-            chosen,
-            folder,
-            options,
-            out,
-            seeds=seeds,
-            samples=samples,
-            overwrite=overwrite,
-            dry=dry_run,
-        )
+        request = Request(space, chosen, folder, options, seeds, samples, overwrite, dry_run)
+        summary = run_sweep(request, out)
     except (Interrupted, KeyboardInterrupt):
         fail("stopped; the same command again goes on from here", 130)
     if summary is None:

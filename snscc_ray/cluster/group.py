@@ -147,14 +147,14 @@ def _name_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-class _OwnInterface(_TorchBackend):
+class _OwnInterface(_TorchBackend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(_name_interface)
         super().on_start(worker_group, backend_config)
 
 
 @dataclass
-class _Torch(TorchConfig):
+class _Torch(TorchConfig):  # type: ignore[misc]
     @property
     def backend_cls(self) -> type[_TorchBackend]:
         return _OwnInterface

@@ -129,7 +129,7 @@ def _probe(group: Any, bundle: dict[str, float], workers: int) -> list[Probe]:
         for index in range(workers)
     ]
     try:
-        return ray.get(results)
+        return list(ray.get(results))
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, ImportError):

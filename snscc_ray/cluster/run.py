@@ -18,12 +18,11 @@ from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.ray_stream import share_images
-from snscc_ray.data.look import listed
-from snscc_ray.models.pretrained import check_encoder
 from snscc_ray.runs.folder import check_apart, prepare_folder, remove_tree
 from snscc_ray.runs.local import say_skipped
 from snscc_ray.runs.monitor import Journal
-from snscc_ray.runs.run import Request, Result, check, final_figures
+from snscc_ray.runs.plan import check, make_plan
+from snscc_ray.runs.run import Request, Result, final_figures
 
 
 def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
@@ -45,11 +44,9 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     if recipe.runtime.device == "cuda" and not scale.gpu:
         raise UserError("runtime.device=cuda needs workers with a GPU each; add --gpu")
-    recipe, rows = listed(recipe)
     counts = range(scale.workers[0], scale.workers[1] + 1)
-    for workers in counts:
-        check(recipe, len(rows.ids), workers)
-    check_encoder(recipe, scale.workers[1])
+    plan = make_plan(recipe, counts)
+    recipe, rows = plan.recipe, plan.rows
     display = Display(console)
     # A report waits for the controller to look, which by default is every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -59,8 +56,9 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
         where = folder if is_url(folder) else folder.absolute()
         check_visible(where, rows.some_files)
         data = share_images(recipe, rows, room(probes), display)
-        for workers in counts:
-            check(recipe, len(data.catalog), workers)
+        if data.catalog.skipped:  # fewer than were checked
+            for workers in counts:
+                check(recipe, len(data.catalog), workers)
         display.line(_headline(recipe, data.catalog, scale))
         say_skipped(data.catalog, display)
         job = Job(recipe, str(where), request.stages, overwrite, ray.put(data.catalog), data.load)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from snscc_ray.compare.methods import METHODS, TITLES, ours
+from snscc_ray.compare.methods import METHODS, load, ours
 from snscc_ray.compare.study import Found, Study, home
 from snscc_ray.compare.table import Row, figures_of, line, write_table
 from snscc_ray.config.errors import UserError
@@ -24,8 +24,6 @@ from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog, ImageSet, assemble
 from snscc_ray.data.loading.resident import ResidentData
 from snscc_ray.data.loading.survey import choose_mode
-from snscc_ray.data.look import listed
-from snscc_ray.models.pretrained import check_encoder
 from snscc_ray.runs.folder import (
     IMAGES_FILE,
     check_apart,
@@ -38,7 +36,8 @@ from snscc_ray.runs.folder import (
     remove_tree,
 )
 from snscc_ray.runs.local import free_bytes, say_skipped, terminated_like_interrupted
-from snscc_ray.runs.run import check, normalisation
+from snscc_ray.runs.plan import check, make_plan
+from snscc_ray.runs.run import normalisation
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.workers import choose_device
@@ -81,7 +80,7 @@ def _compare(request: Request, display: Display) -> list[Row]:
                 display.line(f"{place}: done before")
                 rows = _rows(study, failed)
                 continue
-            display.line(f"{place}: {TITLES[method]}")
+            display.line(f"{place}: {METHODS[method].title}")
             reason = _run(study, method)
             if reason is not None:
                 failed[method] = reason
@@ -165,9 +164,8 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Recip
             "encoder.weights: a comparison is fair where every method starts from random weights; "
             "leave them out"
         )
-    recipe, rows = listed(recipe)
-    check(recipe, len(rows.ids), 1)
-    check_encoder(recipe, 1)
+    plan = make_plan(recipe)
+    recipe, rows = plan.recipe, plan.rows
     mode, why = choose_mode(recipe.data, len(rows.ids), free_bytes(device), rows.streamable)
     if mode == "stream":
         raise UserError(
@@ -178,7 +176,8 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Recip
     images = assemble(rows, recipe.data, recipe.runtime.decode_workers, progress)
     display.finish()
     say_skipped(images.catalog.for_clusters(recipe.data.num_clusters), display)
-    check(recipe, len(images), 1)
+    if images.catalog.skipped:  # fewer than were checked
+        check(recipe, len(images), 1)
     return recipe, images
 
 
@@ -195,7 +194,7 @@ def _run(study: Study, method: str) -> str | None:
     own = replace(study, seconds=[])
     went_on = any(home(study.folder, method).glob("*/latest.pt"))
     try:
-        found = METHODS[method](own)
+        found = load(method)(own)
     except Interrupted:
         raise
     except Exception as error:  # whatever it is, the other methods go on
@@ -238,7 +237,7 @@ def _rows(study: Study, failed: dict[str, str]) -> list[Row]:
     if neighbors.exists():
         mined = MinedNeighbors.load(neighbors).neighbors_NK
     rows = []
-    for method in TITLES:
+    for method in METHODS:
         if method in failed:
             rows.append(Row(method, note=f"failed: {failed[method]}"))
         elif outcome := _outcome(study, method):

@@ -33,4 +33,5 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, h_BD: Tensor) -> Tensor:
-        return self.layers(self.start(h_BD).unflatten(1, self.shape))
+        x_BCHW: Tensor = self.layers(self.start(h_BD).unflatten(1, self.shape))
+        return x_BCHW

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from snscc_ray.config.settings import StageName, StageSettings, View
 from snscc_ray.core.views import make_views
-from snscc_ray.data.loading.resident import Batch
-from snscc_ray.training.context import Context, Viewer
+from snscc_ray.data.loading.resident import Batch, Viewer
+from snscc_ray.training.context import Context
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from snscc_ray.compare.methods import TITLES
+from snscc_ray.compare.methods import METHODS
 from snscc_ray.compare.paper import DATA_SETS, SOURCE, printed
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core.clustering import metrics
@@ -66,7 +66,7 @@ def cells(row: Row, shown: dict[str, str]) -> list[str]:
     figures = [f"{row.figures[name]:.3f}" if name in row.figures else "-" for name in shown]
     used = f"{int(row.figures[_USED])}" if _USED in row.figures else "-"
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
-    return [TITLES[row.method], *figures, used, row.epochs or "-", seconds]
+    return [METHODS[row.method].title, *figures, used, row.epochs or "-", seconds]
 
 
 def line(row: Row) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import (
@@ -19,6 +19,9 @@ from snscc_ray.config.settings import (
 )
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_LIKE_IMAGENET: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+_RESNET18 = EncoderSettings(name="resnet18")
+_RESNET18_96 = EncoderSettings(name="resnet18", stem="standard")
 
 IMAGENET_10 = (
     "n02056570", "n02085936", "n02128757", "n02690373", "n02692877",
@@ -75,14 +78,16 @@ def _paper(
     encoder: EncoderSettings,
     *,
     cutout: int,
-    train_batch: int,
-    boost_batch: int,
+    batches: tuple[int, int],
     entropy_weight: float = 5.0,
     confidence_threshold: float = 0.99,
     pretrain: PretrainSettings | None = None,
     mined_from: Literal["images", "predictions"] = "images",
 ) -> Recipe:
-    """The paper's settings (Section IV-A-4); batch sizes and pretext are the released code's."""
+    """The paper's settings (Section IV-A-4); batch sizes and pretext are the released code's.
+
+    batches: of Train and of Boost.
+    """
     view = StrongView(cutout=cutout)
     return Recipe(
         name=name,
@@ -91,14 +96,14 @@ def _paper(
         pretrain=pretrain or _simclr(epochs=500),
         train=TrainSettings(
             epochs=500,
-            batch_size=train_batch,
+            batch_size=batches[0],
             entropy_weight=entropy_weight,
             mined_from=mined_from,
             view=view,
         ),
         boost=BoostSettings(
             epochs=200,
-            batch_size=boost_batch,
+            batch_size=batches[1],
             confidence_threshold=confidence_threshold,
             view=view,
         ),
@@ -138,97 +143,60 @@ _CIFAR20 = DataSettings(
 
 def cifar10() -> Recipe:
     """CIFAR-10, train and test, with the paper's settings."""
-    return _paper(
-        "cifar10",
-        _CIFAR10,
-        EncoderSettings(name="resnet18"),
-        cutout=16,
-        train_batch=256,
-        boost_batch=1000,
-    )
+    return _paper("cifar10", _CIFAR10, _RESNET18, cutout=16, batches=(256, 1000))
 
 
 def cifar20() -> Recipe:
     """CIFAR-100 by its 20 superclasses, train and test, with the paper's settings."""
-    return _paper(
-        "cifar20",
-        _CIFAR20,
-        EncoderSettings(name="resnet18"),
-        cutout=16,
-        train_batch=512,
-        boost_batch=1000,
-    )
+    return _paper("cifar20", _CIFAR20, _RESNET18, cutout=16, batches=(512, 1000))
 
 
 def stl10() -> Recipe:
     """STL-10, train and test at 96 pixels, with the paper's settings."""
     return _paper(
         "stl10",
-        DataSettings(
-            source="stl10", num_clusters=10, image_size=96, mean=IMAGENET_MEAN, std=IMAGENET_STD
-        ),
-        EncoderSettings(name="resnet18", stem="standard"),
+        DataSettings(source="stl10", num_clusters=10, image_size=96, **_LIKE_IMAGENET),
+        _RESNET18_96,
         cutout=32,
-        train_batch=200,
-        boost_batch=512,
+        batches=(200, 512),
         entropy_weight=2.0,
     )
 
 
-def _moco(batch_size: int) -> PretrainSettings:
-    return PretrainSettings(
-        method="moco",
-        epochs=500,
-        batch_size=batch_size,
-        optimizer="sgd",
-        learning_rate=0.03,
-        schedule="cosine",
-        temperature=0.2,
-        projection_hidden=2048,
-        queue_size=4096,
+_MOCO = PretrainSettings(
+    method="moco",
+    epochs=500,
+    batch_size=128,
+    optimizer="sgd",
+    learning_rate=0.03,
+    schedule="cosine",
+    temperature=0.2,
+    projection_hidden=2048,
+    queue_size=4096,
+)
+
+
+def _imagenet(name: str, classes: tuple[str, ...], **changed: Any) -> Recipe:
+    """Some classes of an ImageNet folder, with a MoCo-v2 pretext and the paper's settings."""
+    data = DataSettings(
+        source="imagenet",
+        classes=classes,
+        num_clusters=len(classes),
+        image_size=224,
+        **_LIKE_IMAGENET,
     )
+    encoder = EncoderSettings(name="resnet50", stem="standard")
+    return _paper(name, data, encoder, cutout=75, batches=(128, 256), pretrain=_MOCO, **changed)
 
 
 def imagenet10() -> Recipe:
     """ImageNet-10 from an ImageNet folder, MoCo-v2 pretext, with the paper's settings."""
-    return _paper(
-        "imagenet10",
-        DataSettings(
-            source="imagenet",
-            classes=IMAGENET_10,
-            num_clusters=10,
-            image_size=224,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-        ),
-        EncoderSettings(name="resnet50", stem="standard"),
-        cutout=75,
-        train_batch=128,
-        boost_batch=256,
-        pretrain=_moco(128),
-    )
+    return _imagenet("imagenet10", IMAGENET_10)
 
 
 def imagenet_dogs() -> Recipe:
     """ImageNet-Dogs from an ImageNet folder, MoCo-v2 pretext, with the paper's settings."""
-    return _paper(
-        "imagenet_dogs",
-        DataSettings(
-            source="imagenet",
-            classes=IMAGENET_DOGS,
-            num_clusters=15,
-            image_size=224,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-        ),
-        EncoderSettings(name="resnet50", stem="standard"),
-        cutout=75,
-        train_batch=128,
-        boost_batch=256,
-        entropy_weight=10.0,
-        confidence_threshold=0.95,
-        pretrain=_moco(128),
-    )
+    return _imagenet("imagenet_dogs", IMAGENET_DOGS, entropy_weight=10.0, confidence_threshold=0.95)
 
 
 def images() -> Recipe:
@@ -236,10 +204,9 @@ def images() -> Recipe:
     return _paper(
         "images",
         DataSettings(source="auto", num_clusters=10, image_size=64),
-        EncoderSettings(name="resnet18"),
+        _RESNET18,
         cutout=24,
-        train_batch=256,
-        boost_batch=256,
+        batches=(256, 256),
         mined_from="predictions",  # the set may be too large for random access
     )
 
@@ -293,13 +260,7 @@ def _best(
 
 def cifar10_best() -> Recipe:
     """CIFAR-10 for accuracy, our settings; untested at full length (or encoder.name=resnet34)."""
-    return _best(
-        "cifar10_best",
-        _CIFAR10,
-        EncoderSettings(name="resnet18"),
-        cutout=16,
-        epochs=(500, 50, 50),
-    )
+    return _best("cifar10_best", _CIFAR10, _RESNET18, cutout=16, epochs=(500, 50, 50))
 
 
 def cifar20_best() -> Recipe:
@@ -307,7 +268,7 @@ def cifar20_best() -> Recipe:
     return _best(
         "cifar20_best",
         _CIFAR20,
-        EncoderSettings(name="resnet18"),
+        _RESNET18,
         cutout=16,
         epochs=(500, 50, 50),
         confidence_threshold=0.95,
@@ -322,11 +283,10 @@ def imagenette() -> Recipe:
             source="auto",
             num_clusters=10,
             image_size=96,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
+            **_LIKE_IMAGENET,
             folders_are_labels=True,
         ),
-        EncoderSettings(name="resnet18", stem="standard"),
+        _RESNET18_96,
         cutout=32,
         epochs=(1000, 100, 100),
     )

@@ -124,11 +124,12 @@ View = Annotated[SimclrView | StrongView, Field(discriminator="kind")]
 
 
 BUILT_IN = ("convnet", "resnet18", "resnet34", "resnet50")
+LIBRARIES = ("torchvision", "timm")  # of encoders; what they do is in models.libraries
 
 
 def _an_encoder(name: str) -> str:
     library, _, model = name.partition(":")
-    if name not in BUILT_IN and (library not in ("torchvision", "timm") or not model):
+    if name not in BUILT_IN and (library not in LIBRARIES or not model):
         raise ValueError(
             "use 'convnet', 'resnet18', 'resnet34' or 'resnet50', or a model of a library as "
             "torchvision:NAME or timm:NAME"

@@ -1,4 +1,4 @@
-"""What is written is written whole or not at all, and read without executing pickled code."""
+"""Checkpoints: saved whole, and read without executing pickled code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
-from snscc_ray.core.storage import write_whole
+from snscc_ray.core.storage import WRITE_ANEW, write_whole
 
 FORMAT = 1
 # What makes a damaged file of a run whole again, in each command that can meet one.
@@ -24,7 +24,6 @@ AGAIN = (
     "bring back a copy of it, or remove it and repeat the command that made the run (`snscc run` "
     "with --resume)"
 )
-_ANEW = "bring back a copy of it, or repeat the command that wrote it, with --overwrite"
 
 
 def save(path: Path, payload: dict[str, Any]) -> None:
@@ -100,7 +99,7 @@ def read_columns(path: Path, columns: list[str]) -> pa.Table:
             return pq.read_table(file, columns=columns)
     except (pa.ArrowException, FileNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is damaged or gone ({reason}): {_ANEW}") from error
+        raise UserError(f"{path} is damaged or gone ({reason}): {WRITE_ANEW}") from error
 
 
 def load_weights(module: nn.Module, state: dict[str, torch.Tensor], origin: object) -> None:

@@ -155,7 +155,8 @@ def synchronise_batch_norm(network: nn.Module) -> nn.Module:
     if world_size() == 1:
         return network
     if next(network.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return synchronised
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):

@@ -13,6 +13,8 @@ from typing import IO, Any, cast
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
 
+WRITE_ANEW = "bring back a copy of it, or repeat the command that wrote it, with --overwrite"
+
 
 def _umask() -> int:
     """It can only be read by setting it: once, at import, before there are threads."""
@@ -90,4 +92,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not readable as JSON ({error}): {_ANEW}") from error
+        raise UserError(f"{path} is not readable as JSON ({error}): {WRITE_ANEW}") from error

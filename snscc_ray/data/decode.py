@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import DataSettings
@@ -162,7 +162,7 @@ def _decode(source: Source, out: np.ndarray, reading: Reading) -> None:
 
 def why_unreadable(error: Exception) -> str:
     """In one line."""
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image in a known format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

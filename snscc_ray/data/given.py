@@ -69,7 +69,7 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
         raise ValueError(f"X holds {values.dtype.name} values from {low:g} to {high:g}: {wanted}")
     if whole:
         return values.astype(np.uint8)
-    return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+    return np.asarray(np.rint(values.clip(0, 1) * 255), np.uint8)
 
 
 def is_ray_dataset(given: object) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.settings import DataSettings, Recipe
+from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.decode import (
     Reading,
     Source,
@@ -24,7 +24,6 @@ from snscc_ray.data.decode import (
 )
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.shards import sample_images
-from snscc_ray.data.sources import list_rows
 
 _SAMPLE = 200
 # Grey images saved as JPEG differ by a little between their channels.
@@ -36,15 +35,17 @@ _WHITE, _BLACK, _BETWEEN = 255, 0, 128
 
 @dataclass(frozen=True)
 class Look:
-    """Of a set of images."""
+    """What a sample of a dataset shows."""
 
-    rows: int
+    rows: int  # of the whole dataset
     side: int  # median of the shorter sides, in pixels
     grey: bool  # (nearly) all of them
-    streamable: bool
     value_range: tuple[float, float] | None = None  # of those of more than 8 bits
     background: int | None = None  # another grey than white, if transparent ones vanish on that
-    notes: tuple[str, ...] = ()
+    sampled: int = 0  # images that could be read
+    deep: int = 0  # of them, with more than 8 bits
+    frames: int = 0  # of them, with several frames or pages
+    unreadable: str = ""  # why the first one that cannot be read cannot
 
 
 @dataclass(frozen=True)
@@ -59,53 +60,8 @@ class _Seen:
 
 
 def look(rows: Rows) -> Look:
-    """Open up to 200 of the images, spread over the whole set.
-
-    Raises UserError where none of them can be read.
-    """
-    seen, reason = _look(rows)
-    if not seen:
-        raise UserError(
-            f"none of a sample of the images in {rows.place} can be read (the first: {reason}): "
-            "give images in a known format"
-        )
-    value_range, background = _range(seen), _background(seen)
-    return Look(
-        rows=len(rows.ids),
-        side=int(np.median([one.side for one in seen])),
-        # A few coloured stamps among scans do not make a colour set; a tenth does.
-        grey=bool(np.mean([one.grey for one in seen]) > 0.9),
-        streamable=rows.streamable,
-        value_range=value_range,
-        background=background,
-        notes=_notes(seen, value_range, background),
-    )
-
-
-def listed(recipe: Recipe) -> tuple[Recipe, Rows]:
-    """The set of a recipe, and the recipe with what `settled` adds. Raises UserError."""
-    rows = list_rows(recipe.data)
-    data, rows = settled(recipe.data, rows)
-    return recipe.model_copy(update={"data": data}), rows
-
-
-def settled(data: DataSettings, rows: Rows) -> tuple[DataSettings, Rows]:
-    """How all images of a set are brought to 8 bits, where the settings leave it open."""
-    if rows.files is None and rows.shards is None:
-        return data, rows  # arrays: of 8 bits, and nothing of them is transparent
-    seen, _ = _look(rows)
-    found = {
-        "value_range": data.value_range or _range(seen),
-        "background": _background(seen) if data.background is None else data.background,
-    }
-    data = data.model_copy(update=found)
-    notes = _notes(seen, data.value_range, data.background)
-    return data, replace(rows, reading=Reading.of(data), notes=(*rows.notes, *notes))
-
-
-def _look(rows: Rows) -> tuple[list[_Seen], str]:
-    """Of a sample, and why the first image that is unreadable is so."""
-    seen, reason = [], ""
+    """Open up to 200 of the images, spread over the whole dataset."""
+    seen, unreadable = [], ""
     for source in _sample(rows):
         try:
             with without_limits():
@@ -113,8 +69,36 @@ def _look(rows: Rows) -> tuple[list[_Seen], str]:
         except UserError:
             raise
         except Exception as error:  # what Pillow raises on broken files is open-ended
-            reason = reason or why_unreadable(error)
-    return seen, reason
+            unreadable = unreadable or why_unreadable(error)
+    return Look(
+        rows=len(rows.ids),
+        side=int(np.median([one.side for one in seen])) if seen else 0,
+        # A few coloured stamps among scans do not make a colour set; a tenth does.
+        grey=bool(seen and np.mean([one.grey for one in seen]) > 0.9),
+        value_range=_range(seen),
+        background=_background(seen),
+        sampled=len(seen),
+        deep=sum(one.value_range is not None for one in seen),
+        frames=sum(one.frames > 1 for one in seen),
+        unreadable=unreadable,
+    )
+
+
+def settled(data: DataSettings, rows: Rows, seen: Look | None = None) -> tuple[DataSettings, Rows]:
+    """How all images of a dataset are brought to 8 bits, where the settings leave it open.
+
+    seen: what `look` has found; None: it is looked at now.
+    """
+    if rows.files is None and rows.shards is None:
+        return data, rows  # arrays: of 8 bits, and nothing of them is transparent
+    seen = seen or look(rows)
+    found = {
+        "value_range": data.value_range or seen.value_range,
+        "background": seen.background if data.background is None else data.background,
+    }
+    data = data.model_copy(update=found)
+    notes = (*rows.notes, *_notes(seen, data.value_range, data.background))
+    return data, replace(rows, reading=Reading.of(data), notes=notes)
 
 
 def _sample(rows: Rows) -> Iterable[Source]:
@@ -180,25 +164,23 @@ def _background(seen: list[_Seen]) -> int | None:
 
 
 def _notes(
-    seen: list[_Seen], value_range: tuple[float, float] | None, background: int | None
+    seen: Look, value_range: tuple[float, float] | None, background: int | None
 ) -> tuple[str, ...]:
     notes = []
-    deep = [one.value_range for one in seen if one.value_range is not None]
-    sample = f"of {len(seen):,} that were looked at"
-    if deep and value_range is not None:
+    sample = f"of {seen.sampled:,} that were looked at"
+    if seen.value_range is not None and value_range is not None:
         low, high = value_range
-        own = _range(seen)
-        assert own is not None
+        own = seen.value_range
         other = "" if own == value_range else f"; those here go from {own[0]:g} to {own[1]:g}"
         notes.append(
-            f"values of more than 8 bits ({len(deep):,} {sample}): {low:g} is black and {high:g} "
+            f"values of more than 8 bits ({seen.deep:,} {sample}): {low:g} is black and {high:g} "
             f"white{other}"
         )
     if background is not None:
         notes.append(f"what is transparent is laid over a grey of {background} (white is 255)")
-    frames = sum(one.frames > 1 for one in seen)
-    if frames:
+    if seen.frames:
         notes.append(
-            f"images of several frames or pages ({frames:,} {sample}): the first of each counts"
+            f"images of several frames or pages ({seen.frames:,} {sample}): the first of each "
+            "counts"
         )
     return tuple(notes)

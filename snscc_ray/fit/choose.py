@@ -7,12 +7,13 @@ clusters is given, or estimated later from the features (`cluster_count`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import (
     BoostSettings,
     DataSettings,
@@ -72,6 +73,11 @@ def choose(
     data: the fields of DataSettings that say where the images are. free_bytes: memory of the
     device that trains. Raises UserError for too few images, or for too little memory.
     """
+    if seen.unreadable and not seen.sampled:
+        raise UserError(
+            f"none of a sample of the images can be read (the first: {seen.unreadable}): give "
+            "images in a known format"
+        )
     if seen.rows < FEWEST:
         raise UserError(f"{seen.rows} images are too few to learn from; give {FEWEST} or more")
     picks: list[Pick] = []
@@ -160,6 +166,17 @@ def choose(
         ),
         boost=BoostSettings(epochs=counts[2], num_neighbors=neighbors, view=strong, **common),
     ), picks
+
+
+def data_settings(where: dict[str, Any], overrides: Sequence[str]) -> DataSettings:
+    """The settings that say which images there are: where they are, and overrides (a limit, say).
+
+    Raises UserError.
+    """
+    recipe = recipes.get("images")
+    data = recipe.data.model_copy(update=where)
+    changed = [text for text in overrides if text.startswith("data.")]
+    return override(recipe.model_copy(update={"data": data}), changed).data
 
 
 # What of a recipe each pick is about.

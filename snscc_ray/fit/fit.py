@@ -13,22 +13,23 @@ from rich.console import Console
 from snscc_ray.answers.features import Own, stage_features
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override, validate
-from snscc_ray.config.settings import DataSettings, Recipe
+from snscc_ray.config.settings import Recipe
 from snscc_ray.core import storage
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.resident import Images, ResidentData
-from snscc_ray.data.look import listed, look
+from snscc_ray.data.look import look
 from snscc_ray.data.sources import list_rows
-from snscc_ray.fit.choose import Pick, Wishes, as_set, choose, used
+from snscc_ray.fit.choose import Pick, Wishes, as_set, choose, data_settings, used
 from snscc_ray.fit.count import Estimate, estimate, expected_seconds
 from snscc_ray.models.encoders import build_encoder, out_features
 from snscc_ray.runs.folder import COUNT_FILE, FIT_FILE, holds_something, prepare_folder, remove_run
 from snscc_ray.runs.local import device_bytes, load, say_skipped, terminated_like_interrupted
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.pace import describe, measure, within
-from snscc_ray.runs.run import Result, check, execute, final_figures, normalisation
+from snscc_ray.runs.plan import Plan, make_plan
+from snscc_ray.runs.run import Result, execute, final_figures, normalisation
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.stages.pretrain import measure_features
@@ -84,20 +85,21 @@ def fit_images(request: FitRequest, console: Console) -> Fitted:
     """
     began = time.monotonic()
     device, display, folder = choose_device(request.device), Display(console), request.folder
-    recipe, told = _begun(request), None
+    begun, told = _begun(request), None
     picks: list[Pick] = []
-    if recipe is None:
+    if begun is None:
         if holds_something(folder) and not request.overwrite:
             raise UserError(
                 f"{folder} already holds something else than this very run; use --overwrite to "
                 "replace it, or another --out"
             )
-        recipe, picks = _chosen(request, device)
-        prepare_folder(folder, recipe, resume=False, overwrite=request.overwrite)
+        plan, picks = _chosen(request, device)
+        prepare_folder(folder, plan.recipe, resume=False, overwrite=request.overwrite)
     else:
         display.line(f"going on with the run in {folder}")
-    recipe, rows = listed(recipe)
-    catalog, data = load(recipe, rows, device, display)
+        plan = make_plan(begun)
+    recipe = plan.recipe
+    catalog, data = load(plan, device, display)
     if request.wishes.clusters is None and catalog.distinct == 1:
         raise UserError(
             f"all {len(catalog):,} images are the same: there is nothing to tell apart; give others"
@@ -138,25 +140,28 @@ def _begun(request: FitRequest) -> Recipe | None:
     return validate(held["recipe"]) if held["asked"] == request.asked() else None
 
 
-def _chosen(request: FitRequest, device: torch.device) -> tuple[Recipe, list[Pick]]:
+def _chosen(request: FitRequest, device: torch.device) -> tuple[Plan, list[Pick]]:
+    """List the images, look at them, and choose the rest by what they show."""
     where: dict[str, Any] = {
         "source": "auto",
         "path": request.source,
         "skip_corrupt": True,
         "folders_are_labels": request.folders_are_labels,
     }
-    rows = list_rows(DataSettings(num_clusters=2, image_size=32, **where))
+    rows = list_rows(data_settings(where, request.overrides))
+    seen = look(rows)
     recipe, picks = choose(
         request.folder.name,
         where,
-        look(rows),
+        seen,
         gpu=device.type == "cuda",
         free_bytes=device_bytes(device),
         wishes=request.wishes,
     )
     clusters = request.wishes.clusters or min(_PROVISIONAL, len(rows.ids) // 2)
     recipe = override(recipe, [f"data.num_clusters={clusters}", *request.overrides])
-    return recipe, as_set(picks, recipe, request.overrides)
+    picks = as_set(picks, recipe, request.overrides)
+    return make_plan(recipe, rows=rows, seen=seen), picks
 
 
 def _paced(
@@ -168,7 +173,6 @@ def _paced(
     display: Display,
 ) -> tuple[Recipe, float | None]:
     """The recipe with epochs that fit into the time there is, and the seconds they should take."""
-    check(recipe, len(catalog), 1)
     if not isinstance(data, ResidentData):
         if request.budget is not None:
             raise UserError("--budget measures images held in memory; leave it out here")
@@ -179,7 +183,7 @@ def _paced(
     stages = tuple(pace)
 
     def needed(recipe: Recipe) -> float:
-        return sum(pace[s][0] + pace[s][1] * getattr(recipe, s).epochs for s in stages)
+        return sum(pace[s][0] + pace[s][1] * float(getattr(recipe, s).epochs) for s in stages)
 
     most = request.budget or (_GPU_SECONDS if device.type == "cuda" else _CPU_SECONDS)
     if request.budget is not None or needed(recipe) > most:

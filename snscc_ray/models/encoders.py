@@ -7,14 +7,14 @@ DistributedDataParallel sees one forward and batch statistics are taken over all
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snscc_ray.config.settings import BUILT_IN, EncoderSettings, PretrainSettings, TrainSettings
-from snscc_ray.models import libraries as zoo
+from snscc_ray.models import libraries
 
 
 class ConvNet(nn.Module):
@@ -39,14 +39,15 @@ class ConvNet(nn.Module):
         self.out_features = previous
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.layers(x_BCHW).mean(dim=(2, 3))
+        h_BD: Tensor = self.layers(x_BCHW).mean(dim=(2, 3))
+        return h_BD
 
 
 def _resnet(settings: EncoderSettings, channels: int) -> nn.Module:
     # Imported here: torchvision takes a second to import and the small ConvNet needs none of it.
     from torchvision import models
 
-    net = getattr(models, settings.name)(weights=None, zero_init_residual=False)
+    net: Any = getattr(models, settings.name)(weights=None, zero_init_residual=False)
     if settings.stem == "small":
         net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         net.maxpool = nn.Identity()
@@ -54,7 +55,7 @@ def _resnet(settings: EncoderSettings, channels: int) -> nn.Module:
         net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
     net.out_features = net.fc.in_features
     net.fc = nn.Identity()
-    return net
+    return cast(nn.Module, net)
 
 
 def build_encoder(settings: EncoderSettings, channels: int) -> nn.Module:
@@ -66,7 +67,7 @@ def build_encoder(settings: EncoderSettings, channels: int) -> nn.Module:
         return ConvNet(channels, settings.width)
     if settings.name in BUILT_IN:
         return _resnet(settings, channels)
-    return zoo.build(settings.name, channels)
+    return libraries.build(settings.name, channels)
 
 
 def activation_bytes(settings: EncoderSettings, channels: int, side: int) -> int:

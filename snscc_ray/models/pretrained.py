@@ -10,8 +10,8 @@ from torch import nn
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import as_path, is_url
-from snscc_ray.config.settings import BUILT_IN, DataSettings, EncoderSettings, Recipe
-from snscc_ray.models import libraries as zoo
+from snscc_ray.config.settings import BUILT_IN, LIBRARIES, DataSettings, EncoderSettings, Recipe
+from snscc_ray.models import libraries
 from snscc_ray.models.encoders import build_encoder, out_features
 from snscc_ray.models.foreign import digest, read_checkpoint
 from snscc_ray.models.importers import Imported, Unusable, import_weights, infer_encoder
@@ -27,8 +27,8 @@ def encoder_settings(text: str) -> EncoderSettings:
     """
     if text in BUILT_IN:
         return EncoderSettings(name=text)
-    if text.partition(":")[0] in ("torchvision", "timm"):
-        zoo.default_name(text)
+    if text.partition(":")[0] in LIBRARIES:
+        libraries.default_name(text)
         return EncoderSettings(name=text, weights="default")
     if is_url(text) or text.endswith(_ENDINGS) or as_path(text).exists():
         held = read_checkpoint(text)
@@ -43,7 +43,9 @@ def encoder_settings(text: str) -> EncoderSettings:
             ) from error
         return EncoderSettings.model_validate(found.model_dump() | {"weights": text})
     known = {name: name for name in BUILT_IN}
-    known |= {name: f"torchvision:{name}" for name in zoo.names_of("torchvision")} | known
+    known |= {
+        name: f"torchvision:{name}" for name in libraries.LIBRARIES["torchvision"].models()
+    } | known
     near = [known[name] for name in difflib.get_close_matches(text, known, 3)]
     hint = "use resnet18, torchvision:NAME, timm:NAME or the path of a checkpoint"
     if near:
@@ -73,8 +75,8 @@ def check_encoder(recipe: Recipe, world_size: int) -> None:
             if world_size > 1:
                 _refuse_fused_norms(settings.name, encoder)
         if settings.weights == "default":
-            zoo.default_name(settings.name)
-            _fitting(settings, zoo.like_default(settings.name), encoder)
+            libraries.default_name(settings.name)
+            _fitting(settings, libraries.like_default(settings.name), encoder)
         elif settings.weights is not None:
             _fitting(settings, _held(settings), encoder)
 
@@ -83,7 +85,7 @@ def weights_identity(settings: EncoderSettings) -> str:
     """What the weights are, wherever they lie. Raises UserError when they cannot be read."""
     assert settings.weights is not None
     if settings.weights == "default":
-        return zoo.default_name(settings.name)
+        return libraries.default_name(settings.name)
     return digest(settings.weights)
 
 
@@ -92,14 +94,14 @@ def weights_identity(settings: EncoderSettings) -> str:
 
 def _held(settings: EncoderSettings) -> Any:
     if settings.weights == "default":
-        return zoo.default_state(settings.name)
+        return libraries.default_state(settings.name)
     assert settings.weights is not None
     return read_checkpoint(settings.weights)
 
 
 def _fitting(settings: EncoderSettings, held: Any, encoder: nn.Module) -> Imported:
     default = settings.weights == "default"
-    origin = zoo.default_name(settings.name) if default else str(settings.weights)
+    origin = libraries.default_name(settings.name) if default else str(settings.weights)
     try:
         return import_weights(held, encoder, origin)
     except UserError as error:

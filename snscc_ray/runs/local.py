@@ -23,13 +23,12 @@ from snscc_ray.data.imageset import Catalog, assemble
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.data.loading.streamed import StreamedData, threads_reader
 from snscc_ray.data.loading.survey import check_streamed, choose_mode, survey
-from snscc_ray.data.look import listed
 from snscc_ray.data.rows import Rows
-from snscc_ray.models.pretrained import check_encoder
 from snscc_ray.runs.folder import check_apart, prepare_folder
 from snscc_ray.runs.monitor import Journal, RunMonitor, Silent
 from snscc_ray.runs.pace import describe, measure, within
-from snscc_ray.runs.run import Request, Result, check, execute, final_figures
+from snscc_ray.runs.plan import Plan, check, make_plan
+from snscc_ray.runs.run import Request, Result, execute, final_figures
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.workers import LocalWorker, Worker, choose_device, join_group, leave_group
 
@@ -79,8 +78,9 @@ def _run_here(
     try:
         first = distributed.rank() == 0
         display = Display(console if first else Console(quiet=True))
-        recipe, rows = listed(recipe)
-        catalog, data = load(recipe, rows, device, display)
+        plan = make_plan(recipe, (distributed.world_size(),))
+        recipe = plan.recipe
+        catalog, data = load(plan, device, display)
         display.line(
             f"{recipe.name}: {len(catalog):,} images of {recipe.data.image_size} px, "
             f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
@@ -148,18 +148,16 @@ def say_skipped(catalog: Catalog, display: Display) -> None:
         display.line(f"left out {identifier}: {reason}")
 
 
-def load(
-    recipe: Recipe, rows: Rows, device: torch.device, display: Display
-) -> tuple[Catalog, Images]:
-    """The set of a run. Raises UserError where it cannot be trained on."""
-    check(recipe, len(rows.ids), distributed.world_size())
-    check_encoder(recipe, distributed.world_size())
-    mode = mode_for(recipe.data, rows, device, display)
+def load(plan: Plan, device: torch.device, display: Display) -> tuple[Catalog, Images]:
+    """The images of a run. Raises UserError where they cannot be trained on."""
+    recipe = plan.recipe
+    mode = mode_for(recipe.data, plan.rows, device, display)
     if mode == "stream":
         check_streamed(recipe)
     workers = recipe.runtime.decode_workers
-    catalog, data = bring(recipe.data, rows, mode, device, display, workers)
-    check(recipe, len(catalog), distributed.world_size())
+    catalog, data = bring(recipe.data, plan.rows, mode, device, display, workers)
+    if catalog.skipped:  # fewer than were checked
+        check(recipe, len(catalog), distributed.world_size())
     return catalog.for_clusters(recipe.data.num_clusters), data
 
 

@@ -26,7 +26,6 @@ from snscc_ray.core.clustering.metrics import oracle
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import Catalog
-from snscc_ray.data.loading.order import smallest_batch
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.models.encoders import (
     ClusterHeads,
@@ -80,44 +79,6 @@ class Result:
 
     folder: Path
     figures: dict[str, Any]
-
-
-def check(recipe: Recipe, rows: int, world_size: int) -> None:
-    """Refuse what cannot train, before anything is written. Raises UserError naming the field."""
-    clusters = recipe.data.num_clusters
-    if rows < clusters:
-        raise UserError(
-            f"data.num_clusters={clusters}, but there are only {rows} images: use fewer clusters"
-        )
-    batches = {f"{stage}.batch_size": getattr(recipe, stage).batch_size for stage in STAGES}
-    large = [field for field, batch in batches.items() if batch > rows]
-    if large:
-        smaller = max(2, rows // 4)
-        mend = " ".join(f"--set {field}={smaller}" for field in large)
-        raise UserError(
-            f"{large[0]}={batches[large[0]]} is more than the {rows} images there are; use {mend}"
-        )
-    for field, batch in batches.items():
-        if batch % world_size:
-            raise UserError(
-                f"{field}={batch} is global and does not divide among {world_size} workers; "
-                f"use --set {field}={batch - batch % world_size or world_size}"
-            )
-        # An epoch's batches are as even as can be, and so may be smaller than asked for.
-        least = smallest_batch(rows, batch)
-        if least < 2 * world_size:
-            raise UserError(
-                f"{field}={batch} leaves a batch of {least} of the {rows} images to {world_size} "
-                f"workers; use --set {field}={4 * world_size} or more"
-            )
-    neighbors = {
-        "pretrain.mined_neighbors": recipe.pretrain.mined_neighbors,
-        "train.num_neighbors": recipe.train.num_neighbors,
-        "boost.num_neighbors": recipe.boost.num_neighbors,
-    }
-    for field, count in neighbors.items():
-        if count >= rows:
-            raise UserError(f"{field}={count} must be below the {rows} images there are")
 
 
 def execute(

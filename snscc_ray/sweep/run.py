@@ -44,6 +44,20 @@ _PLAN, _NOTES = "sweep.json", "results.md"
 
 
 @dataclass(frozen=True)
+class Request:
+    """What a person asks for."""
+
+    space: str  # by its name, or FILE.py:FUNCTION
+    recipe: Recipe
+    folder: Path
+    options: Options
+    seeds: int = 3
+    samples: int | None = None
+    overwrite: bool = False
+    dry: bool = False
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a sweep found."""
 
@@ -52,66 +66,35 @@ class Summary:
     text: str
 
 
-def run_sweep(
-    name: str,
-    recipe: Recipe,
-    folder: Path,
-    options: Options,
-    console: Console,
-    *,
-    seeds: int = 3,
-    samples: int | None = None,
-    overwrite: bool = False,
-    dry: bool = False,
-) -> Summary | None:
+def run_sweep(request: Request, console: Console) -> Summary | None:
     """Run every trial of a space, sharing the stages they have in common.
 
     The same call again goes on where it was left. With `dry`, only a few steps of each stage are
     run, outside of the folder, and the plan is printed. Raises UserError, or Interrupted.
     """
-    space = load(name)(recipe)
-    check_points(space, recipe)
-    check_apart(folder, recipe.data.path)
-    with claimed(folder, Display(console).line):
-        return _run(
-            space,
-            recipe,
-            folder,
-            options,
-            console,
-            seeds=seeds,
-            samples=samples,
-            overwrite=overwrite,
-            dry=dry,
-        )
+    space = load(request.space)(request.recipe)
+    check_points(space, request.recipe)
+    check_apart(request.folder, request.recipe.data.path)
+    with claimed(request.folder, Display(console).line):
+        return _run(space, request, console)
 
 
-def _run(
-    space: Space,
-    recipe: Recipe,
-    folder: Path,
-    options: Options,
-    console: Console,
-    *,
-    seeds: int,
-    samples: int | None,
-    overwrite: bool,
-    dry: bool,
-) -> Summary | None:
+def _run(space: Space, request: Request, console: Console) -> Summary | None:
     began = time.monotonic()
-    described = _describe(recipe, space, seeds, samples, options)
-    if not overwrite:
+    folder, options, seeds = request.folder, request.options, request.seeds
+    described = _describe(space, request)
+    if not request.overwrite:
         _refuse_another(folder, described)
     with connected(Scale((1, 1), address=options.address)):
-        session = Session(recipe, folder, options, console)
-        if not overwrite:
+        session = Session(request.recipe, folder, options, console)
+        if not request.overwrite:
             check_images(session.folder, session.images.catalog)
-        search = _search(space, recipe.seed, samples, options, session.concurrent, seeds)
-        if dry:
+        search = _search(space, request, session.concurrent)
+        if request.dry:
             trials = _trials(next(search), session, seeds)
             _say_plan(trials, session, session.measure(), console)
             return None
-        if overwrite:  # not the finished stages, which are what they are
+        if request.overwrite:  # not the finished stages, which are what they are
             for ours in ("stopped", "failed", "tune", "tensorboard"):
                 remove_tree(session.folder / ours)
             (session.folder / IMAGES_FILE).unlink(missing_ok=True)
@@ -172,12 +155,11 @@ def _say_plan(
     say_plan(console, trials, jobs_of(trials), session.ledger, session.concurrent, seconds)
 
 
-def _search(
-    space: Space, seed: int, samples: int | None, options: Options, places: int, seeds: int
-) -> Search:
-    if options.searcher == "optuna":
+def _search(space: Space, request: Request, places: int) -> Search:
+    samples, seed = request.samples, request.recipe.seed
+    if request.options.searcher == "optuna":
         # As many as keep all places busy: every point is trained with each of the seeds.
-        together = max(1, places // seeds)
+        together = max(1, places // request.seeds)
         return by_optuna(space, samples or len(space.points), seed, together)
     return at_once(space, samples, seed)
 
@@ -192,17 +174,15 @@ def _means(rows: list[dict[str, Any]], metric: str, stage: StageName) -> dict[st
     return found
 
 
-def _describe(
-    recipe: Recipe, space: Space, seeds: int, samples: int | None, options: Options
-) -> dict[str, Any]:
+def _describe(space: Space, request: Request) -> dict[str, Any]:
     """What makes a sweep this one and no other, as JSON holds it."""
     described = {
         "space": space.name,
         "points": [dict(point.overrides) for point in space.points],
-        "seeds": seeds,
-        "samples": samples,
-        "search": _searched_by(options),
-        "recipe": recipe.model_dump(mode="json", exclude={"runtime"}),
+        "seeds": request.seeds,
+        "samples": request.samples,
+        "search": _searched_by(request.options),
+        "recipe": request.recipe.model_dump(mode="json", exclude={"runtime"}),
     }
     return dict(json.loads(json.dumps(described)))
 

@@ -37,12 +37,11 @@ from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display, Nowhere
 from snscc_ray.data.loading.ray_stream import Shared, share_images
 from snscc_ray.data.loading.resident import ResidentData
-from snscc_ray.data.look import listed
-from snscc_ray.models.pretrained import check_encoder
 from snscc_ray.runs.local import say_skipped
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.pace import Seconds, measure
-from snscc_ray.runs.run import check, execute
+from snscc_ray.runs.plan import make_plan
+from snscc_ray.runs.run import execute
 from snscc_ray.sweep.plan import Job, Ledger, searched
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.workers import LocalWorker, choose_device
@@ -104,16 +103,14 @@ class Session:
         self.folder = folder if is_url(folder) else folder.absolute()
         # Beside the sweep: what one has trained, the next one finds.
         self.ledger = Ledger(self.folder.parent / "stages", self.folder)
-        recipe, rows = listed(recipe)
-        self.recipe = recipe
-        check(recipe, len(rows.ids), 1)
-        check_encoder(recipe, options.workers_per_trial)
+        plan = make_plan(recipe, (options.workers_per_trial,))
+        self.recipe, rows = plan.recipe, plan.rows
         probes = _probed(options, self.display.line)
         check_visible(self.folder, rows.some_files)
         self.concurrent = _concurrent(options)
         # Each trial holds the set, and the object store holds it once.
         free = room(probes) // (self.concurrent + 1)
-        self.images = share_images(recipe, rows, free, self.display)
+        self.images = share_images(self.recipe, rows, free, self.display)
         say_skipped(self.images.catalog, self.display)
         self._shared = ray.put(_Shared(self.images, self.ledger, options))
 
@@ -221,7 +218,7 @@ class Session:
         )
 
 
-class _PerSeed(FIFOScheduler):
+class _PerSeed(FIFOScheduler):  # type: ignore[misc]
     """One scheduler for each seed: a trial is compared with those of its own start only.
 
     Writes each decision to stop down at once; it is final, also for a sweep that is continued.
@@ -256,7 +253,7 @@ class _PerSeed(FIFOScheduler):
         self._of(trial).on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision = self._of(trial).on_trial_result(tune_controller, trial, result)
+        decision: str = self._of(trial).on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP:
             job = self._jobs[trial.config["trial"]["job"]]
             figures = {name: result[name] for name in result if name.startswith(_KEPT)}
@@ -277,7 +274,7 @@ class _PerSeed(FIFOScheduler):
 _KEPT = ("health/", "oracle/", "loss/")
 
 
-class _Progress(tune.Callback):
+class _Progress(tune.Callback):  # type: ignore[misc]
     def __init__(self, display: Display) -> None:
         self._display = display
 

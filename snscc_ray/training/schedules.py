@@ -35,5 +35,5 @@ def build_optimizer(settings: StageSettings, network: nn.Module) -> torch.optim.
             weight_decay=settings.weight_decay,
             fused=True,
         )
-    build = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
+    build = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
     return build(weights, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)

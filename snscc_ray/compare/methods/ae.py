@@ -22,7 +22,8 @@ class AutoEncoder(nn.Module):
         self.decoder = Decoder(out_features(encoder), channels, size)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.decoder(self.encoder(x_BCHW))
+        again_BCHW: Tensor = self.decoder(self.encoder(x_BCHW))
+        return again_BCHW
 
 
 def reconstruction(made_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from snscc_ray.compare.methods.ae import AutoEncoder, build, kmeans_of, reconstr
 from snscc_ray.compare.study import Found, Study, train
 from snscc_ray.core import rng
 from snscc_ray.core.views import clean_view
-from snscc_ray.data.loading.resident import Batch
-from snscc_ray.training.context import Context, Viewer
+from snscc_ray.data.loading.resident import Batch, Viewer
+from snscc_ray.training.context import Context
 
 MASKED = 0.25
 

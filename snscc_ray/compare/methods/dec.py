@@ -17,8 +17,8 @@ from snscc_ray.compare.study import Found, Study, train
 from snscc_ray.config.settings import StageName
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.losses.instance import safe_log
-from snscc_ray.data.loading.resident import Batch
-from snscc_ray.training.context import Context, Viewer
+from snscc_ray.data.loading.resident import Batch, Viewer
+from snscc_ray.training.context import Context
 
 
 def soft_assignment(z_BD: Tensor, centres_CD: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from snscc_ray.compare.study import Found, Study
 
 def largest_part(weights_NC: np.ndarray, parts_CD: np.ndarray) -> np.ndarray:
     """The part each row has most of, (N,); a part counts by its length, which is arbitrary."""
-    return (weights_NC * np.linalg.norm(parts_CD, axis=1)).argmax(axis=1)
+    return np.asarray((weights_NC * np.linalg.norm(parts_CD, axis=1)).argmax(axis=1))
 
 
 def cluster(study: Study) -> Found:

@@ -27,7 +27,7 @@ def affinity(pixels_RD: np.ndarray) -> np.ndarray:
     nearest = min(NEIGHBOR, len(square_RR) - 1)
     scale_R = np.sqrt(np.partition(square_RR, nearest, axis=1)[:, nearest])
     scales_RR = np.maximum(np.outer(scale_R, scale_R), np.finfo(np.float64).tiny)
-    alike_RR = np.exp(-square_RR / scales_RR)
+    alike_RR: np.ndarray = np.exp(-square_RR / scales_RR)
     np.fill_diagonal(alike_RR, 0)
     return alike_RR
 

@@ -19,9 +19,8 @@ from snscc_ray.core import rng
 from snscc_ray.core.losses import marginal_entropy
 from snscc_ray.core.losses.instance import reduce_rows, safe_log
 from snscc_ray.core.views import make_views
-from snscc_ray.data.loading.resident import Batch
+from snscc_ray.data.loading.resident import Batch, Viewer
 from snscc_ray.models.encoders import ClusterHeads, ClusterNet, out_features
-from snscc_ray.training.context import Viewer
 from snscc_ray.training.stages.train import probabilities
 
 ENTROPY_WEIGHT = 5.0

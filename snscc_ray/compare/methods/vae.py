@@ -14,9 +14,9 @@ from snscc_ray.compare.methods.ae import kmeans_of
 from snscc_ray.compare.study import Found, Study, train
 from snscc_ray.core import rng
 from snscc_ray.core.views import clean_view
-from snscc_ray.data.loading.resident import Batch
+from snscc_ray.data.loading.resident import Batch, Viewer
 from snscc_ray.models.encoders import build_encoder, out_features
-from snscc_ray.training.context import Context, Viewer
+from snscc_ray.training.context import Context
 
 
 class VariationalAutoEncoder(nn.Module):
@@ -83,7 +83,8 @@ def normal(rows_B: Tensor, key: int, count: int) -> Tensor:
     """Standard normal float32 numbers, (B, count), drawn by row and key."""
     # Half a step above the uniform numbers, which may be 0 and are never 1.
     uniform = rng.uniform(rows_B, key, count).double() + 2.0**-25
-    return torch.special.ndtri(uniform).float()
+    normal: Tensor = torch.special.ndtri(uniform)
+    return normal.float()
 
 
 def _terms(forward: nn.Module, views: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:

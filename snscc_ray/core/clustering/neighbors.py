@@ -82,7 +82,8 @@ def local_radius(d_BK: Tensor) -> Tensor:
 @torch.no_grad()
 def global_radius(z_BD: Tensor, zaug_BD: Tensor) -> Tensor:
     """Eq. 4: r_B, the distance of each row to its own augmented view."""
-    return torch.linalg.vector_norm(z_BD - zaug_BD, dim=1)
+    d_B: Tensor = torch.linalg.vector_norm(z_BD - zaug_BD, dim=1)
+    return d_B
 
 
 @torch.no_grad()
@@ -227,6 +228,15 @@ def _smallest(score_BM: Tensor, R: int) -> Tensor:
     rest = torch.arange(groups * _GROUP, M, device=score_BM.device).expand(B, -1)
     idx = torch.cat([(best_BR[:, :, None] * _GROUP + within).flatten(1), rest], dim=1)
     return idx.gather(1, score_BM.gather(1, idx).topk(R, dim=1, largest=False).indices)
+
+
+def describe_faiss() -> str:
+    """The version of faiss and the GPUs it sees, or why it cannot be used."""
+    try:
+        import faiss
+    except ImportError as error:
+        return f"not there ({error}); torch finds the neighbours"
+    return f"{faiss.__version__}, {faiss.get_num_gpus()} GPUs"
 
 
 def _use_faiss(backend: str, device: torch.device) -> bool:

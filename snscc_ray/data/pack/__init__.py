@@ -22,13 +22,14 @@ from snscc_ray.core.claim import claimed, refuse_in_use
 from snscc_ray.core.display import Display
 from snscc_ray.data.decode import available_cores
 from snscc_ray.data.pack import folder as filled
-from snscc_ray.data.pack.folder import MANIFEST, SKIPPED
+from snscc_ray.data.pack.folder import SKIPPED
 from snscc_ray.data.pack.plan import Options, as_manifest, make_plan
 from snscc_ray.data.pack.processes import write_shards
 from snscc_ray.data.pack.shard import corrupt, file_digest
+from snscc_ray.data.shards import MANIFEST
 from snscc_ray.data.sources import image_id
 
-__all__ = ["MANIFEST", "SKIPPED", "Options", "Summary", "pack", "verify"]
+__all__ = ["MANIFEST", "SKIPPED", "Options", "Request", "Summary", "pack", "verify"]
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,20 @@ class Summary:
     seconds: float
 
 
-def pack(
-    folder: Path,
-    out: Path,
-    options: Options,
-    *,
-    jobs: int,
-    skip_corrupt: bool,
-    overwrite: bool,
-    console: Console,
-) -> Summary:
-    """Write the images below `folder` as shards into `out`, in `jobs` processes (0: all cores).
+@dataclass(frozen=True)
+class Request:
+    """What a person asks for: the images below `folder` as shards in `out`."""
+
+    folder: Path
+    out: Path
+    options: Options
+    jobs: int = 0  # processes; 0: all cores
+    skip_corrupt: bool = False
+    overwrite: bool = False
+
+
+def pack(request: Request, console: Console) -> Summary:
+    """Write the images of a folder as shards.
 
     Finished shards of the same plan are kept. With `options.image_size`, an image whose shorter
     side is longer becomes the very square a run with that `data.image_size` would see, as JPEG
@@ -62,32 +66,25 @@ def pack(
     Raises:
         UserError: bad folders, another plan in `out`, a corrupt image, a full disk.
     """
-    filled.check_folders(folder, out)
+    filled.check_folders(request.folder, request.out)
     display = Display(console)
-    with claimed(out, display.line):
-        return _pack(folder, out, options, jobs, skip_corrupt, overwrite, display)
+    with claimed(request.out, display.line):
+        return _pack(request, display)
 
 
-def _pack(
-    folder: Path,
-    out: Path,
-    options: Options,
-    jobs: int,
-    skip_corrupt: bool,
-    overwrite: bool,
-    display: Display,
-) -> Summary:
-    shards, notes = make_plan(folder, out, options, skip_corrupt)
-    manifest = as_manifest(shards, options)
+def _pack(request: Request, display: Display) -> Summary:
+    folder, out, skip_corrupt = request.folder, request.out, request.skip_corrupt
+    shards, notes = make_plan(folder, out, request.options, skip_corrupt)
+    manifest = as_manifest(shards, request.options)
     ids = [image_id(name) for shard in shards for name in shard.names]
-    filled.prepare(out, manifest, ids, overwrite)
+    filled.prepare(out, manifest, ids, request.overwrite)
     entries = manifest["shards"]
     if not skip_corrupt:
         for name, reason in _skipped(entries)[:1]:
             raise corrupt(folder, name, reason)
     todo = [shard for shard in shards if "sha256" not in entries[shard.number]]
     total, left = (sum(len(shard.names) for shard in some) for some in (shards, todo))
-    jobs = min(jobs or available_cores(), max(1, len(todo)))
+    jobs = min(request.jobs or available_cores(), max(1, len(todo)))
     began = time.monotonic()
     for note in notes:
         display.line(note)

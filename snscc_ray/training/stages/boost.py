@@ -20,9 +20,9 @@ from snscc_ray.core.losses import (
     same_label_pairs,
 )
 from snscc_ray.core.views import make_views
-from snscc_ray.data.loading.resident import Batch
+from snscc_ray.data.loading.resident import Batch, Viewer
 from snscc_ray.models.encoders import ClusterNet
-from snscc_ray.training.context import Context, Viewer
+from snscc_ray.training.context import Context
 from snscc_ray.training.stages.train import probabilities
 
 

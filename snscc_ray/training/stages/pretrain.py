@@ -16,9 +16,9 @@ from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
 from snscc_ray.core.clustering.uneven import uneven_clusters
 from snscc_ray.core.views import Normalize, make_view
-from snscc_ray.data.loading.resident import Batch
+from snscc_ray.data.loading.resident import Batch, Viewer
 from snscc_ray.models.encoders import PretextNet, build_encoder
-from snscc_ray.training.context import Context, Viewer
+from snscc_ray.training.context import Context
 from snscc_ray.training.stages.pretext import build_pretext
 
 

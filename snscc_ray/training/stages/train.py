@@ -15,9 +15,9 @@ from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.clustering.uneven import uneven_starts
 from snscc_ray.core.views import make_view, make_views
-from snscc_ray.data.loading.resident import Batch, ResidentData
+from snscc_ray.data.loading.resident import Batch, ResidentData, Viewer
 from snscc_ray.models.encoders import ClusterHeads, ClusterNet, out_features
-from snscc_ray.training.context import Context, Viewer
+from snscc_ray.training.context import Context
 from snscc_ray.training.stages.objectives import OBJECTIVES, Predictions, neighborhood
 from snscc_ray.training.stages.pretrain import pretext_features
 
@@ -181,6 +181,7 @@ def probabilities(context: Context, network: nn.Module, rows: int | None = None)
     """Cluster probabilities of the clean images, (N, H, C), on the CPU; or of the first `rows`."""
 
     def both(x_BCHW: Tensor) -> Tensor:
-        return network(x_BCHW)[1].softmax(2).transpose(0, 1)
+        logits_HBC: Tensor = network(x_BCHW)[1]
+        return logits_HBC.softmax(2).transpose(0, 1)
 
     return context.clean_pass(network, both, rows).cpu()

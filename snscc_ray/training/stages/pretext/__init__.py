@@ -33,8 +33,13 @@ class Pretext(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
 
+PRETEXTS: dict[str, Callable[[Context, PretextNet], Pretext]] = {
+    "simclr": Simclr,
+    "moco": Moco,
+    "byol": Byol,
+}
+
+
 def build_pretext(context: Context, network: PretextNet) -> Pretext:
     """The recipe's method, training `network`."""
-    methods: dict[str, Callable[[Context, PretextNet], Pretext]]
-    methods = {"simclr": Simclr, "moco": Moco, "byol": Byol}
-    return methods[context.recipe.pretrain.method](context, network)
+    return PRETEXTS[context.recipe.pretrain.method](context, network)
