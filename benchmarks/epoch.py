@@ -33,7 +33,7 @@ from snscc_ray.models.encoders import (
     build_encoder,
     out_features,
 )
-from snscc_ray.runs.monitor import Silent
+from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.training.context import Context, Stage
 from snscc_ray.training.engine import fit
 from snscc_ray.training.stages.boost import Boost
@@ -93,7 +93,7 @@ def stage_for(name: StageName, context: Context) -> Stage:
     if name == "train":
         return Train(context, PretextNet(encoder, recipe.pretrain), mined)
     heads = ClusterHeads(recipe.train, out_features(encoder), recipe.data.num_clusters, 1)
-    return Boost(context, context.place(ClusterNet(encoder, heads)), mined)
+    return Boost(context, context.to_device(ClusterNet(encoder, heads)), mined)
 
 
 @functools.cache
@@ -133,7 +133,7 @@ def _forward_all(network: nn.Module, context: Context, batch: Tensor) -> None:
 def whole(name: str, stage: Stage, context: Context) -> float:
     """Seconds of one epoch of the engine's loop."""
     began = now(context.device)
-    fit(stage, context, _NoCheckpoints(context.device), Silent(), name)
+    fit(stage, context, _NoCheckpoints(context.device), NullMonitor(), name)
     return now(context.device) - began
 
 

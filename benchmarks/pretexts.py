@@ -38,7 +38,7 @@ from snscc_ray.core.views import Normalize, make_view
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.loading.resident import Batch, ResidentData, Viewer
 from snscc_ray.data.sources import load_images
-from snscc_ray.runs.monitor import Silent
+from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import fit
 from snscc_ray.training.stages.pretrain import Pretrain, pretext_features
@@ -218,7 +218,7 @@ def train(stage: Pretrain) -> float:
     """CPU seconds of the engine's loop, to the end."""
     began = time.process_time()
     context = stage.context
-    fit(stage, context, _NoCheckpoints(context.device), Silent(), "")
+    fit(stage, context, _NoCheckpoints(context.device), NullMonitor(), "")
     return time.process_time() - began
 
 

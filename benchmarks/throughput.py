@@ -176,7 +176,7 @@ def torchvision_side(pictures: list[Image.Image], context: Context, loaders: int
     both = _Pictures(pictures, functools.partial(_twice, one))
     loader = _loader(both, context, loaders, pinned=True)
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
-    network = context.place(PretextNet(encoder, recipe.pretrain))
+    network = context.to_device(PretextNet(encoder, recipe.pretrain))
     optimizer = build_optimizer(recipe.pretrain, network)
 
     def epoch() -> None:
@@ -213,7 +213,7 @@ def lightly_side(pictures: list[Image.Image], context: Context) -> Side | None:
     head = modules.SimCLRProjectionHead(
         out_features(encoder), recipe.pretrain.projection_hidden, recipe.pretrain.projection_dim
     )
-    network = context.place(nn.Sequential(encoder, head))
+    network = context.to_device(nn.Sequential(encoder, head))
     criterion = losses.NTXentLoss()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.06)
 

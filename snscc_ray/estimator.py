@@ -46,10 +46,10 @@ from snscc_ray.data.given import (
     rows_of_dataset,
     rows_of_paths,
 )
-from snscc_ray.data.look import look, settled
+from snscc_ray.data.look import inspect_images, resolve_reading
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
-from snscc_ray.fit.choose import Wishes, choose, data_settings
+from snscc_ray.fit.choose import Preferences, choose, data_settings
 from snscc_ray.runs.folder import first_difference, holds_something, read_recipe
 from snscc_ray.runs.local import bring, device_bytes, load, mode_for
 from snscc_ray.runs.monitor import Journal, RunMonitor
@@ -60,7 +60,7 @@ from snscc_ray.training.workers import LocalWorker, choose_device
 
 
 @dataclass(frozen=True)
-class _Given:
+class _Images:
     """Images as they were handed over, in rows, and where they are read from again."""
 
     rows: Rows | None  # None: what lies at the path
@@ -170,7 +170,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         finally:
             monitor.finish()
         model = load_model(folder, device.type)
-        z_ND, p_NC = model.look(data)
+        z_ND, p_NC = model.infer(data)
         # It goes where the estimator is copied to, which may have no GPU.
         self.model_ = model.on(torch.device("cpu"))
         self.probabilities_ = p_NC.cpu().numpy()
@@ -196,13 +196,13 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             model: Model = self.model_
             given = self._given(X, reset=False)
             data = _data_settings(model.recipe.data, given)
-            data, rows = settled(data, given.rows or list_rows(data))
+            data, rows = resolve_reading(data, given.rows or list_rows(data))
             _warn(rows.notes)
             device, display = choose_device(self.device), self._display()
             mode = mode_for(data, rows, device, display)
             _, images = bring(data, rows, mode, device, display)
             try:
-                return model.on(device).look(images)
+                return model.on(device).infer(images)
             finally:
                 model.on(torch.device("cpu"))
 
@@ -224,7 +224,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device!r}: use auto, cpu or cuda")
 
-    def _plan(self, given: _Given, device: torch.device) -> Plan:
+    def _plan(self, given: _Images, device: torch.device) -> Plan:
         """What to train, by all that the parameters say, and a warning for what is left aside.
 
         Raises UserError or ValueError.
@@ -233,8 +233,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         if self.recipe == "auto":
             where = {"source": "auto", "path": given.path}
             rows = rows or list_rows(data_settings(where, self.settings))
-            seen = look(rows)
-            wishes = Wishes(int(self.n_clusters), self.image_size)
+            seen = inspect_images(rows)
+            wishes = Preferences(int(self.n_clusters), self.image_size)
             gpu, free = device.type == "cuda", device_bytes(device)
             recipe, _ = choose("auto", where, seen, gpu=gpu, free_bytes=free, wishes=wishes)
         else:
@@ -243,7 +243,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         _warn(plan.rows.notes)
         return plan
 
-    def _adapted(self, recipe: Recipe, given: _Given) -> Recipe:
+    def _adapted(self, recipe: Recipe, given: _Images) -> Recipe:
         """The recipe with the changes that the parameters ask for."""
         recipe = override(recipe, self.settings)
         data: dict[str, Any] = {"num_clusters": int(self.n_clusters)}
@@ -258,18 +258,18 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             values["seed"] = _seed(self.random_state)
         return validate(values)
 
-    def _given(self, X: Any, *, reset: bool) -> _Given:
+    def _given(self, X: Any, *, reset: bool) -> _Images:
         if reset:
             self._fit_shape = None
         if isinstance(X, str | Path):
-            return _Given(None, str(X))
+            return _Images(None, str(X))
         if is_ray_dataset(X):
-            return _Given(rows_of_dataset(X), None)
+            return _Images(rows_of_dataset(X), None)
         if getattr(X, "ndim", None) == 1 and hasattr(X, "tolist"):  # an array or a column of paths
             listed = X.tolist()
             X = listed if all(isinstance(path, str | Path) for path in listed) else X
         if isinstance(X, list | tuple) and X and all(isinstance(path, str | Path) for path in X):
-            return _Given(rows_of_paths(X), None)
+            return _Images(rows_of_paths(X), None)
         if isinstance(X, Tensor):
             X = X.detach().cpu()
             X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
@@ -283,7 +283,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             images = self._images(table)
         else:
             images = as_bytes(check_array(X, allow_nd=True, ensure_min_samples=fewest))
-        return _Given(rows_of_array(images), None)
+        return _Images(rows_of_array(images), None)
 
     def _check_form(self, shape: tuple[int, ...], reset: bool) -> None:
         """Refuse what may be one image: its rows would be taken for images."""
@@ -317,7 +317,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         return as_bytes(table).reshape(len(table), *shape)
 
 
-def _data_settings(data: DataSettings, given: _Given) -> DataSettings:
+def _data_settings(data: DataSettings, given: _Images) -> DataSettings:
     """The settings of a set for other images of its form."""
     place = {"source": "auto", "path": given.path, "classes": (), "download": False}
     return data.model_copy(update=place)

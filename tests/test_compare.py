@@ -21,7 +21,7 @@ from snscc_ray.cli import options
 from snscc_ray.compare import comparison as compare
 from snscc_ray.compare import paper
 from snscc_ray.compare.methods import METHODS, chosen, dec, load, scan
-from snscc_ray.compare.study import Found, Study
+from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
 from snscc_ray.config.recipes import get
@@ -49,10 +49,10 @@ def snscc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 def stub(cluster: int) -> Any:
     """A method that puts every row into one cluster."""
-    return lambda study: Found(torch.full((len(study.catalog),), cluster), note="a stub")
+    return lambda study: MethodResult(torch.full((len(study.catalog),), cluster), note="a stub")
 
 
-def broken(study: Study) -> Found:
+def broken(study: Study) -> MethodResult:
     raise ValueError("no\nmemory left")
 
 

@@ -19,8 +19,8 @@ from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core.clustering import metrics
 from snscc_ray.core.clustering.imbalance import forced_warning
-from snscc_ray.data.look import Look
-from snscc_ray.fit.choose import Wishes, choose
+from snscc_ray.data.look import ImageStats
+from snscc_ray.fit.choose import Preferences, choose
 
 ROOT = Path(__file__).resolve().parents[1]
 TROUBLE = "docs/when-it-goes-wrong.md"
@@ -77,9 +77,9 @@ def bases(name: str, params: dict[str, Any]) -> list[Recipe]:
     """Recipes that the command may change."""
     if name == "fit":
         where = {"source": "auto", "path": "scans"}
-        looks = [Look(1000, 32, grey) for grey in (False, True)]
+        looks = [ImageStats(1000, 32, grey) for grey in (False, True)]
         return [
-            choose("x", where, look, gpu=False, free_bytes=2**34, wishes=Wishes(10))[0]
+            choose("x", where, look, gpu=False, free_bytes=2**34, wishes=Preferences(10))[0]
             for look in looks
         ]
     return [recipes.get(params.get("recipe") or "images")]

@@ -29,7 +29,7 @@ from snscc_ray.models.encoders import (
     build_encoder,
     out_features,
 )
-from snscc_ray.runs.monitor import Silent
+from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.runs.run import Result, normalisation
 from snscc_ray.training.context import Context, Stage
 from snscc_ray.training.engine import Interrupted
@@ -93,7 +93,7 @@ def stage_on(name: str, context: Context) -> Stage:
     if name == "train":
         return Train(context, PretextNet(encoder, recipe.pretrain), mined)
     heads = ClusterHeads(recipe.train, out_features(encoder), recipe.data.num_clusters, 1)
-    return Boost(context, context.place(ClusterNet(encoder, heads)), mined)
+    return Boost(context, context.to_device(ClusterNet(encoder, heads)), mined)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_no_step_waits_for_the_device(
 # -------------------------------------------------------------------------------- whole runs
 
 
-class StopAt(Silent):
+class StopAt(NullMonitor):
     def __init__(self, stage: str) -> None:
         self.stage = stage
 
@@ -159,7 +159,7 @@ class StopAt(Silent):
 
 def whole(device: torch.device, images: ImageSet, folder: Path) -> Result:
     recipe = recipe_on(device, "encoder.width=8", "pretrain.epochs=12", "train.epochs=6")
-    return execute_on(recipe, images, folder, LocalWorker(folder, device), Silent())
+    return execute_on(recipe, images, folder, LocalWorker(folder, device), NullMonitor())
 
 
 def accuracy(result: Result) -> float:

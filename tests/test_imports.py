@@ -19,8 +19,8 @@ from tests.conftest import TINY
 PACKAGE = Path(snscc_ray.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-# From the ground up: a room imports only from rooms before it.
-ROOMS = (
+# From the ground up: a package imports only from packages before it.
+PACKAGES = (
     "config", "core", "models", "data", "training", "runs", "answers", "cluster", "fit",
     "compare", "sweep", "cli",
 )  # fmt: skip
@@ -121,35 +121,35 @@ IMPORTS = {
 }
 
 
-def room_of(file: str) -> str | None:
+def package_of(file: str) -> str | None:
     return file.split("/")[0] if "/" in file else None
 
 
 def test_the_rooms_are_these_and_none_is_overfull() -> None:
-    assert {room for file in FILES if (room := room_of(file))} == set(ROOMS)
+    assert {package for file in FILES if (package := package_of(file))} == set(PACKAGES)
     for folder in {Path(file).parent for file in FILES}:
         held = [f for f in FILES if Path(f).parent == folder and not f.endswith("__init__.py")]
         assert len(held) <= MOST_FILES, f"{folder} holds {len(held)} files"
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_what_its_docstring_says(room: str) -> None:
-    """Only rooms below it, so that there is no circle of rooms."""
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_room_imports_what_its_docstring_says(package: str) -> None:
+    """Only packages below it, so that there is no circle of packages."""
     used = {
         other
         for file in FILES
-        if room_of(file) == room
+        if package_of(file) == package
         for found in IMPORTS[file]
-        if (other := room_of(found)) not in (None, room)
+        if (other := package_of(found)) not in (None, package)
     }
-    assert used <= set(ROOMS[: ROOMS.index(room)])
-    if room == "cli":
+    assert used <= set(PACKAGES[: PACKAGES.index(package)])
+    if package == "cli":
         return  # it may import all of them
-    text = " ".join((ast.get_docstring(parse(f"{room}/__init__.py")) or "").split())
+    text = " ".join((ast.get_docstring(parse(f"{package}/__init__.py")) or "").split())
     said = re.search(r"Imports: ([^.]*)\.", text)
-    assert said, f"{room}/__init__.py does not say what it imports"
+    assert said, f"{package}/__init__.py does not say what it imports"
     named = set() if said[1].startswith("no other") else set(said[1].split(", "))
-    assert named == used, f"{room} imports {used}"
+    assert named == used, f"{package} imports {used}"
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import as_path
-from snscc_ray.data.look import look
+from snscc_ray.data.look import inspect_images
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows, load_images
 from tests.test_sources import encoded, picture, settings, write_images, write_shard
@@ -199,7 +199,7 @@ def test_a_look_is_the_same_at_files_and_shards(tmp_path: Path) -> None:
     for part, first in enumerate(range(0, 440, 100)):
         table = pa.table({"image": [name.read_bytes() for name in names[first : first + 100]]})
         pq.write_table(table, tmp_path / "shards" / f"{part}.parquet", row_group_size=37)
-    files, shards = (look(rows_of(tmp_path / name)) for name in ("files", "shards"))
+    files, shards = (inspect_images(rows_of(tmp_path / name)) for name in ("files", "shards"))
     assert files == shards
     assert files.side == 20 and not files.grey
 
@@ -224,4 +224,4 @@ def test_a_path_without_bytes_says_so(tmp_path: Path) -> None:
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     pq.write_table(pa.table({"image": pa.array(held, kind)}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match="a path beside them is not followed"):
-        look(rows_of(tmp_path))
+        inspect_images(rows_of(tmp_path))

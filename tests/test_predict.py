@@ -19,7 +19,7 @@ from torch import Tensor
 
 from snscc_ray import cli
 from snscc_ray.answers.features import own_images
-from snscc_ray.answers.predict import Question, prepare
+from snscc_ray.answers.predict import PredictRequest, prepare
 from snscc_ray.cli import options
 from snscc_ray.core import checkpoints
 from snscc_ray.core.display import Display
@@ -341,7 +341,7 @@ def test_names_are_said_as_they_are_and_move_no_cursor(
 def test_the_same_image_gets_the_same_answer_whatever_the_batch(trained: Path, size: int) -> None:
     """To the last bit on a CPU, the order of the images being another one too."""
     display = Display(Console(quiet=True))
-    question = Question(trained / "run", str(trained / "shards"), Path("unused"), top=10)
+    question = PredictRequest(trained / "run", str(trained / "shards"), Path("unused"), top=10)
     answerer, _, _ = prepare(question, display, "cpu")
     data = own_images(trained / "run", torch.device("cpu"), display).data
     all_NCHW = next(data.slices(0, ROWS, ROWS))

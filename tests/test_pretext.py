@@ -17,14 +17,14 @@ from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.loading.resident import Batch
 from snscc_ray.data.sources import load_images
 from snscc_ray.runs.identity import stage_identity
-from snscc_ray.runs.monitor import Silent
+from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.training.stages.pretext.byol import Byol, momentum
 from snscc_ray.training.stages.pretrain import Pretrain
 from snscc_ray.training.workers import LocalWorker
 from tests.conftest import execute_on, make_context, shards
 
 
-class Spreads(Silent):
+class Spreads(NullMonitor):
     def __init__(self) -> None:
         self.found: list[float] = []
 

@@ -29,7 +29,7 @@ from snscc_ray.models.encoders import (
     out_features,
 )
 from snscc_ray.runs.identity import stage_identity
-from snscc_ray.runs.monitor import Silent
+from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.training import context as context_module
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import fit
@@ -43,7 +43,7 @@ from tests.conftest import equal_states, execute_on, make_context
 CPU = torch.device("cpu")
 
 
-class Warnings(Silent):
+class Warnings(NullMonitor):
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
         self.figures: list[dict[str, float]] = []
@@ -267,7 +267,7 @@ def test_labels_only_measure(tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
     for name, labels in kinds.items():
         folder = tmp_path / name
         images = with_labels(tiny_images, labels)
-        result = execute_on(tiny, images, folder, LocalWorker(folder, CPU), Silent())
+        result = execute_on(tiny, images, folder, LocalWorker(folder, CPU), NullMonitor())
         found[name] = finals(folder)
         measured[name] = result.figures["stages"]["train"]
     for name in ("shuffled", "none"):
@@ -340,7 +340,7 @@ def test_selection_within_the_batch(tiny: Recipe, tiny_images: ImageSet, tmp_pat
     context = with_settings(tiny, tiny_images, "boost.confidence_threshold=0.11")
     other = boost_stage(context)
     assert other.step(other.network, views, batch)["label"] == 0  # begins with none
-    fit(stage, context, LocalWorker(tmp_path, CPU), Silent(), "x")
+    fit(stage, context, LocalWorker(tmp_path, CPU), NullMonitor(), "x")
     assert all(bool(value.isfinite().all()) for value in stage.network.state_dict().values())
 
 
@@ -507,7 +507,7 @@ def test_first_weights_come_from_the_seed_alone(
     for number, folder in enumerate(folders):
         torch.manual_seed(number)
         worker = LocalWorker(folder, CPU)
-        execute_on(recipe, tiny_images, folder, worker, Silent(), ("pretrain",))
+        execute_on(recipe, tiny_images, folder, worker, NullMonitor(), ("pretrain",))
         states.append(checkpoints.load(folder / "pretrain" / "final.pt")["network"])
     assert equal_states(*states)
     mined = [(folder / "pretrain" / "neighbors.parquet").read_bytes() for folder in folders]

@@ -125,7 +125,7 @@ def train(context: Context) -> Stage:
 def boost(context: Context) -> Stage:
     encoder = build_encoder(context.recipe.encoder, context.recipe.data.channels)
     heads = ClusterHeads(context.recipe.train, out_features(encoder), 10, heads=1)
-    return Boost(context, context.place(ClusterNet(encoder, heads)), mined(context))
+    return Boost(context, context.to_device(ClusterNet(encoder, heads)), mined(context))
 
 
 def mined(context: Context) -> MinedNeighbors:

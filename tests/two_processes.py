@@ -68,7 +68,7 @@ def _stage(name: str, context: Context) -> Stage:
     if name == "train":
         return Train(context, PretextNet(encoder, recipe.pretrain), mined)
     heads = ClusterHeads(recipe.train, out_features(encoder), recipe.data.num_clusters, 1)
-    return Boost(context, context.place(ClusterNet(encoder, heads)), mined)
+    return Boost(context, context.to_device(ClusterNet(encoder, heads)), mined)
 
 
 def process(rank: int, world: int, folder: str, stage: str, overrides: list[str]) -> None:

@@ -27,7 +27,7 @@ from snscc_ray.training.context import Context
 
 
 @dataclass(frozen=True)
-class Own:
+class RunImages:
     """A run and the images it was made of, in the order of its assignments.parquet."""
 
     folder: Path
@@ -37,7 +37,7 @@ class Own:
     device: torch.device
 
 
-def own_images(folder: Path, device: torch.device, display: Display) -> Own:
+def own_images(folder: Path, device: torch.device, display: Display) -> RunImages:
     """Read a run's images again. Raises UserError where they are gone or are others by now."""
     recipe = read_recipe(folder)
     place = recipe.data.path
@@ -55,7 +55,7 @@ def own_images(folder: Path, device: torch.device, display: Display) -> Own:
             f"{rows.place} holds other images than those {folder} was made of ({len(catalog)} "
             f"now, {len(known)} then); put them back, or run the recipe again"
         )
-    return Own(folder, recipe, catalog, data, device)
+    return RunImages(folder, recipe, catalog, data, device)
 
 
 def own_ids(folder: Path) -> list[str]:
@@ -108,7 +108,7 @@ def answering(
     return recipe.model_copy(update={"precision": trained}), caveat
 
 
-def stage_features(own: Own, stage: StageName) -> Tensor:
+def stage_features(own: RunImages, stage: StageName) -> Tensor:
     """L2-normalised features after a stage, (N, D) float32 on the CPU; half precision is kept."""
     kept = kept_features(own.folder, stage, len(own.catalog))
     if kept is not None:

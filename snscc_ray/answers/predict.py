@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from snscc_ray.answers.features import answering, kept_features, own_ids, own_images, stage_features
-from snscc_ray.answers.table import Known, answers, write
+from snscc_ray.answers.table import KnownImages, answers, write
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import DataSettings, Recipe, StageName
 from snscc_ray.core import checkpoints
@@ -26,7 +26,7 @@ from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.loading.resident import Images, ResidentData
-from snscc_ray.data.look import settled
+from snscc_ray.data.look import resolve_reading
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.models.encoders import ClusterHeads, ClusterNet, build_encoder, out_features
@@ -41,7 +41,7 @@ _ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Question:
+class PredictRequest:
     """Which images to put into which run's clusters, and what to say of each."""
 
     run: Path
@@ -52,7 +52,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Found:
+class PredictResult:
     """What was written, and how many images could not be read."""
 
     table: pa.Table
@@ -74,7 +74,7 @@ class Model:
         """What a person should know of its answers on this device; None: they are the run's."""
         return answering(self.recipe, self.trained, self.device)[1]
 
-    def look(self, images: Images) -> tuple[Tensor, Tensor]:
+    def infer(self, images: Images) -> tuple[Tensor, Tensor]:
         """L2-normalised features (N, D) and cluster probabilities (N, C) of images in their
         order, float32 on the device, from one pass."""
 
@@ -91,7 +91,7 @@ class Model:
 
     def probabilities(self, images: Images) -> Tensor:
         """Cluster probabilities of images in their order, (N, C) float32 on the CPU."""
-        return self.look(images)[1].cpu()
+        return self.infer(images)[1].cpu()
 
     def on(self, device: torch.device) -> Model:
         """The same network, moved to another device."""
@@ -100,22 +100,22 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Answerer:
+class Predictor:
     """All that is needed to answer for an image, wherever it is asked."""
 
     model: Model
     top: int
-    known: Known | None
+    known: KnownImages | None
 
     def __call__(self, images_BCHW: Tensor) -> pa.Table:
         """A row for each of any number of uint8 images, see `answers`."""
         parts = [
-            answers(*self.model.look(ResidentData(part, self.model.device)), self.top, self.known)
+            answers(*self.model.infer(ResidentData(part, self.model.device)), self.top, self.known)
             for part in images_BCHW.split(_ROWS)
         ]
         return pa.concat_tables(parts)
 
-    def on(self, device: torch.device) -> Answerer:
+    def on(self, device: torch.device) -> Predictor:
         known = self.known
         if known is not None:
             known = replace(known, features_MD=known.features_MD.to(device))
@@ -152,7 +152,7 @@ def _last_stage(folder: Path) -> StageName:
     raise UserError(f"{folder} holds no Train stage, so there are no clusters to predict")
 
 
-def predict(question: Question, console: Console, device: str = "auto") -> Found:
+def predict(question: PredictRequest, console: Console, device: str = "auto") -> PredictResult:
     """Cluster the images in a folder or in Parquet shards, and write a row for each.
 
     Columns: id and those of `answers`. Unreadable images are left out and said. Raises UserError;
@@ -176,27 +176,27 @@ def predict(question: Question, console: Console, device: str = "auto") -> Found
 
 
 def prepare(
-    question: Question, display: Display, device: str
-) -> tuple[Answerer, DataSettings, Rows]:
+    question: PredictRequest, display: Display, device: str
+) -> tuple[Predictor, DataSettings, Rows]:
     """Who answers, on a device, and the images that are asked of. Raises UserError."""
     model = load_model(question.run, device)
     if model.caveat:
         display.line(model.caveat)
     settings = _settings(model.recipe, question.source)
-    settings, rows = settled(settings, list_rows(settings))
+    settings, rows = resolve_reading(settings, list_rows(settings))
     for note in rows.notes:
         display.line(note)
     known = _known(question, model, display) if question.nearest else None
-    return Answerer(model, question.top, known), settings, rows
+    return Predictor(model, question.top, known), settings, rows
 
 
 def conclude(
-    question: Question,
+    question: PredictRequest,
     ids: list[str],
     skipped: Iterable[tuple[str, str]],
     parts: list[pa.Table],
     display: Display,
-) -> Found:
+) -> PredictResult:
     """Say what is left out, and write the answers for the ids, which come in parts."""
     left_out = 0
     for identifier, reason in skipped:
@@ -204,7 +204,7 @@ def conclude(
         display.line(f"left out {identifier}: {reason}")
     table = pa.concat_tables(parts).add_column(0, "id", pa.array(ids, pa.string()))
     write(table, question.out)
-    return Found(table, left_out)
+    return PredictResult(table, left_out)
 
 
 def _settings(recipe: Recipe, source: str) -> DataSettings:
@@ -222,7 +222,7 @@ def _settings(recipe: Recipe, source: str) -> DataSettings:
     )
 
 
-def _known(question: Question, model: Model, display: Display) -> Known | None:
+def _known(question: PredictRequest, model: Model, display: Display) -> KnownImages | None:
     """The run's own images by the features of its last stage; None, and why, without them."""
     run, stage = question.run, _last_stage(question.run)
     ids = own_ids(run)
@@ -237,4 +237,4 @@ def _known(question: Question, model: Model, display: Display) -> Known | None:
                 return None
     # They are kept in half precision, in which they are no longer of length 1.
     features_MD = F.normalize(features_MD, dim=1).to(model.device)
-    return Known(pa.array(ids, pa.string()), features_MD, question.nearest)
+    return KnownImages(pa.array(ids, pa.string()), features_MD, question.nearest)

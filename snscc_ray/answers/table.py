@@ -21,7 +21,7 @@ _BETWEEN = "|"
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownImages:
     """A run's own images, the nearest of which are to be named."""
 
     ids: pa.Array
@@ -29,7 +29,7 @@ class Known:
     count: int  # of them to name
 
 
-def answers(z_BD: Tensor, p_BC: Tensor, top: int, known: Known | None) -> pa.Table:
+def answers(z_BD: Tensor, p_BC: Tensor, top: int, known: KnownImages | None) -> pa.Table:
     """A row for each image, by its L2-normalised features and its cluster probabilities.
 
     Columns: cluster, confidence, the `top` clusters with their confidences and, where images are

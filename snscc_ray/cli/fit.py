@@ -14,7 +14,7 @@ from snscc_ray.cli.options import Settings, fail, out, place_of, say, seconds_of
 from snscc_ray.config.errors import UserError
 
 if TYPE_CHECKING:
-    from snscc_ray.fit.fit import Fitted
+    from snscc_ray.fit.fit import FitResult
 
 
 def fit(
@@ -83,7 +83,7 @@ def fit(
     from snscc_ray.answers.report import report
     from snscc_ray.config.paths import as_path, is_url
     from snscc_ray.core.claim import claimed
-    from snscc_ray.fit.choose import Wishes
+    from snscc_ray.fit.choose import Preferences
     from snscc_ray.fit.fit import FitRequest, fit_images
     from snscc_ray.models.pretrained import encoder_settings
     from snscc_ray.runs.folder import check_apart
@@ -97,7 +97,7 @@ def fit(
     request = FitRequest(
         source=place,
         folder=folder,
-        wishes=Wishes(count, image_size, max_cluster_imbalance, chosen),
+        wishes=Preferences(count, image_size, max_cluster_imbalance, chosen),
         folders_are_labels=labels,
         overrides=(*(settings or ()), *([] if seed is None else [f"seed={seed}"])),
         budget=seconds,
@@ -126,7 +126,7 @@ def _count(text: str) -> int | None:
     return int(text)
 
 
-def _show(fitted: Fitted, folder: Path) -> None:
+def _show(fitted: FitResult, folder: Path) -> None:
     import pyarrow.parquet as pq
 
     with (folder / "assignments.parquet").open("rb") as file:

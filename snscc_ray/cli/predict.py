@@ -53,7 +53,7 @@ def predict(
     elif device != "auto":
         raise UserError("--device is of this process; leave it out with --workers, or add --gpu")
     # Imported here: torch takes seconds, which --help should not wait for.
-    from snscc_ray.answers.predict import Question
+    from snscc_ray.answers.predict import PredictRequest
     from snscc_ray.answers.predict import predict as predict_here
     from snscc_ray.answers.table import check_name
     from snscc_ray.cluster.scale import Scale
@@ -69,7 +69,7 @@ def predict(
     check_writable(target)
     if target.suffix.lower() == ".parquet":  # it would be taken for images the next time
         check_apart(target.parent, place_of(data))
-    question = Question(as_path(run), place_of(data), target, top, nearest)
+    question = PredictRequest(as_path(run), place_of(data), target, top, nearest)
     with claimed_file(target, say):
         if target.exists() and not overwrite:
             raise UserError(f"{out_file} exists; use --overwrite, or another --out")

@@ -20,7 +20,7 @@ from ray.train.torch.config import _TorchBackend
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from snscc_ray.cluster.nodes import bundle_of
-from snscc_ray.cluster.relay import Relay, Telling, show
+from snscc_ray.cluster.relay import Relay, RelayScreen, show
 from snscc_ray.cluster.scale import Scale, why_failed
 from snscc_ray.config.errors import TrainingError, UserError
 from snscc_ray.config.paths import arrow_storage, as_path
@@ -29,7 +29,7 @@ from snscc_ray.core import checkpoints, distributed
 from snscc_ray.core.display import Screen
 from snscc_ray.data.loading.ray_stream import Load
 from snscc_ray.runs.folder import remove_tree
-from snscc_ray.runs.monitor import Journal, RunMonitor, Silent
+from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
 from snscc_ray.runs.run import execute
 from snscc_ray.training.engine import Interrupted
 
@@ -198,11 +198,11 @@ def _work(config: dict[str, Any]) -> None:
     first = distributed.rank() == 0
     # Started again, the workers go on with what they have done, and replace it no more.
     start = ray.get(relay.started.remote()) if first else 0
-    monitor: RunMonitor | Silent = Silent()
+    monitor: RunMonitor | NullMonitor = NullMonitor()
     folder = as_path(job.folder)
     try:
         if first:
-            monitor = RunMonitor(Journal(folder), Telling(relay.tell.remote))
+            monitor = RunMonitor(Journal(folder), RelayScreen(relay.tell.remote))
         execute(
             job.recipe,
             ray.get(job.catalog),

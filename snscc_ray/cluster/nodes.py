@@ -25,7 +25,7 @@ from snscc_ray.cluster.scale import (
     check_fits,
     check_reachable,
     free_of,
-    look,
+    probe_node,
     stderr_into,
     too_small,
     unseen,
@@ -72,7 +72,7 @@ def connected(scale: Scale) -> Iterator[None]:
 
 
 @contextmanager
-def placed(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
+def reserved(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
     """Reserve the fewest workers asked for, probe where they stand, and let go of them after.
 
     Raises UserError when they cannot be placed: at once on this machine alone, which does not
@@ -116,7 +116,7 @@ def _free() -> str:
 
 def _probe(group: Any, bundle: dict[str, float], workers: int) -> list[Probe]:
     """What each worker's place offers, looked at from there."""
-    task = ray.remote(lambda: look(ray.util.get_node_ip_address()))
+    task = ray.remote(lambda: probe_node(ray.util.get_node_ip_address()))
     results = [
         task.options(
             num_cpus=bundle["CPU"],

@@ -9,8 +9,8 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
-from snscc_ray.answers.predict import Answerer, Found, Question, conclude, prepare
-from snscc_ray.cluster.nodes import ask_every_node, bundle_of, connected, placed
+from snscc_ray.answers.predict import Predictor, PredictRequest, PredictResult, conclude, prepare
+from snscc_ray.cluster.nodes import ask_every_node, bundle_of, connected, reserved
 from snscc_ray.cluster.scale import Scale, check_alike, stderr_into, unread
 from snscc_ray.config.errors import UserError
 from snscc_ray.core.display import Display
@@ -20,7 +20,7 @@ from snscc_ray.runs.folder import reading
 from snscc_ray.training.workers import choose_device
 
 
-def predict_on_ray(question: Question, console: Console, scale: Scale) -> Found:
+def predict_on_ray(question: PredictRequest, console: Console, scale: Scale) -> PredictResult:
     """`predict` by a model on each of the workers, the images read by the whole cluster.
 
     Raises UserError.
@@ -35,7 +35,7 @@ def predict_on_ray(question: Question, console: Console, scale: Scale) -> Found:
                 "what workers read; leave --workers out"
             )
         with connected(scale):
-            with placed(scale, display.line) as probes:
+            with reserved(scale, display.line) as probes:
                 check_alike(probes, scale.gpu)
             ask_every_node(unread, rows.some_files)
             held, ready = answerer.on(torch.device("cpu")), partial(_on_its_device, gpu=scale.gpu)
@@ -59,5 +59,5 @@ def predict_on_ray(question: Question, console: Console, scale: Scale) -> Found:
     return conclude(question, ids, skipped, parts, display)
 
 
-def _on_its_device(answerer: Answerer, gpu: bool) -> Answerer:
+def _on_its_device(answerer: Predictor, gpu: bool) -> Predictor:
     return answerer.on(choose_device("cuda" if gpu else "cpu"))

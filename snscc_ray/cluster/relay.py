@@ -54,7 +54,7 @@ class Relay:
         return self._fault
 
 
-class Telling:
+class RelayScreen:
     """A `Screen` that is elsewhere; progress is told now and then, the rest at once."""
 
     def __init__(self, tell: Callable[[list[Event]], object]) -> None:

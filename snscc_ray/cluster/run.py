@@ -8,8 +8,8 @@ import ray
 from rich.console import Console
 
 from snscc_ray.cluster.group import RAY_FOLDER, Job, train_group
-from snscc_ray.cluster.nodes import check_visible, connected, placed
-from snscc_ray.cluster.scale import Scale, check_alike, room
+from snscc_ray.cluster.nodes import check_visible, connected, reserved
+from snscc_ray.cluster.scale import Scale, check_alike, free_object_store
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
 from snscc_ray.config.settings import Recipe
@@ -19,7 +19,7 @@ from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.ray_stream import share_images
 from snscc_ray.runs.folder import check_apart, prepare_folder, remove_tree
-from snscc_ray.runs.local import say_skipped
+from snscc_ray.runs.local import report_skipped
 from snscc_ray.runs.monitor import Journal
 from snscc_ray.runs.plan import check, make_plan
 from snscc_ray.runs.run import Request, Result, final_figures
@@ -51,16 +51,16 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     # A report waits for the controller to look, which by default is every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(scale):
-        with placed(scale, display.line) as probes:
+        with reserved(scale, display.line) as probes:
             check_alike(probes, scale.gpu)
         where = folder if is_url(folder) else folder.absolute()
         check_visible(where, rows.some_files)
-        data = share_images(recipe, rows, room(probes), display)
+        data = share_images(recipe, rows, free_object_store(probes), display)
         if data.catalog.skipped:  # fewer than were checked
             for workers in counts:
                 check(recipe, len(data.catalog), workers)
         display.line(_headline(recipe, data.catalog, scale))
-        say_skipped(data.catalog, display)
+        report_skipped(data.catalog, display)
         job = Job(recipe, str(where), request.stages, overwrite, ray.put(data.catalog), data.load)
         if overwrite:
             remove_tree(where / RAY_FOLDER)

@@ -155,7 +155,7 @@ class Probe:
     gpu_memory: int | None  # bytes free, of the worker's GPU
 
 
-def look(address: str) -> Probe:
+def probe_node(address: str) -> Probe:
     """This node, whose address in the cluster it is."""
     return Probe(
         node=_called(address),
@@ -186,7 +186,7 @@ def check_alike(probes: Sequence[Probe], gpu: bool) -> None:
             )
 
 
-def room(probes: Sequence[Probe]) -> int:
+def free_object_store(probes: Sequence[Probe]) -> int:
     """Bytes that each worker could hold images in."""
     on_node = Counter(probe.node for probe in probes)
     # On a node, each worker holds the set, and the object store holds it once.

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from snscc_ray.compare.methods import METHODS, load, ours
-from snscc_ray.compare.study import Found, Study, home
+from snscc_ray.compare.study import MethodResult, Study, method_folder
 from snscc_ray.compare.table import Row, figures_of, line, write_table
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import Recipe
@@ -35,7 +35,7 @@ from snscc_ray.runs.folder import (
     remove_run,
     remove_tree,
 )
-from snscc_ray.runs.local import free_bytes, say_skipped, terminated_like_interrupted
+from snscc_ray.runs.local import free_bytes, report_skipped, terminated_like_interrupted
 from snscc_ray.runs.plan import check, make_plan
 from snscc_ray.runs.run import normalisation
 from snscc_ray.training.context import Context
@@ -175,7 +175,7 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Recip
     progress = display.counting("reading", "images")
     images = assemble(rows, recipe.data, recipe.runtime.decode_workers, progress)
     display.finish()
-    say_skipped(images.catalog.for_clusters(recipe.data.num_clusters), display)
+    report_skipped(images.catalog.for_clusters(recipe.data.num_clusters), display)
     if images.catalog.skipped:  # fewer than were checked
         check(recipe, len(images), 1)
     return recipe, images
@@ -192,7 +192,7 @@ def _remove(folder: Path) -> None:
 def _run(study: Study, method: str) -> str | None:
     """Run one method and keep its answer; why it failed, if it did. Raises Interrupted."""
     own = replace(study, seconds=[])
-    went_on = any(home(study.folder, method).glob("*/latest.pt"))
+    went_on = any(method_folder(study.folder, method).glob("*/latest.pt"))
     try:
         found = load(method)(own)
     except Interrupted:
@@ -206,8 +206,8 @@ def _run(study: Study, method: str) -> str | None:
     return None
 
 
-def _keep(study: Study, method: str, found: Found) -> None:
-    place = home(study.folder, method)
+def _keep(study: Study, method: str, found: MethodResult) -> None:
+    place = method_folder(study.folder, method)
     clusters = pa.array(found.clusters_N.int().numpy())
     table = pa.table({"id": pa.array(study.catalog.ids), "cluster": clusters})
     storage.write_whole(place / "assignments.parquet", lambda file: pq.write_table(table, file))
@@ -222,7 +222,7 @@ def _keep(study: Study, method: str, found: Found) -> None:
 
 def _outcome(study: Study, method: str) -> dict[str, Any] | None:
     """What is kept of a method that has finished."""
-    place = home(study.folder, method)
+    place = method_folder(study.folder, method)
     path = place / "outcome.json"
     if not path.exists() or not (place / "assignments.parquet").exists():
         return None
@@ -241,7 +241,7 @@ def _rows(study: Study, failed: dict[str, str]) -> list[Row]:
         if method in failed:
             rows.append(Row(method, note=f"failed: {failed[method]}"))
         elif outcome := _outcome(study, method):
-            with (home(study.folder, method) / "assignments.parquet").open("rb") as file:
+            with (method_folder(study.folder, method) / "assignments.parquet").open("rb") as file:
                 found = pq.read_table(file)
             clusters_N = torch.tensor(found["cluster"].to_pylist())
             rows.append(

@@ -26,7 +26,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Found:
+class MethodResult:
     """A method's answer."""
 
     clusters_N: Tensor  # int64, on the CPU
@@ -77,10 +77,10 @@ class Study:
         """A network with first weights that depend on the seed and the part alone, placed."""
         with torch.random.fork_rng():
             torch.manual_seed(self.key(part, "init"))
-            return self.context.place(make())
+            return self.context.to_device(make())
 
 
-def home(folder: Path, part: str) -> Path:
+def method_folder(folder: Path, part: str) -> Path:
     """Where a comparison in `folder` keeps what belongs to one part."""
     return folder / "methods" / part
 
@@ -90,7 +90,11 @@ def train(study: Study, part: str, stage: Stage) -> None:
 
     Raises TrainingError on a NaN loss, Interrupted on SIGTERM or Ctrl-C.
     """
-    place, device, identity = home(study.folder, part), study.context.device, study.identity()
+    place, device, identity = (
+        method_folder(study.folder, part),
+        study.context.device,
+        study.identity(),
+    )
     path = place / "final.pt"
     if path.exists():
         saved = checkpoints.load(path, device)

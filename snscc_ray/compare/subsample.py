@@ -9,14 +9,16 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from snscc_ray.compare.study import Found, Study
+from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.core import rng
 
 # N × N distances of so many rows take 200 MB.
 ROWS = 5000
 
 
-def cluster_some(study: Study, method: str, assign: Callable[[np.ndarray], np.ndarray]) -> Found:
+def cluster_some(
+    study: Study, method: str, assign: Callable[[np.ndarray], np.ndarray]
+) -> MethodResult:
     """The clusters `assign` finds in the pixels of at most `ROWS` rows, drawn by the seed.
 
     Every other row joins the cluster with the nearest centroid, which the note then says.
@@ -37,9 +39,9 @@ def cluster_some(study: Study, method: str, assign: Callable[[np.ndarray], np.nd
 
     clusters_N = study.timed(everything)
     if N <= ROWS:
-        return Found(clusters_N)
+        return MethodResult(clusters_N)
     note = f"needs N × N: found on {ROWS:,} of {N:,} rows, the rest by nearest centroid"
-    return Found(clusters_N, note=note)
+    return MethodResult(clusters_N, note=note)
 
 
 def nearest_centroid(

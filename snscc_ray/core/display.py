@@ -116,7 +116,7 @@ def _draws(console: Console) -> bool:
     )
 
 
-class Nowhere:
+class NullScreen:
     """A `Screen` nobody looks at."""
 
     def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...

@@ -33,7 +33,7 @@ _ENDINGS = 8  # named in a sentence
 
 
 @dataclass
-class Found:
+class ImageListing:
     """What lies below a folder."""
 
     files: list[str] = field(default_factory=list)  # relative POSIX paths of images, sorted
@@ -50,9 +50,9 @@ class Found:
         return (f"left aside, being no images that can be read: {named}{rest}",)
 
 
-def find_images(root: Path) -> Found:
+def find_images(root: Path) -> ImageListing:
     """All images below `root`; hidden ones and what is not an image are counted."""
-    found = Found()
+    found = ImageListing()
     if is_url(root):
         _find_remote(root, found)
     else:
@@ -62,7 +62,7 @@ def find_images(root: Path) -> Found:
     return found
 
 
-def _walk(root: Path, found: Found) -> Iterator[str]:
+def _walk(root: Path, found: ImageListing) -> Iterator[str]:
     seen: set[str] = set()  # links to folders are followed, but not in circles
     for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
         real = os.path.realpath(folder)
@@ -85,7 +85,7 @@ def _walk(root: Path, found: Found) -> Iterator[str]:
                 found.aside[kind] += 1
 
 
-def _find_remote(root: Path, found: Found) -> None:
+def _find_remote(root: Path, found: ImageListing) -> None:
     url: Any = root
     above = url.path.rstrip("/") + "/"
     unsure: list[str] = []

@@ -34,7 +34,7 @@ _WHITE, _BLACK, _BETWEEN = 255, 0, 128
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageStats:
     """What a sample of a dataset shows."""
 
     rows: int  # of the whole dataset
@@ -59,7 +59,7 @@ class _Seen:
     frames: int
 
 
-def look(rows: Rows) -> Look:
+def inspect_images(rows: Rows) -> ImageStats:
     """Open up to 200 of the images, spread over the whole dataset."""
     seen, unreadable = [], ""
     for source in _sample(rows):
@@ -70,7 +70,7 @@ def look(rows: Rows) -> Look:
             raise
         except Exception as error:  # what Pillow raises on broken files is open-ended
             unreadable = unreadable or why_unreadable(error)
-    return Look(
+    return ImageStats(
         rows=len(rows.ids),
         side=int(np.median([one.side for one in seen])) if seen else 0,
         # A few coloured stamps among scans do not make a colour set; a tenth does.
@@ -84,14 +84,16 @@ def look(rows: Rows) -> Look:
     )
 
 
-def settled(data: DataSettings, rows: Rows, seen: Look | None = None) -> tuple[DataSettings, Rows]:
+def resolve_reading(
+    data: DataSettings, rows: Rows, seen: ImageStats | None = None
+) -> tuple[DataSettings, Rows]:
     """How all images of a dataset are brought to 8 bits, where the settings leave it open.
 
-    seen: what `look` has found; None: it is looked at now.
+    seen: what `inspect_images` has found; None: it is looked at now.
     """
     if rows.files is None and rows.shards is None:
         return data, rows  # arrays: of 8 bits, and nothing of them is transparent
-    seen = seen or look(rows)
+    seen = seen or inspect_images(rows)
     found = {
         "value_range": data.value_range or seen.value_range,
         "background": seen.background if data.background is None else data.background,
@@ -164,7 +166,7 @@ def _background(seen: list[_Seen]) -> int | None:
 
 
 def _notes(
-    seen: Look, value_range: tuple[float, float] | None, background: int | None
+    seen: ImageStats, value_range: tuple[float, float] | None, background: int | None
 ) -> tuple[str, ...]:
     notes = []
     sample = f"of {seen.sampled:,} that were looked at"

@@ -25,7 +25,7 @@ from snscc_ray.config.settings import (
     TrainSettings,
     View,
 )
-from snscc_ray.data.look import Look
+from snscc_ray.data.look import ImageStats
 from snscc_ray.models.encoders import activation_bytes
 
 FEWEST = 20  # images: with fewer there is nothing for a network to learn from
@@ -56,7 +56,7 @@ class Pick:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Preferences:
     """What a person said; None: choose."""
 
     clusters: int | None
@@ -66,7 +66,13 @@ class Wishes:
 
 
 def choose(
-    name: str, data: dict[str, Any], seen: Look, *, gpu: bool, free_bytes: int, wishes: Wishes
+    name: str,
+    data: dict[str, Any],
+    seen: ImageStats,
+    *,
+    gpu: bool,
+    free_bytes: int,
+    wishes: Preferences,
 ) -> tuple[Recipe, list[Pick]]:
     """The recipe, and what was picked for it.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from snscc_ray.answers.features import Own, stage_features
+from snscc_ray.answers.features import RunImages, stage_features
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override, validate
 from snscc_ray.config.settings import Recipe
@@ -19,13 +19,13 @@ from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.resident import Images, ResidentData
-from snscc_ray.data.look import look
+from snscc_ray.data.look import inspect_images
 from snscc_ray.data.sources import list_rows
-from snscc_ray.fit.choose import Pick, Wishes, as_set, choose, data_settings, used
+from snscc_ray.fit.choose import Pick, Preferences, as_set, choose, data_settings, used
 from snscc_ray.fit.count import Estimate, estimate, expected_seconds
 from snscc_ray.models.encoders import build_encoder, out_features
 from snscc_ray.runs.folder import COUNT_FILE, FIT_FILE, holds_something, prepare_folder, remove_run
-from snscc_ray.runs.local import device_bytes, load, say_skipped, terminated_like_interrupted
+from snscc_ray.runs.local import device_bytes, load, report_skipped, terminated_like_interrupted
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.pace import describe, measure, within
 from snscc_ray.runs.plan import Plan, make_plan
@@ -46,7 +46,7 @@ class FitRequest:
 
     source: str
     folder: Path
-    wishes: Wishes
+    wishes: Preferences
     folders_are_labels: bool = False
     overrides: tuple[str, ...] = ()
     budget: float | None = None  # seconds; None: at most what a person waits for
@@ -69,7 +69,7 @@ class FitRequest:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     result: Result
     told_seconds: float | None  # what was said beforehand
     took_seconds: float
@@ -77,7 +77,7 @@ class Fitted:
 
 
 @terminated_like_interrupted()
-def fit_images(request: FitRequest, console: Console) -> Fitted:
+def fit_images(request: FitRequest, console: Console) -> FitResult:
     """Choose a recipe, say why and how long it will take, and run it.
 
     The same request goes on with a run that was stopped. Raises UserError before anything is
@@ -104,7 +104,7 @@ def fit_images(request: FitRequest, console: Console) -> Fitted:
         raise UserError(
             f"all {len(catalog):,} images are the same: there is nothing to tell apart; give others"
         )
-    say_skipped(catalog, display)
+    report_skipped(catalog, display)
     for pick in picks:
         display.line(f"  {pick.what}: {pick.value} ({pick.why})")
     try:
@@ -128,7 +128,7 @@ def fit_images(request: FitRequest, console: Console) -> Fitted:
             monitor.finish()
     except KeyboardInterrupt as stop:
         raise Interrupted from stop
-    return Fitted(result, told, time.monotonic() - began, counted)
+    return FitResult(result, told, time.monotonic() - began, counted)
 
 
 def _begun(request: FitRequest) -> Recipe | None:
@@ -149,7 +149,7 @@ def _chosen(request: FitRequest, device: torch.device) -> tuple[Plan, list[Pick]
         "folders_are_labels": request.folders_are_labels,
     }
     rows = list_rows(data_settings(where, request.overrides))
-    seen = look(rows)
+    seen = inspect_images(rows)
     recipe, picks = choose(
         request.folder.name,
         where,
@@ -225,7 +225,9 @@ def _counted(
         found = Estimate(**storage.read_json(path))
         return override(recipe, [f"data.num_clusters={found.chosen}"]), found
     execute(recipe, catalog, data, folder, worker, monitor, ("pretrain",))
-    features_ND = stage_features(Own(folder, recipe, catalog, data, worker.device), "pretrain")
+    features_ND = stage_features(
+        RunImages(folder, recipe, catalog, data, worker.device), "pretrain"
+    )
     found = estimate(features_ND, recipe.seed, display.counting("counting", "numbers tried"))
     display.finish()
     display.line(found.why)

@@ -3,5 +3,5 @@
 `encoders` holds the built-in networks and the heads, `libraries` those of torchvision and timm,
 `pretrained` what `encoder.weights` may name, `importers` finds weights in foreign checkpoints.
 
-Imports: config. Must not import Ray, or read images.
+Imports: config, core. Must not import Ray, or read images.
 """

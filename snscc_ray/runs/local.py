@@ -25,7 +25,7 @@ from snscc_ray.data.loading.streamed import StreamedData, threads_reader
 from snscc_ray.data.loading.survey import check_streamed, choose_mode, survey
 from snscc_ray.data.rows import Rows
 from snscc_ray.runs.folder import check_apart, prepare_folder
-from snscc_ray.runs.monitor import Journal, RunMonitor, Silent
+from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
 from snscc_ray.runs.pace import describe, measure, within
 from snscc_ray.runs.plan import Plan, check, make_plan
 from snscc_ray.runs.run import Request, Result, execute, final_figures
@@ -85,12 +85,14 @@ def _run_here(
             f"{recipe.name}: {len(catalog):,} images of {recipe.data.image_size} px, "
             f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
         )
-        say_skipped(catalog, display)
+        report_skipped(catalog, display)
         if request.budget is not None:
             left = request.budget - (time.monotonic() - began)
             recipe = _within_budget(request, recipe, catalog, data, left, display)
         worker = make_worker(folder, device)
-        monitor: RunMonitor | Silent = RunMonitor(Journal(folder), display) if first else Silent()
+        monitor: RunMonitor | NullMonitor = (
+            RunMonitor(Journal(folder), display) if first else NullMonitor()
+        )
         try:
             result = execute(
                 recipe,
@@ -140,7 +142,7 @@ def _within_budget(
     return fitting
 
 
-def say_skipped(catalog: Catalog, display: Display) -> None:
+def report_skipped(catalog: Catalog, display: Display) -> None:
     """Say what was left aside or assumed, and name every image that is left out, and why."""
     for note in catalog.notes:
         display.line(note)

@@ -121,7 +121,7 @@ class Journal:
 
 
 class RunMonitor:
-    """What the engine tells, shown and kept; the ranks but the first use `Silent`."""
+    """What the engine tells, shown and kept; the ranks but the first use `NullMonitor`."""
 
     def __init__(self, journal: Journal, screen: Screen) -> None:
         self.journal, self.screen = journal, screen
@@ -152,7 +152,7 @@ class RunMonitor:
         self.screen.finish()
 
 
-class Silent:
+class NullMonitor:
     """The monitor of every rank but the first."""
 
     def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...

@@ -17,7 +17,7 @@ from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import STAGES, Recipe, StageName, StageSettings
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.resident import ResidentData
-from snscc_ray.runs.monitor import Silent
+from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.runs.run import execute
 from snscc_ray.training.workers import LocalWorker
 
@@ -35,7 +35,7 @@ _SHARE = 0.95
 _WARMUP_SHARE = 0.2
 
 
-class _Clock(Silent):
+class _Clock(NullMonitor):
     """Notes when each epoch, with all that belongs to it, was over."""
 
     def __init__(self) -> None:

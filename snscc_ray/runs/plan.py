@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, Recipe
 from snscc_ray.data.loading.order import smallest_batch
-from snscc_ray.data.look import Look, settled
+from snscc_ray.data.look import ImageStats, resolve_reading
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.models.pretrained import check_encoder
@@ -26,14 +26,14 @@ def make_plan(
     recipe: Recipe,
     workers: Sequence[int] = (1,),
     rows: Rows | None = None,
-    seen: Look | None = None,
+    seen: ImageStats | None = None,
 ) -> Plan:
     """List the images and look at them, where that is not done yet, and check the recipe.
 
     workers: every number of workers that may train. Raises UserError naming the field.
     """
     rows = list_rows(recipe.data) if rows is None else rows
-    data, rows = settled(recipe.data, rows, seen)
+    data, rows = resolve_reading(recipe.data, rows, seen)
     recipe = recipe.model_copy(update={"data": data})
     for count in workers:
         check(recipe, len(rows.ids), count)

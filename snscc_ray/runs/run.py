@@ -95,7 +95,7 @@ def execute(
 ) -> Result:
     """Run the stages, reusing those of the same identity that `folder` holds finished.
 
-    With a `store`, which several runs share, each stage has the run folder `home` names there.
+    With a `store`, which several runs share, each stage has a folder there (see `stage_folder`).
     Raises UserError when a stage's parent is neither in `stages` nor finished in the folder.
     """
     normalize = normalisation(recipe, catalog)
@@ -149,15 +149,15 @@ class _Run:
             self.recipe, stage, self.catalog.fingerprint, self.context.data.order_name
         )
 
-    def place(self, stage: StageName) -> Path:
+    def stage_folder(self, stage: StageName) -> Path:
         """Where the stage's files are."""
         if self.store is None:
             return self.folder / stage
-        return home(self.store, stage, self.identity(stage)) / stage
+        return stage_folder(self.store, stage, self.identity(stage)) / stage
 
     def finished(self, stage: StageName) -> dict[str, Any] | None:
         """The stage's figures when it lies finished in its place under this identity."""
-        return finished(self.place(stage), stage, self.identity(stage))
+        return finished(self.stage_folder(stage), stage, self.identity(stage))
 
     def check_parents(self, stages: tuple[StageName, ...], *, afresh: bool) -> None:
         """Raises UserError for a stage whose parent is neither asked for nor finished."""
@@ -185,8 +185,8 @@ class _Run:
             figures["seconds"] = round(time.monotonic() - began, 3)
             if self.worker.rank == 0:
                 record = {"identity": self.identity(name), "figures": figures}
-                storage.write_json(self.place(name) / "stage.json", record)
-                (self.place(name) / "latest.pt").unlink(missing_ok=True)
+                storage.write_json(self.stage_folder(name) / "stage.json", record)
+                (self.stage_folder(name) / "latest.pt").unlink(missing_ok=True)
             distributed.barrier()
         return figures
 
@@ -201,7 +201,7 @@ class _Run:
         figures: dict[str, Any] = stage.finish()
         if self.worker.rank == 0:
             assert stage.mined is not None
-            stage.mined.save(self.place("pretrain") / "neighbors.parquet")
+            stage.mined.save(self.stage_folder("pretrain") / "neighbors.parquet")
             self._save_final("pretrain", stage.network, {})
         return figures
 
@@ -276,7 +276,7 @@ class _Run:
     ) -> None:
         normalize = self.context.normalize  # who predicts has not the images it was measured on
         checkpoints.save(
-            self.place(stage) / "final.pt",
+            self.stage_folder(stage) / "final.pt",
             {
                 "identity": self.identity(stage),
                 "network": network.state_dict(),
@@ -287,7 +287,7 @@ class _Run:
         )
 
     def _load_final(self, stage: StageName, wanted_by: StageName, into: torch.nn.Module) -> None:
-        path = self.place(stage) / "final.pt"
+        path = self.stage_folder(stage) / "final.pt"
         if distributed.from_first(lambda: self.finished(stage)) is None:
             raise self._unfinished(stage, wanted_by)
         checkpoints.load_weights(into, checkpoints.load(path, self.worker.device)["network"], path)
@@ -299,7 +299,7 @@ class _Run:
         return network
 
     def _mined(self) -> MinedNeighbors:
-        return MinedNeighbors.load(self.place("pretrain") / "neighbors.parquet")
+        return MinedNeighbors.load(self.stage_folder("pretrain") / "neighbors.parquet")
 
     def _clusters(self) -> ClusterNet:
         encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
@@ -309,7 +309,7 @@ class _Run:
         network = ClusterNet(encoder, heads)
         network.to(self.worker.device)
         self._load_final("train", "boost", network)
-        return self.context.place(network)
+        return self.context.to_device(network)
 
     def _save_assignments(self, p_NC: Tensor) -> None:
         confidence_N, clusters_N = p_NC.max(1)
@@ -346,7 +346,7 @@ class _Run:
         return {"kmeans_pixels": figures}
 
 
-def home(store: Path, stage: StageName, identity: str) -> Path:
+def stage_folder(store: Path, stage: StageName, identity: str) -> Path:
     """The run folder of one stage in a store of stages, found again by what determines it."""
     return store / f"{stage}-{identity[:16]}"
 

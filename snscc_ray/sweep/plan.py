@@ -13,7 +13,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.core import storage
-from snscc_ray.runs.run import finished, home
+from snscc_ray.runs.run import finished, stage_folder
 from tune_spaces.space import Point, Space
 
 Kind = Literal["stopped", "failed"]
@@ -105,12 +105,12 @@ class Ledger:
     store: Path
     folder: Path
 
-    def home(self, job: Job) -> Path:
-        return home(self.store, job.stage, job.identity)
+    def stage_folder(self, job: Job) -> Path:
+        return stage_folder(self.store, job.stage, job.identity)
 
     def figures(self, stage: StageName, identity: str) -> dict[str, Any] | None:
         """Of a finished stage."""
-        return finished(home(self.store, stage, identity) / stage, stage, identity)
+        return finished(stage_folder(self.store, stage, identity) / stage, stage, identity)
 
     def finished(self, job: Job) -> bool:
         return self.figures(job.stage, job.identity) is not None
@@ -131,7 +131,7 @@ class Ledger:
 
     def lines(self, stage: StageName, identity: str) -> list[dict[str, Any]]:
         """The figures of the epochs trained so far."""
-        path = home(self.store, stage, identity) / "metrics.jsonl"
+        path = stage_folder(self.store, stage, identity) / "metrics.jsonl"
         if not path.exists():
             return []
         found = []
@@ -163,12 +163,12 @@ def row_of(trial: Trial, space: Space, ledger: Ledger) -> dict[str, Any]:
                 figures = {"seconds": figures["seconds"]}
             row |= {f"{stage}/{name}": value for name, value in figures.items()}
             row[f"{stage}/epochs"] = getattr(trial.recipe, stage).epochs
-            row[f"{stage}/folder"] = home(ledger.store, stage, identity).name
+            row[f"{stage}/folder"] = stage_folder(ledger.store, stage, identity).name
         elif (record := ledger.read("stopped", identity)) is not None:
             row["status"], row["stopped_at"] = "stopped", f"{stage} epoch {record['epoch']}"
             row |= {f"{stage}/{name}": value for name, value in record["figures"].items()}
             row[f"{stage}/epochs"] = record["epoch"]
-            row[f"{stage}/folder"] = home(ledger.store, stage, identity).name
+            row[f"{stage}/folder"] = stage_folder(ledger.store, stage, identity).name
             break
         else:
             reason = (ledger.read("failed", identity) or {"reason": "not trained"})["reason"]

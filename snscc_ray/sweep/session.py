@@ -28,16 +28,24 @@ from rich.console import Console
 
 from snscc_ray.cluster.group import Job as GroupJob
 from snscc_ray.cluster.group import train_group
-from snscc_ray.cluster.nodes import check_visible, placed
-from snscc_ray.cluster.scale import Probe, Scale, amounts, check_alike, free_of, look, room
+from snscc_ray.cluster.nodes import check_visible, reserved
+from snscc_ray.cluster.scale import (
+    Probe,
+    Scale,
+    amounts,
+    check_alike,
+    free_object_store,
+    free_of,
+    probe_node,
+)
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import arrow_storage, is_url
 from snscc_ray.config.settings import Recipe, StageName
 from snscc_ray.core.claim import claimed
-from snscc_ray.core.display import Display, Nowhere
+from snscc_ray.core.display import Display, NullScreen
 from snscc_ray.data.loading.ray_stream import Shared, share_images
 from snscc_ray.data.loading.resident import ResidentData
-from snscc_ray.runs.local import say_skipped
+from snscc_ray.runs.local import report_skipped
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.pace import Seconds, measure
 from snscc_ray.runs.plan import make_plan
@@ -109,9 +117,9 @@ class Session:
         check_visible(self.folder, rows.some_files)
         self.concurrent = _concurrent(options)
         # Each trial holds the set, and the object store holds it once.
-        free = room(probes) // (self.concurrent + 1)
+        free = free_object_store(probes) // (self.concurrent + 1)
         self.images = share_images(self.recipe, rows, free, self.display)
-        say_skipped(self.images.catalog, self.display)
+        report_skipped(self.images.catalog, self.display)
         self._shared = ray.put(_Shared(self.images, self.ledger, options))
 
     def train(self, stage: StageName, jobs: Sequence[Job]) -> None:
@@ -300,8 +308,8 @@ def _probed(options: Options, say: Callable[[str], None]) -> list[Probe]:
                 f"a trial takes {amounts(options.needs())} and there are {there}: lower "
                 "--workers-per-trial, --cpus-per-trial or --gpus-per-trial"
             )
-        return [look(ray.util.get_node_ip_address())]
-    with placed(scale, say) as probes:
+        return [probe_node(ray.util.get_node_ip_address())]
+    with reserved(scale, say) as probes:
         check_alike(probes, scale.gpu)
         return probes
 
@@ -336,7 +344,7 @@ def _measure(shared: _Shared, recipe: Recipe) -> Seconds:
     return measure(recipe, shared.images.catalog, held.images_NCHW, device)
 
 
-class _Telling(Nowhere):
+class _TuneScreen(NullScreen):
     """A `Screen` whose figures go to Tune, which may stop the trial for them."""
 
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
@@ -347,22 +355,22 @@ def _trainable(config: dict[str, Any], given: _Shared, jobs: Sequence[Job]) -> N
     """Train one stage, from its beginning or from where it was left."""
     job = jobs[config["trial"]["job"]]
     # Two sweeps may want the same stage at a time: the one who comes second finds it finished.
-    with claimed(given.ledger.home(job), lambda _: None, patient=True):
+    with claimed(given.ledger.stage_folder(job), lambda _: None, patient=True):
         if not given.ledger.finished(job):
             _train(job, given)
 
 
 def _train(job: Job, given: _Shared) -> None:
-    store, folder, options = given.ledger.store, given.ledger.home(job), given.options
+    store, folder, options = given.ledger.store, given.ledger.stage_folder(job), given.options
     if options.workers_per_trial > 1:
         catalog, load = ray.put(given.images.catalog), given.images.load
         group = GroupJob(
             job.recipe, str(folder), (job.stage,), False, catalog, load, str(store)
         )  # fmt: skip
-        train_group(group, options.scale(), _Telling())
+        train_group(group, options.scale(), _TuneScreen())
         return
     device = choose_device("cuda" if options.gpus_per_trial else "cpu")
-    monitor = RunMonitor(Journal(folder), _Telling())
+    monitor = RunMonitor(Journal(folder), _TuneScreen())
     try:
         execute(
             job.recipe,

@@ -37,7 +37,7 @@ class Context:
     def key(self, *parts: int | str) -> int:
         return rng.fold(self.recipe.seed, *parts)
 
-    def place(self, network: Network) -> Network:
+    def to_device(self, network: Network) -> Network:
         """The network on the device, laid out for convolutions, its batch norms synchronised."""
         network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         distributed.synchronise_batch_norm(network)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snscc_ray.answers.features import Own
+from snscc_ray.answers.features import RunImages
 from snscc_ray.answers.report import pick
 from snscc_ray.answers.report.embed import embed
 from snscc_ray.answers.report.facts import Facts
@@ -27,7 +27,7 @@ _CONFUSION = 40  # classes of a table that can be read
 
 
 def build(
-    own: Own,
+    own: RunImages,
     facts: Facts,
     features: Callable[[StageName], Tensor],
     p_NC: Tensor,
@@ -91,7 +91,7 @@ def class_names(catalog: Catalog) -> list[str] | None:
     return [str(label) for label in range(int(catalog.labels.max()) + 1)]
 
 
-def _summary(own: Own, facts: Facts) -> dict[str, Any]:
+def _summary(own: RunImages, facts: Facts) -> dict[str, Any]:
     skipped = own.catalog.skipped
     return {
         "images": len(own.catalog),

@@ -1,6 +1,6 @@
 """The methods of a comparison: a file each, and a line here.
 
-A method is a function from a `Study` to what it `Found`. Importing this needs no torch, so that
+A method is a function from a `Study` to a `MethodResult`. Importing this needs no torch, so that
 `snscc compare --help` is quick.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from snscc_ray.config.errors import UserError
 
 if TYPE_CHECKING:
-    from snscc_ray.compare.study import Found, Study
+    from snscc_ray.compare.study import MethodResult, Study
 
 
 class Method(NamedTuple):
@@ -42,11 +42,11 @@ METHODS = {
 }
 
 
-def load(name: str) -> Callable[[Study], Found]:
+def load(name: str) -> Callable[[Study], MethodResult]:
     """The function that is the method of that name."""
     method = METHODS[name]
     module = import_module(f"{__name__}.{method.file}")
-    function: Callable[[Study], Found] = getattr(module, method.function)
+    function: Callable[[Study], MethodResult] = getattr(module, method.function)
     return function
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from sklearn.cluster import AgglomerativeClustering
 
-from snscc_ray.compare.study import Found, Study
+from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.compare.subsample import cluster_some
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     model = AgglomerativeClustering(study.clusters, linkage="ward")
     return cluster_some(study, "ac", model.fit_predict)

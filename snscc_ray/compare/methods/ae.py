@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from snscc_ray.compare.decoder import Decoder
 from snscc_ray.compare.descent import Descent, views_of
-from snscc_ray.compare.study import Found, Study, train
+from snscc_ray.compare.study import MethodResult, Study, train
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.data.loading.resident import Batch
 from snscc_ray.models.encoders import build_encoder, out_features
@@ -42,17 +42,19 @@ def build(study: Study, part: str) -> AutoEncoder:
     )
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     network, settings = build(study, "ae"), study.context.recipe.train
     train(study, "ae", Descent(network, settings, views_of(study.context, "ae", None), _terms))
     return kmeans_of(study, network, network.encoder)
 
 
-def kmeans_of(study: Study, network: nn.Module, encoder: nn.Module) -> Found:
+def kmeans_of(study: Study, network: nn.Module, encoder: nn.Module) -> MethodResult:
     """K-Means on what `encoder`, a part of `network`, makes of the clean images."""
     features_ND = study.context.clean_pass(network, encoder)
     _, clusters_N = study.timed(lambda: kmeans(features_ND, study.clusters, study.key("kmeans")))
-    return Found(clusters_N, str(study.context.recipe.train.epochs), "k-means on its features")
+    return MethodResult(
+        clusters_N, str(study.context.recipe.train.epochs), "k-means on its features"
+    )
 
 
 def _terms(forward: nn.Module, views: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:

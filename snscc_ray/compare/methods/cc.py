@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snscc_ray.compare.descent import Descent, views_of
-from snscc_ray.compare.study import Found, Study, train
+from snscc_ray.compare.study import MethodResult, Study, train
 from snscc_ray.core.losses import cluster_contrast, marginal_entropy, nt_xent
 from snscc_ray.data.loading.resident import Batch
 from snscc_ray.models.encoders import build_encoder, out_features
@@ -43,7 +43,7 @@ class ContrastNet(nn.Module):
         return self.instance(h_BD).float(), self.cluster(h_BD).float()
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     context, recipe = study.context, study.context.recipe
     network = study.build(
         "cc",
@@ -52,7 +52,7 @@ def cluster(study: Study) -> Found:
     views = views_of(context, "cc", recipe.pretrain.view, recipe.pretrain.view)
     train(study, "cc", Descent(network, recipe.train, views, _terms))
     p_NC = context.clean_pass(network, lambda x: F.softmax(network(x)[1], dim=1))
-    return Found(p_NC.argmax(1).cpu(), str(recipe.train.epochs), "from scratch")
+    return MethodResult(p_NC.argmax(1).cpu(), str(recipe.train.epochs), "from scratch")
 
 
 def _terms(forward: nn.Module, views: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snscc_ray.compare.descent import Descent
 from snscc_ray.compare.methods.ae import AutoEncoder, build, kmeans_of, reconstruction
-from snscc_ray.compare.study import Found, Study, train
+from snscc_ray.compare.study import MethodResult, Study, train
 from snscc_ray.core import rng
 from snscc_ray.core.views import clean_view
 from snscc_ray.data.loading.resident import Batch, Viewer
@@ -20,7 +20,7 @@ from snscc_ray.training.context import Context
 MASKED = 0.25
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     network = trained(study)
     return kmeans_of(study, network, network.encoder)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from snscc_ray.compare.descent import views_of
 from snscc_ray.compare.methods.dae import trained
-from snscc_ray.compare.study import Found, Study, train
+from snscc_ray.compare.study import MethodResult, Study, train
 from snscc_ray.config.settings import StageName
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.losses.instance import safe_log
@@ -91,13 +91,13 @@ class _Dec:
         self._target_NC = state["target"]
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     context = study.context
     start = trained(study)
     features_ND = context.clean_pass(start, start.encoder)
     centres_CD, _ = study.timed(lambda: kmeans(features_ND, study.clusters, study.key("kmeans")))
-    network = context.place(DecNet(start.encoder, centres_CD))
+    network = context.to_device(DecNet(start.encoder, centres_CD))
     train(study, "dec", _Dec(context, network))
     clusters_N = context.clean_pass(network, network).argmax(1).cpu()
     epochs = context.recipe.train.epochs
-    return Found(clusters_N, f"{epochs} + {epochs}", "starts from dae")
+    return MethodResult(clusters_N, f"{epochs} + {epochs}", "starts from dae")

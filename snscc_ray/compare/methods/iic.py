@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from snscc_ray.compare.descent import Descent, views_of
-from snscc_ray.compare.study import Found, Study, train
+from snscc_ray.compare.study import MethodResult, Study, train
 from snscc_ray.config.settings import TrainSettings
 from snscc_ray.core.losses.instance import matmul, safe_log
 from snscc_ray.data.loading.resident import Batch
@@ -47,7 +47,7 @@ class OverclusteringNet(nn.Module):
         return self.heads(h_BD), self.auxiliary(h_BD)
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     context, recipe = study.context, study.context.recipe
     linear = recipe.train.model_copy(update={"head": "linear"})
 
@@ -64,7 +64,7 @@ def cluster(study: Study) -> Found:
     # The head of the lowest loss, as in the paper; no label is read.
     information = [float(mutual_information(p_NC, p_NC)) for p_NC in p_NHC.unbind(1)]
     best = max(range(len(information)), key=information.__getitem__)
-    return Found(p_NHC[:, best].argmax(1), str(recipe.train.epochs), "from scratch")
+    return MethodResult(p_NHC[:, best].argmax(1), str(recipe.train.epochs), "from scratch")
 
 
 def _terms(forward: nn.Module, views: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:

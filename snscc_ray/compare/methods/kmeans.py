@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from snscc_ray.compare.study import Found, Study
+from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.core.clustering.kmeans import kmeans
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     key = study.key("kmeans", "pixels")
     _, clusters_N = study.timed(lambda: kmeans(study.pixels(), study.clusters, key))
-    return Found(clusters_N)
+    return MethodResult(clusters_N)

@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from snscc_ray.compare.study import Found, Study
+from snscc_ray.compare.study import MethodResult, Study
 
 
 def largest_part(weights_NC: np.ndarray, parts_CD: np.ndarray) -> np.ndarray:
@@ -23,7 +23,7 @@ def largest_part(weights_NC: np.ndarray, parts_CD: np.ndarray) -> np.ndarray:
     return np.asarray((weights_NC * np.linalg.norm(parts_CD, axis=1)).argmax(axis=1))
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     model = NMF(study.clusters, init="nndsvda", random_state=study.key("nmf") % 2**32)
 
     def factorise() -> Tensor:
@@ -33,4 +33,4 @@ def cluster(study: Study) -> Found:
             weights_NC = model.fit_transform(study.pixels().numpy())
         return torch.from_numpy(largest_part(weights_NC, model.components_)).long()
 
-    return Found(study.timed(factorise))
+    return MethodResult(study.timed(factorise))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow.parquet as pq
 import torch
 
-from snscc_ray.compare.study import Found, Study
+from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.config.settings import STAGES, StageName
 from snscc_ray.core import checkpoints
 from snscc_ray.core.clustering.kmeans import kmeans
@@ -34,30 +34,30 @@ def pretext(study: Study) -> Pretext:
     _run(study, ("pretrain",))
     recipe, place = study.context.recipe, study.folder / FOLDER / "pretrain"
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
-    network = study.context.place(PretextNet(encoder, recipe.pretrain))
+    network = study.context.to_device(PretextNet(encoder, recipe.pretrain))
     path = place / "final.pt"
     saved = checkpoints.load(path, study.context.device)
     checkpoints.load_weights(network, saved["network"], path)
     return Pretext(network, MinedNeighbors.load(place / "neighbors.parquet"))
 
 
-def pretext_kmeans(study: Study) -> Found:
+def pretext_kmeans(study: Study) -> MethodResult:
     """K-Means on the features of SimCLR (Chen et al., ICML 2020) or of the recipe's pretext."""
     network = pretext(study).network
     features_ND = pretext_features(study.context, network)
     _, clusters_N = study.timed(lambda: kmeans(features_ND, study.clusters, study.key("kmeans")))
     settings = study.context.recipe.pretrain
-    return Found(clusters_N, str(settings.epochs), settings.method)
+    return MethodResult(clusters_N, str(settings.epochs), settings.method)
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     """Pretrain, Train and Boost (Duan et al., IEEE TIP 2025): a run like any other."""
     _run(study, STAGES)
     with (study.folder / FOLDER / "assignments.parquet").open("rb") as file:
         found = pq.read_table(file)
     recipe = study.context.recipe
     epochs = " + ".join(str(getattr(recipe, stage).epochs) for stage in STAGES)
-    return Found(torch.tensor(found["cluster"].to_pylist()), epochs, "its run is in snscc/")
+    return MethodResult(torch.tensor(found["cluster"].to_pylist()), epochs, "its run is in snscc/")
 
 
 def _run(study: Study, stages: tuple[StageName, ...]) -> None:

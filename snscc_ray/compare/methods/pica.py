@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from snscc_ray.compare.descent import Descent, views_of
-from snscc_ray.compare.study import Found, Study, train
+from snscc_ray.compare.study import MethodResult, Study, train
 from snscc_ray.core.losses import marginal_entropy, one_way_column_contrast
 from snscc_ray.data.loading.resident import Batch
 from snscc_ray.models.encoders import ClusterHeads, ClusterNet, build_encoder, out_features
@@ -32,7 +32,7 @@ def imbalance(p_BC: Tensor) -> Tensor:
     return math.log(p_BC.shape[1]) - marginal_entropy(p_BC)
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     context, recipe = study.context, study.context.recipe
     linear = recipe.train.model_copy(update={"head": "linear"})
 
@@ -44,7 +44,7 @@ def cluster(study: Study) -> Found:
     views = views_of(context, "pica", None, recipe.pretrain.view)
     train(study, "pica", Descent(network, recipe.train, views, _terms))
     clusters_N = probabilities(context, network)[:, 0].argmax(1)
-    return Found(clusters_N, str(recipe.train.epochs), "from scratch")
+    return MethodResult(clusters_N, str(recipe.train.epochs), "from scratch")
 
 
 def _terms(forward: nn.Module, views: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:

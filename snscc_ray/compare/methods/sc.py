@@ -9,7 +9,7 @@ from sklearn.manifold import spectral_embedding
 from sklearn.metrics import pairwise_distances
 from sklearn.preprocessing import normalize
 
-from snscc_ray.compare.study import Found, Study
+from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.compare.subsample import cluster_some
 from snscc_ray.core.clustering.kmeans import kmeans
 
@@ -42,6 +42,6 @@ def spectral(pixels_RD: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     return clusters_R.numpy()
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     seed = study.key("sc") % 2**32
     return cluster_some(study, "sc", lambda pixels_RD: spectral(pixels_RD, study.clusters, seed))

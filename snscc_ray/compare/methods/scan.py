@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from snscc_ray.compare.descent import Descent, views_of
 from snscc_ray.compare.methods.ours import pretext
-from snscc_ray.compare.study import Found, Study, train
+from snscc_ray.compare.study import MethodResult, Study, train
 from snscc_ray.core import rng
 from snscc_ray.core.losses import marginal_entropy
 from snscc_ray.core.losses.instance import reduce_rows, safe_log
@@ -51,7 +51,7 @@ def self_labelling(p_BC: Tensor, logits_BC: Tensor, threshold: float) -> Tensor:
     return (weight_B * loss_B).sum() / weight_B.sum().clamp(min=1)
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     context, recipe = study.context, study.context.recipe
     start = pretext(study)
     linear = recipe.train.model_copy(update={"head": "linear"})
@@ -69,7 +69,7 @@ def cluster(study: Study) -> Found:
     train(study, "scan-self-label", Descent(network, recipe.boost, views, _self_labelling, "boost"))
     clusters_N = probabilities(context, network)[:, 0].argmax(1)
     epochs = f"{recipe.pretrain.epochs} + {recipe.train.epochs} + {recipe.boost.epochs}"
-    return Found(clusters_N, epochs, "starts from pretext")
+    return MethodResult(clusters_N, epochs, "starts from pretext")
 
 
 def _pairs(study: Study, neighbors_NK: Tensor) -> Callable[[int], Viewer]:

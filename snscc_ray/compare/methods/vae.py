@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from snscc_ray.compare.decoder import Decoder
 from snscc_ray.compare.descent import Descent
 from snscc_ray.compare.methods.ae import kmeans_of
-from snscc_ray.compare.study import Found, Study, train
+from snscc_ray.compare.study import MethodResult, Study, train
 from snscc_ray.core import rng
 from snscc_ray.core.views import clean_view
 from snscc_ray.data.loading.resident import Batch, Viewer
@@ -51,7 +51,7 @@ def divergence(mean_BD: Tensor, log_variance_BD: Tensor) -> Tensor:
     return each_BD.sum() / (2 * max(len(mean_BD), 1))
 
 
-def cluster(study: Study) -> Found:
+def cluster(study: Study) -> MethodResult:
     context, recipe = study.context, study.context.recipe
     code, data = recipe.pretrain.projection_dim, recipe.data
     network = study.build(

@@ -31,7 +31,7 @@ class Pretrain:
         self.settings = context.recipe.pretrain
         data = context.recipe.data
         encoder = encoder or build_encoder(context.recipe.encoder, data.channels)
-        self.network = context.place(PretextNet(encoder, self.settings))
+        self.network = context.to_device(PretextNet(encoder, self.settings))
         self.pretext = build_pretext(context, self.network)
         self.mined: MinedNeighbors | None = None
         self._last: Tensor | None = None

@@ -49,7 +49,7 @@ class Train:
             context.recipe.data.num_clusters,
             self.settings.num_heads,
         )
-        self.network = context.place(ClusterNet(encoder, heads))
+        self.network = context.to_device(ClusterNet(encoder, heads))
         self._health_NK = mined.neighbors_NK.cpu()
 
     def prepare(self) -> None:
