@@ -1,13 +1,14 @@
 # Two commands on a fresh machine with Python >= 3.11:
 #   make run    set up, then cluster the digits through all three stages
-#   make test   set up, then check style and types and run every test
+#   make test   set up, then check style and types and run the quick tests
+# Everything, as CI does: make test-all.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-fast lint docs setup bench gpu-pack clean
+.PHONY: run test test-all lint docs setup bench gpu-pack clean
 
 run: setup
 	$(BIN)/snscc run digits --overwrite
@@ -17,10 +18,10 @@ run: setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: setup lint
-	$(PYTEST)
-
-test-fast: setup
 	$(PYTEST) -m "not slow"
+
+test-all: setup lint
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .
