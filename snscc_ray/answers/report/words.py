@@ -84,8 +84,9 @@ def _encoder(encoder: EncoderSettings) -> str:
 def _pretrain(pretrain: PretrainSettings) -> str:
     if pretrain.epochs == 0:
         return "Pretrain was left out: the network is taken as it came."
+    method = _METHODS.get(pretrain.method, pretrain.method)
     return (
-        f"Pretrain: {_epochs(pretrain.epochs)} by {_METHODS[pretrain.method]}, "
+        f"Pretrain: {_epochs(pretrain.epochs)} by {method}, "
         f"{pretrain.batch_size} images at a time: two altered copies of an image are to look alike."
     )
 
