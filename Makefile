@@ -1,13 +1,14 @@
 # Two commands on a fresh machine with Python >= 3.11:
 #   make run    set up, then cluster the digits through all three stages
-#   make test   set up, then check style and types and run every test
+#   make test   set up, then check style and types and run the quick tests
+# Everything, as CI does: make test-all.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-fast lint setup bench gpu-pack clean
+.PHONY: run test test-all lint docs setup bench gpu-pack clean
 
 run: setup
 	$(BIN)/snscc run digits --overwrite
@@ -17,15 +18,23 @@ run: setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: setup lint
-	$(PYTEST)
-
-test-fast: setup
 	$(PYTEST) -m "not slow"
+
+test-all: setup lint
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, into site/: every link and every name of the API reference is checked.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 bench: setup
 	$(BIN)/python -m benchmarks.views
@@ -45,4 +54,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

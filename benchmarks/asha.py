@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.report import describe_machine, print_table, save
-from snscc_ray.config import STAGES
-from snscc_ray.sweep_results import figure, seeds_of
-from snscc_ray.sweep_verdicts import rank_correlation
+from snscc_ray.config.settings import STAGES
+from snscc_ray.sweep.results import figure, seeds_of
+from snscc_ray.sweep.verdicts import rank_correlation
 
 ACC = "oracle/acc"
 LABEL_FREE = ("score", "neighbor_agreement", "balance", "confidence", "confident_share")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import describe_machine, print_table, save
-from snscc_ray.config import DataSettings
+from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.sources import load_images
 
 PASSES = 3

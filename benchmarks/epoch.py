@@ -20,20 +20,26 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.report import describe_machine, print_table, save
-from snscc_ray import recipes
-from snscc_ray.config import STAGES, Recipe, StageName
-from snscc_ray.data.resident import ResidentData
-from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
-from snscc_ray.engine import fit
-from snscc_ray.monitor import Silent
-from snscc_ray.neighbors import MinedNeighbors, mine
-from snscc_ray.overrides import override
-from snscc_ray.stages.boost import Boost
-from snscc_ray.stages.context import Context, Stage
-from snscc_ray.stages.pretrain import Pretrain
-from snscc_ray.stages.train import Train
-from snscc_ray.views import Normalize
-from snscc_ray.workers import choose_device
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe, StageName
+from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
+from snscc_ray.core.views import Normalize
+from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.models.encoders import (
+    ClusterHeads,
+    ClusterNet,
+    PretextNet,
+    build_encoder,
+    out_features,
+)
+from snscc_ray.runs.monitor import NullMonitor
+from snscc_ray.training.context import Context, Stage
+from snscc_ray.training.engine import fit
+from snscc_ray.training.stages.boost import Boost
+from snscc_ray.training.stages.pretrain import Pretrain
+from snscc_ray.training.stages.train import Train
+from snscc_ray.training.workers import choose_device
 
 
 def views_of(recipe: Recipe, stage: StageName) -> int:
@@ -87,7 +93,7 @@ def stage_for(name: StageName, context: Context) -> Stage:
     if name == "train":
         return Train(context, PretextNet(encoder, recipe.pretrain), mined)
     heads = ClusterHeads(recipe.train, out_features(encoder), recipe.data.num_clusters, 1)
-    return Boost(context, context.place(ClusterNet(encoder, heads)), mined)
+    return Boost(context, context.to_device(ClusterNet(encoder, heads)), mined)
 
 
 @functools.cache
@@ -127,7 +133,7 @@ def _forward_all(network: nn.Module, context: Context, batch: Tensor) -> None:
 def whole(name: str, stage: Stage, context: Context) -> float:
     """Seconds of one epoch of the engine's loop."""
     began = now(context.device)
-    fit(stage, context, _NoCheckpoints(context.device), Silent(), name)
+    fit(stage, context, _NoCheckpoints(context.device), NullMonitor(), name)
     return now(context.device) - began
 
 

@@ -37,7 +37,12 @@ import torch
 
 from benchmarks.kinds import make
 from benchmarks.report import describe_machine, revision
-from snscc_ray import checkpoints, cli, compare, fit, pack, predict, report  # noqa: F401  (warm)
+from snscc_ray import cli
+from snscc_ray.answers import predict, report  # noqa: F401  (warm)
+from snscc_ray.compare import comparison as compare  # noqa: F401  (warm)
+from snscc_ray.core import storage
+from snscc_ray.data import pack
+from snscc_ray.fit import fit  # noqa: F401  (warm)
 
 FAULTS = ("kill", "term", "full", "vanish", "second")
 _PHOTOS = 42
@@ -423,7 +428,7 @@ def _save(piece: dict[str, Any], ends: dict[str, Counter[str]]) -> None:
         "exit_status": {what: dict(sorted(found.items())) for what, found in sorted(ends.items())},
         "pieces": pieces,
     }
-    checkpoints.write_json(SAVED, result)
+    storage.write_json(SAVED, result)
 
 
 def _truth(command: Command, base: Path, place: Path) -> tuple[Any, Path, float]:

@@ -34,8 +34,8 @@ from sklearn.datasets import load_digits
 
 from benchmarks.kinds import make
 from benchmarks.report import describe_machine, print_table, revision, save
-from snscc_ray.choose import Wishes
-from snscc_ray.fit import FitRequest, fit_images
+from snscc_ray.fit.choose import Preferences
+from snscc_ray.fit.fit import FitRequest, fit_images
 
 PHOTOS, PHOTOS_EACH = ("automobile", "horse", "ship"), 700
 UNEVEN = np.round(174 * 0.1 ** (np.arange(10) / 9)).astype(int)
@@ -45,7 +45,7 @@ UNEVEN = np.round(174 * 0.1 ** (np.arange(10) / 9)).astype(int)
 class Case:
     images: Callable[[Path], Path]  # writes them into the folder, and returns it
     kinds: int
-    wishes: Wishes
+    wishes: Preferences
     seed: int = 0
 
 
@@ -75,28 +75,28 @@ def photos(folder: Path, shards: Path) -> Path:
 
 
 def cases(shards: Path | None) -> dict[str, Case]:
-    found = {"digits": Case(digits, 10, Wishes(None))}
+    found = {"digits": Case(digits, 10, Preferences(None))}
     for kinds, each in ((3, 200), (7, 90), (15, 45)):
         found[f"kinds-{kinds}"] = Case(
             lambda folder, kinds=kinds, each=each: make(folder, kinds, each, seed=kinds),  # type: ignore[misc]
             kinds,
-            Wishes(None),
+            Preferences(None),
         )
     for seed in range(3):
         for name, ratio in (("even", 1.0), ("free", 10.0)):
             found[f"uneven-{name}-{seed}"] = Case(
-                lambda folder: digits(folder, UNEVEN), 10, Wishes(10, None, ratio), seed
+                lambda folder: digits(folder, UNEVEN), 10, Preferences(10, None, ratio), seed
             )
         sizes = np.random.default_rng(seed).permutation(UNEVEN)
         found[f"uneven-drawn-{seed}"] = Case(
             lambda folder, sizes=sizes: digits(folder, sizes),  # type: ignore[misc]
             10,
-            Wishes(10, None, 10.0),
+            Preferences(10, None, 10.0),
             seed,
         )
         if shards is not None:
             found[f"photos-{seed}"] = Case(
-                partial(photos, shards=shards), len(PHOTOS), Wishes(len(PHOTOS)), seed
+                partial(photos, shards=shards), len(PHOTOS), Preferences(len(PHOTOS)), seed
             )
     return found
 

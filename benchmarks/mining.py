@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from benchmarks.report import describe_machine, print_table, save
-from snscc_ray.neighbors import knn
+from snscc_ray.core.clustering.neighbors import knn
 
 ROOT = Path(__file__).resolve().parents[1]
 Backend = Literal["torch", "faiss"]

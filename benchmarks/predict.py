@@ -28,15 +28,15 @@ from torch import Tensor
 
 from benchmarks.epoch import noise, now
 from benchmarks.report import describe_machine, print_table, save
-from snscc_ray import recipes
-from snscc_ray.answers import Known
-from snscc_ray.config import Recipe
-from snscc_ray.data.resident import ResidentData
-from snscc_ray.local import run_here
-from snscc_ray.monitor import Display
-from snscc_ray.overrides import override
-from snscc_ray.predict import Question, conclude, predict, prepare
-from snscc_ray.run import Request
+from snscc_ray.answers.predict import PredictRequest, conclude, predict, prepare
+from snscc_ray.answers.table import KnownImages
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe
+from snscc_ray.core.display import Display
+from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.runs.local import run_here
+from snscc_ray.runs.run import Request
 
 SIDE = 32
 OWN, KNOWN, BATCH = 600, 20_000, 1024
@@ -66,14 +66,14 @@ def measure(encoder: str, rows: int, repeats: int, place: Path) -> dict[str, obj
     own = write_images(recipe, OWN, place / "own")
     new = write_images(recipe, rows, place / "new")
     run_here(Request("images", [*settings, f"data.path={own}"], place / "run"), QUIET)
-    question = Question(place / "run", str(new), place / "answers.parquet")
+    question = PredictRequest(place / "run", str(new), place / "answers.parquet")
     display = Display(QUIET)
     answerer, _, _ = prepare(question, display, "auto")
     model = answerer.model
     assert answerer.known is not None
     features_MD = torch.randn(KNOWN, answerer.known.features_MD.shape[1])
     features_MD = F.normalize(features_MD, dim=1).to(model.device)
-    known = Known(pa.array([f"{row:06}.png" for row in range(KNOWN)]), features_MD, 3)
+    known = KnownImages(pa.array([f"{row:06}.png" for row in range(KNOWN)]), features_MD, 3)
     answerer = replace(answerer, known=known)
     data = ResidentData(noise(recipe, rows), model.device)
     ids = [str(row) for row in range(rows)]

@@ -27,20 +27,21 @@ from torch import Tensor, nn
 
 from benchmarks.epoch import _NoCheckpoints
 from benchmarks.report import describe_machine, print_table, save
-from snscc_ray import metrics, recipes
-from snscc_ray.config import Recipe, SimclrView
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import TrainingError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe, SimclrView
+from snscc_ray.core.clustering import metrics
+from snscc_ray.core.clustering.kmeans import kmeans
+from snscc_ray.core.clustering.neighbors import mine
+from snscc_ray.core.views import Normalize, make_view
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.data.resident import Batch, ResidentData, Viewer
+from snscc_ray.data.loading.resident import Batch, ResidentData, Viewer
 from snscc_ray.data.sources import load_images
-from snscc_ray.engine import fit
-from snscc_ray.errors import TrainingError
-from snscc_ray.kmeans import kmeans
-from snscc_ray.monitor import Silent
-from snscc_ray.neighbors import mine
-from snscc_ray.overrides import override
-from snscc_ray.stages.context import Context
-from snscc_ray.stages.pretrain import Pretrain, pretext_features
-from snscc_ray.views import Normalize, make_view
+from snscc_ray.runs.monitor import NullMonitor
+from snscc_ray.training.context import Context
+from snscc_ray.training.engine import fit
+from snscc_ray.training.stages.pretrain import Pretrain, pretext_features
 
 _MEASURED_STEPS = 5
 # Rows of a view are numbered apart from those of any other view of the run.
@@ -217,7 +218,7 @@ def train(stage: Pretrain) -> float:
     """CPU seconds of the engine's loop, to the end."""
     began = time.process_time()
     context = stage.context
-    fit(stage, context, _NoCheckpoints(context.device), Silent(), "")
+    fit(stage, context, _NoCheckpoints(context.device), NullMonitor(), "")
     return time.process_time() - began
 
 

@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import describe_machine, print_table, save
-from snscc_ray import distributed
-from snscc_ray.config import DataSettings, SimclrView
-from snscc_ray.data.resident import Images
-from snscc_ray.data.slices import decode_slice
+from snscc_ray.config.settings import DataSettings, SimclrView
+from snscc_ray.core import distributed
+from snscc_ray.core.views import Normalize, make_view
+from snscc_ray.data.loading.resident import Images
+from snscc_ray.data.loading.slices import decode_slice
+from snscc_ray.data.loading.streamed import StreamedData, threads_reader
+from snscc_ray.data.loading.survey import StreamedSet, survey
 from snscc_ray.data.sources import list_rows
-from snscc_ray.data.streamed import StreamedData, threads_reader
-from snscc_ray.data.survey import StreamedSet, survey
-from snscc_ray.views import Normalize, make_view
 
 WORKERS = 2
 PASSES = 3
@@ -105,7 +105,7 @@ class Worker:
     """A training worker under Ray, which holds one CPU."""
 
     def __init__(self, rank: int, streamed: StreamedSet, memory_mb: int) -> None:
-        from snscc_ray.data.stream import ray_reader
+        from snscc_ray.data.loading.ray_stream import ray_reader
 
         torch.set_num_threads(1)
         distributed.rank = lambda: rank
@@ -120,7 +120,7 @@ class Worker:
         return measure(epoch(self.data, key), sum(end) - sum(begin))
 
     def _batch_sizes(self) -> list[int]:
-        from snscc_ray.data.order import batch_edges
+        from snscc_ray.data.loading.order import batch_edges
 
         return list(map(int, batch_edges(len(self.data), BATCH).diff()))
 
@@ -203,7 +203,7 @@ def _rate(found: list[Figures]) -> float:
 
 def _cpu_of_children() -> float:
     times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-    return sum(time.user + time.system for time in times)
+    return float(sum(time.user + time.system for time in times))
 
 
 if __name__ == "__main__":

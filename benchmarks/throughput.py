@@ -43,15 +43,15 @@ from torchvision.transforms.functional import to_pil_image
 from benchmarks.epoch import context_for, logits_of, noise, now, stage_for, views_of, whole
 from benchmarks.report import describe_machine, print_table, revision, save
 from benchmarks.views import pil_simclr
-from snscc_ray import recipes
-from snscc_ray.config import STAGES, Recipe, SimclrView, StageName
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe, SimclrView, StageName
+from snscc_ray.core.losses import nt_xent
 from snscc_ray.data.sources import load_images
-from snscc_ray.encoders import PretextNet, build_encoder, out_features
-from snscc_ray.losses import nt_xent
-from snscc_ray.overrides import override
-from snscc_ray.schedules import build_optimizer
-from snscc_ray.stages.context import Context, Stage
-from snscc_ray.workers import choose_device
+from snscc_ray.models.encoders import PretextNet, build_encoder, out_features
+from snscc_ray.training.context import Context, Stage
+from snscc_ray.training.schedules import build_optimizer
+from snscc_ray.training.workers import choose_device
 
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets; the first name that fits counts.
 _PEAKS = (
@@ -85,7 +85,7 @@ def flops_per_image(network: nn.Module, context: Context, views: int) -> float:
     with FlopCounterMode(display=False) as counter:
         logits_of(network(batch)).float().sum().backward()
     network.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops() / 2)
 
 
 def _fixed_batch(context: Context, size: int) -> Tensor:
@@ -176,7 +176,7 @@ def torchvision_side(pictures: list[Image.Image], context: Context, loaders: int
     both = _Pictures(pictures, functools.partial(_twice, one))
     loader = _loader(both, context, loaders, pinned=True)
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
-    network = context.place(PretextNet(encoder, recipe.pretrain))
+    network = context.to_device(PretextNet(encoder, recipe.pretrain))
     optimizer = build_optimizer(recipe.pretrain, network)
 
     def epoch() -> None:
@@ -213,7 +213,7 @@ def lightly_side(pictures: list[Image.Image], context: Context) -> Side | None:
     head = modules.SimCLRProjectionHead(
         out_features(encoder), recipe.pretrain.projection_hidden, recipe.pretrain.projection_dim
     )
-    network = context.place(nn.Sequential(encoder, head))
+    network = context.to_device(nn.Sequential(encoder, head))
     criterion = losses.NTXentLoss()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.06)
 
@@ -284,7 +284,7 @@ def _ratio(turns: list[dict[str, Any]], name: str, other: str) -> float | None:
     """The median over rounds of how many times as fast, each round compared within itself."""
     if other not in turns[0]:
         return None
-    return statistics.median(turn[name][0] / turn[other][0] for turn in turns)
+    return float(statistics.median(turn[name][0] / turn[other][0] for turn in turns))
 
 
 def recipe_for(arguments: argparse.Namespace) -> Recipe:

@@ -23,8 +23,8 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from benchmarks.report import describe_machine, print_table, save
-from snscc_ray.config import SimclrView, StrongView
-from snscc_ray.views import Normalize, make_view
+from snscc_ray.config.settings import SimclrView, StrongView
+from snscc_ray.core.views import Normalize, make_view
 
 REPEATS = 9
 CASES = ((32, 3, 512, 16), (16, 1, 256, 6), (8, 1, 256, 3))  # side, channels, batch, cutout
@@ -33,7 +33,7 @@ PilView = Callable[[Image.Image], Tensor]
 
 def pil_simclr(view: SimclrView, side: int, normalize: Normalize) -> PilView:
     jitter = transforms.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
-    return transforms.Compose([
+    view_of: PilView = transforms.Compose([
         transforms.RandomResizedCrop(side, view.crop_scale, view.crop_ratio),
         transforms.RandomHorizontalFlip(view.flip),
         transforms.RandomApply([jitter], view.jitter),
@@ -41,6 +41,7 @@ def pil_simclr(view: SimclrView, side: int, normalize: Normalize) -> PilView:
         transforms.ToTensor(),
         transforms.Normalize(normalize.mean, normalize.std),
     ])  # fmt: skip
+    return view_of
 
 
 def pil_strong(view: StrongView, side: int, normalize: Normalize) -> PilView:
@@ -76,7 +77,8 @@ def pil_operation(name: str, image: Image.Image, view: StrongView) -> Image.Imag
             return ImageOps.equalize(image)
         case "brightness" | "color" | "contrast" | "sharpness":
             enhancer = getattr(ImageEnhance, name.capitalize())
-            return enhancer(image).enhance(random.uniform(*view.enhance))
+            enhanced: Image.Image = enhancer(image).enhance(random.uniform(*view.enhance))
+            return enhanced
         case "posterize":
             return ImageOps.posterize(image, random.randint(*view.posterize_bits))
         case "solarize":

@@ -30,10 +30,14 @@ from sklearn.utils.validation import (
 )
 from torch import Tensor
 
-from snscc_ray import recipes
-from snscc_ray.choose import Wishes, choose
-from snscc_ray.claim import claimed
-from snscc_ray.config import DataSettings, Recipe
+from snscc_ray.answers.predict import Model, load_model
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override, validate
+from snscc_ray.config.paths import as_path
+from snscc_ray.config.settings import DataSettings, Recipe
+from snscc_ray.core.claim import claimed
+from snscc_ray.core.display import Display
 from snscc_ray.data.given import (
     HAIR,
     as_bytes,
@@ -42,23 +46,21 @@ from snscc_ray.data.given import (
     rows_of_dataset,
     rows_of_paths,
 )
-from snscc_ray.data.imageset import Rows
+from snscc_ray.data.look import inspect_images, resolve_reading
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
-from snscc_ray.engine import Interrupted
-from snscc_ray.errors import UserError
-from snscc_ray.local import bring, device_bytes, load, mode_for
-from snscc_ray.look import look, settled
-from snscc_ray.monitor import Display, Journal, RunMonitor
-from snscc_ray.overrides import override, validate
-from snscc_ray.paths import as_path
-from snscc_ray.predict import Model, load_model
-from snscc_ray.run import execute
-from snscc_ray.run_folder import first_difference, holds_something, read_recipe
-from snscc_ray.workers import LocalWorker, choose_device
+from snscc_ray.fit.choose import Preferences, choose, data_settings
+from snscc_ray.runs.folder import first_difference, holds_something, read_recipe
+from snscc_ray.runs.local import bring, device_bytes, load, mode_for
+from snscc_ray.runs.monitor import Journal, RunMonitor
+from snscc_ray.runs.plan import Plan, make_plan
+from snscc_ray.runs.run import execute
+from snscc_ray.training.engine import Interrupted
+from snscc_ray.training.workers import LocalWorker, choose_device
 
 
 @dataclass(frozen=True)
-class _Given:
+class _Images:
     """Images as they were handed over, in rows, and where they are read from again."""
 
     rows: Rows | None  # None: what lies at the path
@@ -66,33 +68,49 @@ class _Given:
 
 
 class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
-    """Clusters images without labels by Soft Neighbors Supported Contrastive Clustering.
+    """Clusters unlabelled images by Soft Neighbors Supported Contrastive Clustering.
+
+    In `fit` and after it, X is one of these:
+
+    - an array or a torch tensor of images, (N, H, W), (N, H, W, C) or (N, C, H, W), or a table with
+      one image per row; integers from 0 to 255 or floats from 0 to 1
+    - a list of paths or URLs, one image each
+    - one path or URL: a folder of images, or Parquet shards
+    - a Ray Dataset with a column `image`
 
     Parameters
     ----------
-    n_clusters : how many clusters to find.
-    recipe : what to run, by a name of `snscc recipes`; auto: chosen as `snscc fit` does, by the
-        images and the machine.
-    settings : changes to it, each `FIELD=VALUE` as after `--set`.
-    image_size : side in pixels that images are brought to; None: the recipe's.
-    image_shape : (H, W), (H, W, C) or (C, H, W) of the rows of a table; None: square and grey.
-    random_state : a seed; None: the recipe's, so that a fit can be repeated.
-    device : auto, cpu or cuda.
-    folder : where the run folder is to stay; None: nothing stays. A fit that was stopped there
-        goes on, and one that is finished is found again.
-    verbose : 1 shows what `snscc run` shows.
+    n_clusters : int, default 8
+        How many clusters to find.
+    recipe : str, default "auto"
+        A name from `snscc recipes`. "auto" chooses the settings from the images and the machine, as
+        `snscc fit` does.
+    settings : sequence of str
+        Changes to the recipe, each `FIELD=VALUE` as after `--set`.
+    image_size : int, optional
+        Side in pixels that images are resized to; None: the recipe's.
+    image_shape : tuple of int, optional
+        (H, W), (H, W, C) or (C, H, W) of the rows of a table; None: square and grey.
+    random_state : int, RandomState or None
+        A seed; None: the recipe's, so that a fit can be repeated.
+    device : {"auto", "cpu", "cuda"}
+        Where to train and predict.
+    folder : str or Path, optional
+        Where to keep the run folder; None: it is not kept. A fit that was stopped there continues,
+        and one that is finished is found again.
+    verbose : int, default 0
+        1 shows what `snscc run` shows.
 
     Attributes
     ----------
-    labels_ : the cluster of each image, int (N,).
-    probabilities_ : of each cluster for each image, float32 (N, n_clusters).
-    ids_ : what the images are called: their number, or the file.
-    n_features_in_ : the length of a row, where X was a table.
-
-    X, in `fit` and after it, is an array or a torch tensor of images, (N, H, W), (N, H, W, C) or
-    (N, C, H, W), or a table with an image in each row; its values are integers from 0 to 255 or
-    floats from 0 to 1. Or a list of paths, or one path or URL (a folder of images, or shards), or
-    a Ray Dataset with a column `image`.
+    labels_ : ndarray of int, (N,)
+        The cluster of each image.
+    probabilities_ : ndarray of float32, (N, n_clusters)
+        The probability of each cluster for each image.
+    ids_ : ndarray of str, (N,)
+        The name of each image: its number, or the file.
+    n_features_in_ : int
+        The length of a row, if X was a table.
     """
 
     _fit_shape: tuple[int, ...] | None = None  # of the array of a fit; None: it was on files
@@ -129,34 +147,30 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         with _value_errors():
             self._check_parameters()
             given = self._given(X, reset=True)
-            recipe = self._recipe(given)
-            device = choose_device(recipe.runtime.device)
-            display = self._display()
-            recipe, rows = self._settled(recipe, given)
+            device, display = choose_device(self.device), self._display()
+            plan = self._plan(given, device)
             if self.folder is not None:
                 folder = as_path(self.folder)
                 with claimed(folder, display.line):
-                    _check_folder(folder, recipe)
-                    self._fit(recipe, rows, folder, device, display)
+                    _check_folder(folder, plan.recipe)
+                    self._fit(plan, folder, device, display)
             else:
                 with tempfile.TemporaryDirectory(prefix="snscc") as temporary:
-                    self._fit(recipe, rows, Path(temporary), device, display)
+                    self._fit(plan, Path(temporary), device, display)
         return self
 
-    def _fit(
-        self, recipe: Recipe, rows: Rows, folder: Path, device: torch.device, display: Display
-    ) -> None:
-        catalog, data = load(recipe, rows, device, display)
-        _warn(catalog.notes[len(rows.notes) :])
+    def _fit(self, plan: Plan, folder: Path, device: torch.device, display: Display) -> None:
+        catalog, data = load(plan, device, display)
+        _warn(catalog.notes[len(plan.rows.notes) :])
         monitor = RunMonitor(Journal(folder), display)
         try:
-            execute(recipe, catalog, data, folder, LocalWorker(folder, device), monitor)
+            execute(plan.recipe, catalog, data, folder, LocalWorker(folder, device), monitor)
         except Interrupted as stop:
             raise KeyboardInterrupt from stop
         finally:
             monitor.finish()
         model = load_model(folder, device.type)
-        z_ND, p_NC = model.look(data)
+        z_ND, p_NC = model.infer(data)
         # It goes where the estimator is copied to, which may have no GPU.
         self.model_ = model.on(torch.device("cpu"))
         self.probabilities_ = p_NC.cpu().numpy()
@@ -166,7 +180,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
 
     def predict(self, X: Any) -> np.ndarray:
         """The cluster of each image, int (N,)."""
-        return self.predict_proba(X).argmax(axis=1)
+        return np.asarray(self.predict_proba(X).argmax(axis=1))
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probability of each cluster for each image, float32 (N, n_clusters)."""
@@ -182,13 +196,13 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             model: Model = self.model_
             given = self._given(X, reset=False)
             data = _data_settings(model.recipe.data, given)
-            recipe, rows = self._settled(model.recipe.model_copy(update={"data": data}), given)
-            data = recipe.data
+            data, rows = resolve_reading(data, given.rows or list_rows(data))
+            _warn(rows.notes)
             device, display = choose_device(self.device), self._display()
             mode = mode_for(data, rows, device, display)
             _, images = bring(data, rows, mode, device, display)
             try:
-                return model.on(device).look(images)
+                return model.on(device).infer(images)
             finally:
                 model.on(torch.device("cpu"))
 
@@ -200,7 +214,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         return tags
 
     def _display(self) -> Display:
-        return Display(Console(quiet=not self.verbose))
+        return Display(Console(quiet=not self.verbose, emoji=False))
 
     def _check_parameters(self) -> None:
         if not isinstance(self.n_clusters, Integral) or self.n_clusters < 2:
@@ -210,11 +224,27 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device!r}: use auto, cpu or cuda")
 
-    def _recipe(self, given: _Given) -> Recipe:
-        """The recipe with all that the parameters say. Raises UserError or ValueError."""
-        recipe = _base_recipe(
-            self.recipe, given, Wishes(int(self.n_clusters), self.image_size), self.device
-        )
+    def _plan(self, given: _Images, device: torch.device) -> Plan:
+        """What to train, by all that the parameters say, and a warning for what is left aside.
+
+        Raises UserError or ValueError.
+        """
+        rows, seen = given.rows, None
+        if self.recipe == "auto":
+            where = {"source": "auto", "path": given.path}
+            rows = rows or list_rows(data_settings(where, self.settings))
+            seen = inspect_images(rows)
+            wishes = Preferences(int(self.n_clusters), self.image_size)
+            gpu, free = device.type == "cuda", device_bytes(device)
+            recipe, _ = choose("auto", where, seen, gpu=gpu, free_bytes=free, wishes=wishes)
+        else:
+            recipe = recipes.get(self.recipe)
+        plan = make_plan(self._adapted(recipe, given), rows=rows, seen=seen)
+        _warn(plan.rows.notes)
+        return plan
+
+    def _adapted(self, recipe: Recipe, given: _Images) -> Recipe:
+        """The recipe with the changes that the parameters ask for."""
         recipe = override(recipe, self.settings)
         data: dict[str, Any] = {"num_clusters": int(self.n_clusters)}
         if self.image_size is not None:
@@ -228,22 +258,18 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             values["seed"] = _seed(self.random_state)
         return validate(values)
 
-    def _settled(self, recipe: Recipe, given: _Given) -> tuple[Recipe, Rows]:
-        """The recipe and its images, and a warning for what is left aside or assumed of them."""
-        rows = given.rows or list_rows(recipe.data)
-        data, rows = settled(recipe.data, rows)
-        _warn(rows.notes)
-        return recipe.model_copy(update={"data": data}), rows
-
-    def _given(self, X: Any, *, reset: bool) -> _Given:
+    def _given(self, X: Any, *, reset: bool) -> _Images:
         if reset:
             self._fit_shape = None
         if isinstance(X, str | Path):
-            return _Given(None, str(X))
+            return _Images(None, str(X))
         if is_ray_dataset(X):
-            return _Given(rows_of_dataset(X), None)
+            return _Images(rows_of_dataset(X), None)
+        if getattr(X, "ndim", None) == 1 and hasattr(X, "tolist"):  # an array or a column of paths
+            listed = X.tolist()
+            X = listed if all(isinstance(path, str | Path) for path in listed) else X
         if isinstance(X, list | tuple) and X and all(isinstance(path, str | Path) for path in X):
-            return _Given(rows_of_paths(X), None)
+            return _Images(rows_of_paths(X), None)
         if isinstance(X, Tensor):
             X = X.detach().cpu()
             X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
@@ -257,7 +283,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             images = self._images(table)
         else:
             images = as_bytes(check_array(X, allow_nd=True, ensure_min_samples=fewest))
-        return _Given(rows_of_array(images), None)
+        return _Images(rows_of_array(images), None)
 
     def _check_form(self, shape: tuple[int, ...], reset: bool) -> None:
         """Refuse what may be one image: its rows would be taken for images."""
@@ -291,18 +317,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         return as_bytes(table).reshape(len(table), *shape)
 
 
-def _base_recipe(name: str, given: _Given, wishes: Wishes, device: str) -> Recipe:
-    """The recipe of that name, or one for the images that are given. Raises UserError."""
-    if name != "auto":
-        return recipes.get(name)
-    place: dict[str, Any] = {"source": "auto", "path": given.path}
-    rows = given.rows or list_rows(DataSettings(num_clusters=2, image_size=32, **place))
-    chosen = choose_device(device)
-    gpu, free = chosen.type == "cuda", device_bytes(chosen)
-    return choose("auto", place, look(rows), gpu=gpu, free_bytes=free, wishes=wishes)[0]
-
-
-def _data_settings(data: DataSettings, given: _Given) -> DataSettings:
+def _data_settings(data: DataSettings, given: _Images) -> DataSettings:
     """The settings of a set for other images of its form."""
     place = {"source": "auto", "path": given.path, "classes": (), "download": False}
     return data.model_copy(update=place)
@@ -338,11 +353,11 @@ _HERE = (
     (r",? ?(or )?use another --out(, or --overwrite)?( to replace it)?( to write beside them)?",
      ", or give another folder"),
     (r"; use --overwrite", "; give another folder"),
-    (r"delete it or use --overwrite", "delete it, or give another folder"),
-    (r" and use --resume to train that stage again", " to train that stage again"),
+    (r"repeat the command that (wrote it|made it|made the run), with --overwrite",
+     "give another folder"),
+    (r"repeat the command that made the run \(`snscc run` with --resume\)", "fit again"),
     (r"run the same command again \(`snscc run` with --resume\)", "fit again"),
-    (r"runtime\.device=cuda, but (.*); use --set runtime\.device=cpu",
-     r"device='cuda', but \1; use device='cpu'"),
+    (r"device cuda: (.*); use cpu \(.*\)", r"device='cuda': \1; use device='cpu'"),
     (r"with --data PATH", "as X"),
     (r"give --data PATH", "give it as X"),
     (r"--set ([\w.]+=[^\s,;]+)", r"settings=['\1']"),

@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from snscc_ray import recipes
-from snscc_ray.config import STAGES, Recipe, StageName
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.data.resident import ResidentData
+from snscc_ray.data.loading.resident import ResidentData
 from snscc_ray.data.sources import load_images
-from snscc_ray.engine import Monitor
-from snscc_ray.overrides import override
-from snscc_ray.run import Result, execute, normalisation
-from snscc_ray.stages.context import Context
-from snscc_ray.workers import Worker
+from snscc_ray.runs.run import Result, execute, normalisation
+from snscc_ray.training.context import Context
+from snscc_ray.training.engine import Monitor
+from snscc_ray.training.workers import Worker
 
 
 def pytest_configure() -> None:

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from snscc_ray import recipes
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
 from snscc_ray.data.sources import load_images
-from snscc_ray.monitor import Silent
-from snscc_ray.overrides import override
-from snscc_ray.workers import LocalWorker
+from snscc_ray.runs.monitor import NullMonitor
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import execute_on
 
 
-class Killer(Silent):
+class Killer(NullMonitor):
     """Kills this process at the given step of the given stage; step 0 never comes."""
 
     def __init__(self, stage: str, step: int) -> None:

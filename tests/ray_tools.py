@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 import torch
 
-from snscc_ray import checkpoints
-from snscc_ray.config import STAGES
+from snscc_ray.config.settings import STAGES
+from snscc_ray.core import checkpoints
 from tests.conftest import TINY, equal_states
 
 # A checkpoint at every step, as TINY has it, costs Ray a fifth of a second each.

@@ -1,7 +1,7 @@
 """Every equation again, slowly: float64, one loop per sum sign, straight from the paper.
 
 Shares no code with the package and uses nothing from it. Values carry gradients, so that those
-can be compared too. Suffixes as in `snscc_ray.losses`. Logarithms of probabilities are held at
+can be compared too. Suffixes as in `snscc_ray.core.losses`. Logarithms of probabilities are held at
 log(1e-19), the one thing the paper leaves open.
 """
 

@@ -10,14 +10,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from snscc_ray import rng
-from snscc_ray.baselines import ac, ae, cc, dae, dec, iic, nmf, pica, sc, scan, subsample, vae
-from snscc_ray.baselines.decoder import Decoder
-from snscc_ray.baselines.study import Study
+from snscc_ray.compare import subsample
+from snscc_ray.compare.decoder import Decoder
+from snscc_ray.compare.methods import ac, ae, cc, dae, dec, iic, nmf, pica, sc, scan, vae
+from snscc_ray.compare.study import Study
+from snscc_ray.core import rng
+from snscc_ray.core.display import Display
+from snscc_ray.core.views import clean_view
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.monitor import Display
-from snscc_ray.stages.context import Context
-from snscc_ray.views import clean_view
+from snscc_ray.training.context import Context
 from tests import reference_baselines as reference
 from tests.test_losses import CASES, probabilities, rows, same
 

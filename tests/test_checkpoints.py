@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from snscc_ray import checkpoints
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.core import checkpoints
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -33,8 +33,18 @@ def test_a_truncated_checkpoint_is_one_line(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"c\.pt is truncated or not a checkpoint"):
+        with pytest.raises(UserError, match=r"c\.pt is damaged or not a checkpoint"):
             checkpoints.load(path)
+
+
+def test_a_checkpoint_with_another_byte_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    checkpoints.save(path, {"w": torch.randn(1000)})
+    altered = bytearray(path.read_bytes())
+    altered[len(altered) // 2] ^= 1
+    path.write_bytes(altered)
+    with pytest.raises(UserError, match=r"c\.pt is damaged"):
+        checkpoints.load(path)
 
 
 class _Attack:
@@ -90,12 +100,12 @@ def test_a_kill_in_mid_write_leaves_the_last_good_one(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
-from snscc_ray import checkpoints
+from snscc_ray.core import storage
 def write(file):
     file.write(b"half of it")
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.write_whole(Path(sys.argv[1]), write)
+storage.write_whole(Path(sys.argv[1]), write)
 """
     assert _in_child(code, str(path)) == -signal.SIGKILL
     assert checkpoints.load(path)["epoch"] == 1
@@ -107,8 +117,8 @@ def test_no_space_leaves_the_last_good_one(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from pathlib import Path
-from snscc_ray import checkpoints
-from snscc_ray.errors import UserError
+from snscc_ray.core import checkpoints
+from snscc_ray.config.errors import UserError
 try:
     checkpoints.save(Path(sys.argv[1]), {"w": torch.zeros(2_000_000)})
 except UserError as error:

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from snscc_ray import SNSCC, claim
-from snscc_ray.claim import CLAIM, claimed
+from snscc_ray import SNSCC
 from snscc_ray.cli import options
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.core import claim
+from snscc_ray.core.claim import CLAIM, claimed
 from tests.conftest import TINY, digits_table
 from tests.test_cli import Snscc, sets
 from tests.test_predict import images
@@ -112,7 +113,7 @@ def test_what_ends_gives_the_folder_back(tmp_path: Path) -> None:
 
 def test_a_dead_process_is_not_in_the_way(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, signal, sys; from snscc_ray.claim import claimed\n"
+        "import os, pathlib, signal, sys; from snscc_ray.core.claim import claimed\n"
         "with claimed(pathlib.Path(sys.argv[1]), print): os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.Popen([sys.executable, "-c", code, tmp_path])
@@ -227,7 +228,7 @@ def test_who_is_patient_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_an_object_store_is_said_not_to_be_locked() -> None:
     pytest.importorskip("upath")
-    from snscc_ray.paths import as_path
+    from snscc_ray.config.paths import as_path
 
     said: list[str] = []
     with claimed(as_path("memory://bucket/run"), said.append):

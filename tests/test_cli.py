@@ -20,12 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-import snscc_ray.run
-from snscc_ray import checkpoints, cli, recipes
+import snscc_ray.runs.run
+from snscc_ray import cli
 from snscc_ray.cli import options
-from snscc_ray.config import STAGES, Recipe
-from snscc_ray.overrides import override
-from snscc_ray.run_folder import read_recipe
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe
+from snscc_ray.core import checkpoints
+from snscc_ray.runs.folder import read_recipe
 from tests.conftest import TINY
 
 # A folder of forty small images.
@@ -345,7 +347,7 @@ def test_a_signal_between_the_loops_also_says_how_to_go_on(
         os.kill(os.getpid(), number)
         time.sleep(60)  # the signal comes first
 
-    monkeypatch.setattr(snscc_ray.run, "Pretrain", stop)
+    monkeypatch.setattr(snscc_ray.runs.run, "Pretrain", stop)
     folder = tmp_path / "r"
     done = snscc("run", "digits", *sets(*TINY), "--out", folder)
     refused(done, f"stopped; continue with: snscc run --resume --out {folder}", status=130)
@@ -428,7 +430,7 @@ def test_resume_without_a_name_or_a_run(snscc: Snscc, tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(snscc: Snscc, tmp_path: Path) -> None:
     done = snscc("run", "digits", "--set", "runtime.device=cuda", "--out", tmp_path / "r")
-    refused(done, "runtime.device=cuda", "runtime.device=cpu")
+    refused(done, "torch sees no GPU here", "use cpu (--device, or runtime.device")
     assert content(tmp_path) == {}
 
 
@@ -552,7 +554,7 @@ def test_a_truncated_checkpoint_is_named_and_the_advice_works(
     whole = path.read_bytes()
     path.write_bytes(whole[: min(int(len(whole) * share), len(whole) - 1)])
     done = unchanged(snscc, finished, "--resume", "--stages", "boost")
-    refused(done, str(path), "truncated or not a checkpoint", "delete it and use --resume")
+    refused(done, str(path), "damaged or not a checkpoint", "remove it and repeat")
     if share == 0.5:
         path.unlink()
         refused(unchanged(snscc, finished, "--resume", "--stages", "boost"), "add train")

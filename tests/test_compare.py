@@ -10,16 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 
-from snscc_ray import checkpoints, compare, metrics
-from snscc_ray.baselines import dec, methods, paper, scan
-from snscc_ray.baselines.names import TITLES, chosen
-from snscc_ray.baselines.study import Found, Study
 from snscc_ray.cli import options
-from snscc_ray.errors import UserError
+from snscc_ray.compare import comparison as compare
+from snscc_ray.compare import paper
+from snscc_ray.compare.methods import METHODS, chosen, dec, load, scan
+from snscc_ray.compare.study import MethodResult, Study
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.recipes import get
+from snscc_ray.core import checkpoints, storage
+from snscc_ray.core.clustering import metrics
+from snscc_ray.core.display import Display
 from tests.conftest import TINY, equal_states
 from tests.test_cli import Snscc, refused, sets
 
@@ -41,10 +49,10 @@ def snscc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 def stub(cluster: int) -> Any:
     """A method that puts every row into one cluster."""
-    return lambda study: Found(torch.full((len(study.catalog),), cluster), note="a stub")
+    return lambda study: MethodResult(torch.full((len(study.catalog),), cluster), note="a stub")
 
 
-def broken(study: Study) -> Found:
+def broken(study: Study) -> MethodResult:
     raise ValueError("no\nmemory left")
 
 
@@ -65,12 +73,12 @@ def test_every_method_runs_and_its_figures_are_those_of_its_assignment(
     done = snscc(*arguments(folder))
     assert done.status == 0, done
     rows = table(folder)
-    assert list(rows) == list(TITLES)
+    assert list(rows) == list(METHODS)
     assert "has the 2 epochs alone, SNSCC 4 in all" in (folder / "compare.md").read_text()
     markdown = (folder / "compare.md").read_text()
     for method, row in rows.items():
         assert f"{method}: ACC {float(row['acc']):.3f}" in done.out
-        assert f"| {TITLES[method]} | {float(row['acc']):.3f} |" in markdown
+        assert f"| {METHODS[method].title} | {float(row['acc']):.3f} |" in markdown
         found = pq.read_table(folder / "methods" / method / "assignments.parquet")
         clusters = torch.tensor(found["cluster"].to_pylist())
         truth = pq.read_table(folder / "snscc" / "assignments.parquet")
@@ -87,9 +95,9 @@ def test_every_method_runs_and_its_figures_are_those_of_its_assignment(
         losses = [json.loads(text)["loss/total"] for text in lines]
         assert losses[-1] < losses[0], method
 
-    monkeypatch.setattr(compare, "METHODS", dict.fromkeys(TITLES, broken))
+    monkeypatch.setattr(compare, "load", dict.fromkeys(METHODS, broken).__getitem__)
     again = snscc(*arguments(folder))
-    assert again.status == 0 and again.out.count("done before") == len(TITLES)
+    assert again.status == 0 and again.out.count("done before") == len(METHODS)
     assert table(folder) == rows
 
 
@@ -97,7 +105,7 @@ def test_a_method_that_fails_is_a_row_and_the_same_command_tries_it_again(
     tmp_path: Path, snscc: Snscc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = {"kmeans": stub(0), "pretext": broken, "snscc": stub(1)}
-    monkeypatch.setattr(compare, "METHODS", chosen)
+    monkeypatch.setattr(compare, "load", chosen.__getitem__)
     call = arguments(tmp_path / "c", "--methods", "snscc,pretext,kmeans")
     done = snscc(*call)
     assert done.status == 1 and done.err.startswith("snscc: failed: pretext;"), done
@@ -106,7 +114,9 @@ def test_a_method_that_fails_is_a_row_and_the_same_command_tries_it_again(
     assert rows["pretext"]["note"] == "failed: ValueError: no memory left"
     assert rows["pretext"]["acc"] == "" and rows["snscc"]["clusters"] == "1"
 
-    monkeypatch.setattr(compare, "METHODS", {**chosen, "kmeans": broken, "pretext": stub(2)})
+    monkeypatch.setattr(
+        compare, "load", {**chosen, "kmeans": broken, "pretext": stub(2)}.__getitem__
+    )
     done = snscc(*call)
     assert done.status == 0, done
     assert [row["note"] for row in table(tmp_path / "c").values()] == ["a stub"] * 3
@@ -199,7 +209,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_a_folder_with_something_else_in_it_is_refused(
     tmp_path: Path, snscc: Snscc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "METHODS", {"kmeans": stub(3)})
+    monkeypatch.setattr(compare, "load", {"kmeans": stub(3)}.__getitem__)
     other = tmp_path / "other"
     other.mkdir()
     (other / "recipe.json").write_text("{}")
@@ -213,12 +223,13 @@ def test_a_folder_with_something_else_in_it_is_refused(
     refused(snscc(*call, "--seed", "1"), "seed is 0 there and 1 here", "--overwrite")
     (folder / "mine.txt").touch()
     assert snscc(*call, "--seed", "1", "--overwrite").status == 0
-    assert checkpoints.read_json(folder / "compare.json")["recipe"]["seed"] == 1
+    assert storage.read_json(folder / "compare.json")["recipe"]["seed"] == 1
     assert (folder / "mine.txt").exists()
 
 
 def test_the_names_methods_means() -> None:
-    assert chosen("all") == tuple(TITLES) == tuple(methods.METHODS)
+    assert chosen("all") == tuple(METHODS)
+    assert all(callable(load(name)) for name in METHODS)
     assert chosen("snscc, kmeans,kmeans") == ("kmeans", "snscc")
     with pytest.raises(UserError, match="no method ''"):
         chosen("")
@@ -226,7 +237,7 @@ def test_the_names_methods_means() -> None:
 
 def test_the_papers_figures_stand_beside_ours() -> None:
     assert all(len(cells) == 15 for cells in paper.TABLE_IV.values())
-    assert set(paper.TABLE_IV) >= set(TITLES)
+    assert set(paper.TABLE_IV) >= set(METHODS)
     # By hand, from the printed table.
     assert paper.printed("snscc", "cifar10") == (0.886, 0.795, 0.777)
     assert paper.printed("kmeans", "imagenet_dogs") == (0.105, 0.055, 0.020)
@@ -234,3 +245,20 @@ def test_the_papers_figures_stand_beside_ours() -> None:
     assert paper.printed("scan", "imagenet10") == (None, None, None)
     assert paper.printed("snscc", "cifar10_best") == paper.printed("snscc", "cifar10")
     assert paper.printed("kmeans", "digits") is None
+
+
+def test_what_is_looked_up_of_the_images_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for number in range(30):
+        values = np.random.default_rng(number).integers(0, 1000, (8, 8)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / "deep" / f"{number}.tif")
+    own = ["data.num_clusters=2", "data.image_size=8", f"data.path={tmp_path / 'deep'}"]
+    own += [f"{stage}.batch_size=8" for stage in ("pretrain", "train", "boost")]
+    recipe = override(get("images"), own)
+    request = compare.Request(recipe, ["kmeans"], tmp_path / "out", False)
+    study = compare._prepare(request, Display(Console(quiet=True)))
+    low, high = study.context.recipe.data.value_range or (0, 0)
+    assert 0 <= low < 10 and 990 < high < 1000
+    held = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert held["recipe"]["data"]["value_range"] == [low, high]
+    compare._prepare(request, Display(Console(quiet=True)))  # the same command goes on

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from snscc_ray import checkpoints
-from snscc_ray.config import Recipe
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe
+from snscc_ray.core import checkpoints
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.monitor import Silent
-from snscc_ray.overrides import override
-from snscc_ray.workers import LocalWorker
+from snscc_ray.runs.monitor import NullMonitor
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import execute_on
 
 
-class Losses(Silent):
+class Losses(NullMonitor):
     def __init__(self) -> None:
         self.values: list[float] = []
 

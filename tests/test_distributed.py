@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from snscc_ray import distributed
+from snscc_ray.core import distributed
 from tests.conftest import TINY
 from tests.two_processes import one_step, process
 

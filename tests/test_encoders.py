@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from snscc_ray import recipes
-from snscc_ray.config import EncoderSettings
-from snscc_ray.encoders import (
+from snscc_ray.config import recipes
+from snscc_ray.config.settings import EncoderSettings
+from snscc_ray.models.encoders import (
     ClusterHeads,
     ClusterNet,
     PretextNet,

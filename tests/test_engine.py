@@ -14,23 +14,26 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from snscc_ray import checkpoints, engine, recipes
-from snscc_ray.config import STAGES, Recipe, StageName
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import TrainingError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe, StageName
+from snscc_ray.core import checkpoints
+from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.engine import Interrupted, fit
-from snscc_ray.errors import TrainingError
-from snscc_ray.monitor import Display, Journal, RunMonitor, Silent
-from snscc_ray.overrides import override
-from snscc_ray.schedules import learning_rate
-from snscc_ray.stages.pretrain import Pretrain
-from snscc_ray.workers import LocalWorker
+from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
+from snscc_ray.training import engine
+from snscc_ray.training.engine import Interrupted, fit
+from snscc_ray.training.schedules import learning_rate
+from snscc_ray.training.stages.pretrain import Pretrain
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import TINY, equal_states, execute_on, make_context
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class StopAtEpochEnd(Silent):
+class StopAtEpochEnd(NullMonitor):
     """Asks the process to stop, as a cluster would, after one epoch of one stage."""
 
     def __init__(self, stage: str, epoch: int) -> None:
@@ -51,7 +54,7 @@ def uninterrupted(
 ) -> dict[str, dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("whole")
     recipe = override(recipes.get("digits"), TINY)
-    execute_on(recipe, tiny_images, folder, LocalWorker(folder, CPU), Silent())
+    execute_on(recipe, tiny_images, folder, LocalWorker(folder, CPU), NullMonitor())
     return finals(folder)
 
 
@@ -70,7 +73,7 @@ def test_stopping_at_any_epoch_boundary_changes_nothing(
         execute_on(tiny, tiny_images, tmp_path, worker, StopAtEpochEnd(stage, epoch))
     assert not (tmp_path / stage / "final.pt").exists()
     torch.manual_seed(1234)  # what a new process happens to start with must not matter
-    execute_on(tiny, tiny_images, tmp_path, worker, Silent())
+    execute_on(tiny, tiny_images, tmp_path, worker, NullMonitor())
     resumed = finals(tmp_path)
     for name in STAGES:
         assert equal_states(resumed[name], uninterrupted[name]), name
@@ -102,10 +105,10 @@ def test_a_finished_stage_is_reused_and_a_changed_one_is_not(
     tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
     worker = LocalWorker(tmp_path, CPU)
-    execute_on(tiny, tiny_images, tmp_path, worker, Silent())
+    execute_on(tiny, tiny_images, tmp_path, worker, NullMonitor())
     written = {s: (tmp_path / s / "final.pt").stat().st_mtime_ns for s in STAGES}
     changed = override(tiny, ["boost.top_fraction=0.5"])
-    execute_on(changed, tiny_images, tmp_path, worker, Silent())
+    execute_on(changed, tiny_images, tmp_path, worker, NullMonitor())
     again = {s: (tmp_path / s / "final.pt").stat().st_mtime_ns for s in STAGES}
     assert [again[s] == written[s] for s in STAGES] == [True, True, False]
 
@@ -173,7 +176,7 @@ def test_a_nan_loss_stops_with_its_name_and_keeps_the_last_good_checkpoint(
 
             return poisoned
 
-    class Warnings(Silent):
+    class Warnings(NullMonitor):
         seen: list[tuple[str, int, str]]
 
         def warn(self, stage: str, epoch: int, message: str) -> None:
@@ -192,7 +195,7 @@ def test_a_nan_loss_stops_with_its_name_and_keeps_the_last_good_checkpoint(
 def test_collapse_is_warned_of_within_an_epoch(
     tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
-    class Warnings(Silent):
+    class Warnings(NullMonitor):
         def __init__(self) -> None:
             self.seen: list[tuple[str, int, str]] = []
 
@@ -228,7 +231,7 @@ def test_methods_and_precisions_learn(
          "pretrain.temperature=0.2"],
     )  # fmt: skip
 
-    class Losses(Silent):
+    class Losses(NullMonitor):
         def __init__(self) -> None:
             self.values: list[float] = []
 
@@ -245,7 +248,7 @@ def test_methods_and_precisions_learn(
 def test_a_method_resumes_its_copy_of_the_network(
     method: str, tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
-    class StopInMidEpoch(Silent):
+    class StopInMidEpoch(NullMonitor):
         steps = 0
 
         def advance(self) -> None:
@@ -259,14 +262,14 @@ def test_a_method_resumes_its_copy_of_the_network(
          "runtime.checkpoint_seconds=1000"],
     )  # fmt: skip
     whole = LocalWorker(tmp_path / "whole", CPU)
-    execute_on(recipe, tiny_images, whole.folder, whole, Silent(), ("pretrain",))
+    execute_on(recipe, tiny_images, whole.folder, whole, NullMonitor(), ("pretrain",))
     expected = checkpoints.load(whole.folder / "pretrain" / "final.pt")["network"]
     for stop in (StopInMidEpoch(), StopAtEpochEnd("pretrain", 1)):
         worker = LocalWorker(tmp_path / type(stop).__name__, CPU)
         with pytest.raises(Interrupted):
             execute_on(recipe, tiny_images, worker.folder, worker, stop, ("pretrain",))
         torch.manual_seed(1234)
-        execute_on(recipe, tiny_images, worker.folder, worker, Silent(), ("pretrain",))
+        execute_on(recipe, tiny_images, worker.folder, worker, NullMonitor(), ("pretrain",))
         found = checkpoints.load(worker.folder / "pretrain" / "final.pt")["network"]
         assert equal_states(found, expected), type(stop).__name__
 
@@ -293,7 +296,7 @@ def test_the_speed_counts_until_the_device_has_finished(
 def test_the_baseline_is_there_before_the_first_stage(
     tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
-    class Killed(Silent):
+    class Killed(NullMonitor):
         def start(self, stage: str, epochs: int, steps: int, done: int) -> None:
             raise KeyboardInterrupt
 
@@ -306,7 +309,7 @@ def test_a_bfloat16_run_keeps_its_precision_and_how_far_float32_is(
     tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
     recipe = override(tiny, ["precision=bfloat16"])
-    execute_on(recipe, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), Silent())
+    execute_on(recipe, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), NullMonitor())
     for stage in ("train", "boost"):
         held = checkpoints.load(tmp_path / stage / "final.pt")
         assert held["precision"] == "bfloat16"
@@ -314,7 +317,7 @@ def test_a_bfloat16_run_keeps_its_precision_and_how_far_float32_is(
         assert known["rows"] == 200 and known["same_cluster"] > 0.9
         assert 0 < known["largest_difference"] < 0.2
     exact = tmp_path / "exact"
-    execute_on(tiny, tiny_images, exact, LocalWorker(exact, CPU), Silent())
+    execute_on(tiny, tiny_images, exact, LocalWorker(exact, CPU), NullMonitor())
     held = checkpoints.load(exact / "boost" / "final.pt")
     assert held["precision"] == "float32" and held["in_float32"] == {}
 

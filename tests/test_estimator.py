@@ -19,14 +19,15 @@ from rich.console import Console
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_clustering, parametrize_with_checks
 
-import snscc_ray.run
+import snscc_ray.runs.run
 from snscc_ray import SNSCC
+from snscc_ray.config import recipes
 from snscc_ray.data.given import as_bytes
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.engine import Interrupted
-from snscc_ray.local import run_here
-from snscc_ray.run import Request, _Run
-from snscc_ray.run_folder import read_recipe
+from snscc_ray.runs.folder import read_recipe
+from snscc_ray.runs.local import run_here
+from snscc_ray.runs.run import Request, _Run
+from snscc_ray.training.engine import Interrupted
 from tests.conftest import TINY
 
 DIGITS = {"recipe": "digits", "settings": [s for s in TINY if "limit" not in s], "device": "cpu"}
@@ -175,7 +176,7 @@ def test_images_of_another_size_are_brought_to_the_runs_as_files_are(
     files = written(tmp_path / "files", large)
     assert np.array_equal(fitted.transform(large), fitted.transform(files))
     smaller = SNSCC(10, image_size=6, random_state=3, **DIGITS)
-    recipe = smaller._recipe(smaller._given(large, reset=True))
+    recipe = smaller._adapted(recipes.get("digits"), smaller._given(large, reset=True))
     assert (recipe.data.image_size, recipe.seed) == (6, 3)
 
 
@@ -184,7 +185,7 @@ def test_a_folder_that_stays(
 ) -> None:
     first = SNSCC(10, folder=tmp_path / "run", random_state=1, **DIGITS).fit(digits)
     assert read_recipe(tmp_path / "run").seed == 1
-    monkeypatch.setattr(snscc_ray.run, "fit", None)  # nothing is trained again
+    monkeypatch.setattr(snscc_ray.runs.run, "fit", None)  # nothing is trained again
     again = SNSCC(10, folder=tmp_path / "run", random_state=1, **DIGITS).fit(digits)
     assert np.array_equal(again.probabilities_, first.probabilities_)
     with pytest.raises(ValueError, match=r"another recipe \(seed is 1 there and 2 here\)"):
@@ -245,7 +246,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
 def test_a_mistake_is_one_line_before_anything_is_trained(
     parameters: dict[str, Any], X: Any, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snscc_ray.run, "fit", None)
+    monkeypatch.setattr(snscc_ray.runs.run, "fit", None)
     with pytest.raises(ValueError, match=re.escape(says)):
         SNSCC(
             **{"n_clusters": 3, "recipe": "digits", "settings": DIGITS["settings"]} | parameters
@@ -363,3 +364,15 @@ def test_the_page_says_what_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     said: list[str] = []
     failed = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append).failed
     assert not failed, "".join(said)
+
+
+def test_an_array_of_paths_is_a_list_of_paths(tmp_path: Path) -> None:
+    files = []
+    for number in range(3):
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(files[-1])
+    for paths in (np.array(list(map(str, files))), np.array(files, dtype=object)):
+        given = SNSCC()._given(paths, reset=True)
+        assert given.rows is not None and given.rows.ids == list(map(str, files))
+    with pytest.raises(ValueError, match="2D array"):
+        SNSCC()._given(np.zeros(3), reset=True)

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from snscc_ray import checkpoints, export
-from snscc_ray.config import EncoderSettings
-from snscc_ray.data.resident import ResidentData
-from snscc_ray.encoders import ClusterHeads, ClusterNet, build_encoder, out_features
-from snscc_ray.errors import UserError
-from snscc_ray.overrides import override
-from snscc_ray.predict import Model, load_model
-from snscc_ray.recipes import get
-from snscc_ray.run_folder import write_recipe
-from snscc_ray.views import Normalize
+from snscc_ray.answers import export
+from snscc_ray.answers.predict import Model, load_model
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.recipes import get
+from snscc_ray.config.settings import EncoderSettings
+from snscc_ray.core import checkpoints, storage
+from snscc_ray.core.views import Normalize
+from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.models.encoders import ClusterHeads, ClusterNet, build_encoder, out_features
+from snscc_ray.runs.folder import write_recipe
 from tests.test_cli import Snscc, content, refused
 
 ABOUT = {
@@ -54,7 +55,7 @@ def run(tmp_path: Path) -> Path:
     normalize = {"mean": list(made.normalize.mean), "std": list(made.normalize.std)}
     state = {"network": made.network.state_dict(), "normalize": normalize}
     checkpoints.save(tmp_path / "run" / "boost" / "final.pt", state)
-    checkpoints.write_json(tmp_path / "run" / "metrics.json", {})
+    storage.write_json(tmp_path / "run" / "metrics.json", {})
     return tmp_path / "run"
 
 

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from snscc_ray.config import STAGES, StageName
-from snscc_ray.errors import UserError
-from snscc_ray.features import Own, kept_features, own_images, stage_features
-from snscc_ray.local import run_here
-from snscc_ray.monitor import Display
-from snscc_ray.predict import load_model
-from snscc_ray.run import Request
-from snscc_ray.views import clean_view
+from snscc_ray.answers.features import RunImages, kept_features, own_images, stage_features
+from snscc_ray.answers.predict import load_model
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import STAGES, StageName
+from snscc_ray.core.display import Display
+from snscc_ray.core.views import clean_view
+from snscc_ray.runs.local import run_here
+from snscc_ray.runs.run import Request
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
@@ -29,12 +29,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own(finished: Path) -> Own:
+def own(finished: Path) -> RunImages:
     return own_images(finished, CPU, Display(QUIET))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_features_are_those_of_the_stage_and_are_kept(own: Own, stage: StageName) -> None:
+def test_features_are_those_of_the_stage_and_are_kept(own: RunImages, stage: StageName) -> None:
     assert kept_features(own.folder, stage) is None
     features_ND = stage_features(own, stage)
     kept = kept_features(own.folder, stage)
@@ -51,7 +51,7 @@ def test_features_are_those_of_the_stage_and_are_kept(own: Own, stage: StageName
         torch.testing.assert_close(features_ND, F.normalize(z_ND, dim=1), atol=1e-3, rtol=0)
 
 
-def test_a_stage_trained_again_has_other_features(own: Own) -> None:
+def test_a_stage_trained_again_has_other_features(own: RunImages) -> None:
     stage_features(own, "boost")
     path = own.folder / "boost" / "stage.json"
     before = path.read_text()
@@ -63,7 +63,7 @@ def test_a_stage_trained_again_has_other_features(own: Own) -> None:
 
 
 def test_other_images_are_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import snscc_ray.features as features
+    import snscc_ray.answers.features as features
 
     real = features.bring
 

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import tune_spaces
-from snscc_ray import figures, recipes
-from snscc_ray.config import STAGES
+from snscc_ray.config import recipes
+from snscc_ray.config.settings import STAGES
+from snscc_ray.sweep import figures
 from tune_spaces.space import Point, Space
 
 

@@ -20,8 +20,8 @@ from PIL import Image
 
 from benchmarks.kinds import make
 from snscc_ray.cli import options
-from snscc_ray.cluster_count import estimate, expected_seconds
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.fit.count import estimate, expected_seconds
 from tests.conftest import digits_table
 from tests.test_cli import Snscc, content, refused
 from tests.test_predict import images

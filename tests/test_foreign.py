@@ -14,8 +14,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from snscc_ray.errors import UserError
-from snscc_ray.foreign import read_checkpoint
+from snscc_ray.config.errors import UserError
+from snscc_ray.models.foreign import read_checkpoint
 from tests.conftest import equal_states
 
 
@@ -67,13 +67,13 @@ def test_a_broken_file_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such file"):
         read_checkpoint(str(file))
     file.write_bytes(b"<html>not found</html>")
-    with pytest.raises(UserError, match=f"{name} is truncated or no"):
+    with pytest.raises(UserError, match=f"{name} is damaged or no"):
         read_checkpoint(str(file))
     state = {"w": torch.rand(100, 100)}
     (safetensors.torch.save_file if "safe" in name else torch.save)(state, file)
     assert equal_states(read_checkpoint(str(file)), state)
     os.truncate(file, 20_000)
-    with pytest.raises(UserError, match=f"{name} is truncated or no"):
+    with pytest.raises(UserError, match=f"{name} is damaged or no"):
         read_checkpoint(str(file))
 
 

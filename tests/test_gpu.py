@@ -10,27 +10,34 @@ import pytest
 import torch
 from torch import nn
 
-from snscc_ray import checkpoints, recipes
-from snscc_ray.config import Recipe, SimclrView, StrongView, View
+from snscc_ray.answers.predict import load_model
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe, SimclrView, StrongView, View
+from snscc_ray.core import checkpoints
+from snscc_ray.core.clustering.kmeans import kmeans, lloyd
+from snscc_ray.core.clustering.metrics import oracle
+from snscc_ray.core.clustering.neighbors import knn, mine
+from snscc_ray.core.views import Normalize, make_view
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.data.resident import ResidentData
+from snscc_ray.data.loading.resident import ResidentData
 from snscc_ray.data.sources import load_images
-from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
-from snscc_ray.engine import Interrupted
-from snscc_ray.kmeans import kmeans, lloyd
-from snscc_ray.metrics import oracle
-from snscc_ray.monitor import Silent
-from snscc_ray.neighbors import knn, mine
-from snscc_ray.overrides import override
-from snscc_ray.predict import load_model
-from snscc_ray.run import Result, normalisation
-from snscc_ray.schedules import build_optimizer
-from snscc_ray.stages.boost import Boost
-from snscc_ray.stages.context import Context, Stage
-from snscc_ray.stages.pretrain import Pretrain
-from snscc_ray.stages.train import Train, probabilities
-from snscc_ray.views import Normalize, make_view
-from snscc_ray.workers import LocalWorker
+from snscc_ray.models.encoders import (
+    ClusterHeads,
+    ClusterNet,
+    PretextNet,
+    build_encoder,
+    out_features,
+)
+from snscc_ray.runs.monitor import NullMonitor
+from snscc_ray.runs.run import Result, normalisation
+from snscc_ray.training.context import Context, Stage
+from snscc_ray.training.engine import Interrupted
+from snscc_ray.training.schedules import build_optimizer
+from snscc_ray.training.stages.boost import Boost
+from snscc_ray.training.stages.pretrain import Pretrain
+from snscc_ray.training.stages.train import Train, probabilities
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import TINY, execute_on
 
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -86,7 +93,7 @@ def stage_on(name: str, context: Context) -> Stage:
     if name == "train":
         return Train(context, PretextNet(encoder, recipe.pretrain), mined)
     heads = ClusterHeads(recipe.train, out_features(encoder), recipe.data.num_clusters, 1)
-    return Boost(context, context.place(ClusterNet(encoder, heads)), mined)
+    return Boost(context, context.to_device(ClusterNet(encoder, heads)), mined)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +148,7 @@ def test_no_step_waits_for_the_device(
 # -------------------------------------------------------------------------------- whole runs
 
 
-class StopAt(Silent):
+class StopAt(NullMonitor):
     def __init__(self, stage: str) -> None:
         self.stage = stage
 
@@ -152,7 +159,7 @@ class StopAt(Silent):
 
 def whole(device: torch.device, images: ImageSet, folder: Path) -> Result:
     recipe = recipe_on(device, "encoder.width=8", "pretrain.epochs=12", "train.epochs=6")
-    return execute_on(recipe, images, folder, LocalWorker(folder, device), Silent())
+    return execute_on(recipe, images, folder, LocalWorker(folder, device), NullMonitor())
 
 
 def accuracy(result: Result) -> float:

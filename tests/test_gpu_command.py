@@ -17,13 +17,13 @@ import torch
 from benchmarks.gpu import bundle, carry
 from benchmarks.gpu.__main__ import beside_expected, run_phase
 from benchmarks.gpu.cifar10 import EPOCHS, STOPPED, epochs_that_fit, pays, recipe_for, speeds_in
-from snscc_ray.config import STAGES, Recipe
+from snscc_ray.answers.predict import load_model
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import STAGES, Recipe
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.data.resident import ResidentData
-from snscc_ray.errors import UserError
-from snscc_ray.monitor import Silent
-from snscc_ray.predict import load_model
-from snscc_ray.workers import LocalWorker
+from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.runs.monitor import NullMonitor
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import execute_on, shards
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # ------------------------------------------------------------------------------------ bundle
 
 
-class StopIn(Silent):
+class StopIn(NullMonitor):
     """Stops a run in the second epoch of a stage, as a second Ctrl-C would."""
 
     def __init__(self, stage: str) -> None:
@@ -44,7 +44,7 @@ class StopIn(Silent):
             raise KeyboardInterrupt
 
 
-class Starts(Silent):
+class Starts(NullMonitor):
     """Notes how many steps of each stage were done when it began."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ def test_what_half_precision_cannot_hold_is_kept_whole() -> None:
 
 def test_a_finished_run_is_a_model(tiny: Recipe, tiny_images: ImageSet, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    execute_on(tiny, tiny_images, run, LocalWorker(run, CPU), Silent())
+    execute_on(tiny, tiny_images, run, LocalWorker(run, CPU), NullMonitor())
     bundle.pack(run, tmp_path / "out")
     bundle.unpack(tmp_path / "out", tmp_path / "model")
     assert not (tmp_path / "model" / "train" / "final.pt").exists()

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snscc_ray import imbalance, metrics, recipes
-from snscc_ray.config import Recipe
-from snscc_ray.errors import UserError
-from snscc_ray.neighbors import mine
-from snscc_ray.overrides import override
-from snscc_ray.stages.objectives import OBJECTIVES, Predictions, neighborhood
-from snscc_ray.uneven import uneven_clusters, uneven_starts
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe
+from snscc_ray.core.clustering import imbalance, metrics
+from snscc_ray.core.clustering.neighbors import mine
+from snscc_ray.core.clustering.uneven import uneven_clusters, uneven_starts
+from snscc_ray.training.stages.objectives import OBJECTIVES, Predictions, neighborhood
 
 
 def uneven_points(seed: int) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from snscc_ray.config import EncoderSettings
-from snscc_ray.encoders import build_encoder
-from snscc_ray.errors import UserError
-from snscc_ray.importers import import_weights, infer_encoder
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import EncoderSettings
+from snscc_ray.models.encoders import build_encoder
+from snscc_ray.models.importers import import_weights, infer_encoder
 from tests.conftest import equal_states
 
 State = dict[str, Tensor]

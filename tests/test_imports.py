@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,12 +19,16 @@ from tests.conftest import TINY
 PACKAGE = Path(snscc_ray.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-RAY_FILES = {"data/stream.py", "sweep.py"} | {
-    f"launch/{name}.py" for name in ("__init__", "group", "nodes")
-}
-FAISS_FILES = {"neighbors.py", "doctor.py"}
-COLLECTIVE_FILES = {"distributed.py"}
-GROUP_FILES = COLLECTIVE_FILES | {"workers.py"}
+# From the ground up: a package imports only from packages before it.
+PACKAGES = (
+    "config", "core", "models", "data", "training", "runs", "answers", "cluster", "fit",
+    "compare", "sweep", "cli",
+)  # fmt: skip
+MOST_FILES = 15  # in a folder, `__init__.py` apart
+RAY_PLACES = ("cluster/", "sweep/", "data/loading/ray_stream.py")
+FAISS_FILE = "core/clustering/neighbors.py"
+COLLECTIVE_FILES = {"core/distributed.py"}
+GROUP_FILES = COLLECTIVE_FILES | {"training/workers.py"}
 # Setting a group up and asking for it; every other function of torch.distributed communicates.
 GROUP = {"init_process_group", "destroy_process_group", "is_available", "is_initialized"}
 
@@ -44,6 +50,8 @@ def imported(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
             name = ast.unparse(node.func)
             if name in ("__import__", "importlib.import_module", "import_module") and node.args:
                 first = node.args[0]
+                if ast.unparse(first).startswith("f'{__name__}."):
+                    continue  # a file of the same folder
                 assert isinstance(first, ast.Constant), f"line {node.lineno}: import of a variable"
                 yield node, str(first.value)
 
@@ -91,18 +99,75 @@ def f():
         "ray.data", "ray.train", "ray",
     ]  # fmt: skip
     assert collectives(tree) == {"all_gather", "barrier", "broadcast"}
-    assert "engine.py" in FILES and "stages/train.py" in FILES
+    assert "training/engine.py" in FILES and "cli/__init__.py" in FILES
+
+
+def module_file(name: str) -> str | None:
+    """The file of `snscc_ray.a.b`, or of the module that `b` is defined in; None: not ours."""
+    parts = name.split(".")
+    if parts[0] != "snscc_ray":
+        return None
+    for end in range(len(parts), 0, -1):
+        place = "/".join(parts[1:end])
+        for file in (f"{place}.py", f"{place}/__init__.py".lstrip("/")):
+            if file in FILES:
+                return file
+    raise AssertionError(f"{name} is no module")
+
+
+IMPORTS = {
+    file: {found for _, name in imported(parse(file)) if (found := module_file(name))}
+    for file in FILES
+}
+
+
+def package_of(file: str) -> str | None:
+    return file.split("/")[0] if "/" in file else None
+
+
+def test_the_rooms_are_these_and_none_is_overfull() -> None:
+    assert {package for file in FILES if (package := package_of(file))} == set(PACKAGES)
+    for folder in {Path(file).parent for file in FILES}:
+        held = [f for f in FILES if Path(f).parent == folder and not f.endswith("__init__.py")]
+        assert len(held) <= MOST_FILES, f"{folder} holds {len(held)} files"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_room_imports_what_its_docstring_says(package: str) -> None:
+    """Only packages below it, so that there is no circle of packages."""
+    used = {
+        other
+        for file in FILES
+        if package_of(file) == package
+        for found in IMPORTS[file]
+        if (other := package_of(found)) not in (None, package)
+    }
+    assert used <= set(PACKAGES[: PACKAGES.index(package)])
+    if package == "cli":
+        return  # it may import all of them
+    text = " ".join((ast.get_docstring(parse(f"{package}/__init__.py")) or "").split())
+    said = re.search(r"Imports: ([^.]*)\.", text)
+    assert said, f"{package}/__init__.py does not say what it imports"
+    named = set() if said[1].startswith("no other") else set(said[1].split(", "))
+    assert named == used, f"{package} imports {used}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    order = graphlib.TopologicalSorter(
+        {file: {f for f in found if f != file} for file, found in IMPORTS.items()}
+    )
+    order.prepare()  # raises CycleError, which names the files
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_ray_stays_in_its_places(file: str) -> None:
-    assert not brings(file, "ray") or file in RAY_FILES, f"{file} imports ray"
+    assert not brings(file, "ray") or file.startswith(RAY_PLACES), f"{file} imports ray"
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_faiss_is_imported_only_when_needed(file: str) -> None:
     nodes = brings(file, "faiss")
-    assert not nodes or file in FAISS_FILES, f"{file} imports faiss"
+    assert not nodes or file == FAISS_FILE, f"{file} imports faiss"
     tree = parse(file)
     inside = {
         child

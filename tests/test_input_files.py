@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snscc_ray.data.imageset import Rows
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import as_path
+from snscc_ray.data.look import inspect_images
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows, load_images
-from snscc_ray.errors import UserError
-from snscc_ray.look import look
 from tests.test_sources import encoded, picture, settings, write_images, write_shard
 
 KINDS = (("x.jfif", "JPEG"), ("x.jpe", "JPEG"), ("y.avif", "AVIF"), ("z.heic", "AVIF"),
@@ -198,6 +199,29 @@ def test_a_look_is_the_same_at_files_and_shards(tmp_path: Path) -> None:
     for part, first in enumerate(range(0, 440, 100)):
         table = pa.table({"image": [name.read_bytes() for name in names[first : first + 100]]})
         pq.write_table(table, tmp_path / "shards" / f"{part}.parquet", row_group_size=37)
-    files, shards = (look(rows_of(tmp_path / name)) for name in ("files", "shards"))
+    files, shards = (inspect_images(rows_of(tmp_path / name)) for name in ("files", "shards"))
     assert files == shards
     assert files.side == 20 and not files.grey
+
+
+def test_our_own_folders_are_no_images_in_a_store_either(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png", "sub/b.png")
+    png = (tmp_path / "a.png").read_bytes()
+    store = as_path("memory://owned/set")
+    for name in ("a.png", "sub/b.png", "run/x.png", "sub/run/y.png", "sub/run/stage/z.png"):
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / name).write_bytes(png)
+    for run in ("run", "sub/run"):
+        (store / run / "recipe.json").write_text('{"recipe": {"name": "x"}}')
+    (store / "sub" / "sweep.json").write_text('{"not": "ours"}')
+    rows = list_rows(settings("auto", "memory://owned/set"))
+    assert rows.ids == ["a.png", "sub/b.png"]
+    assert "folders of snscc's own (2)" in rows.notes[0]
+
+
+def test_a_path_without_bytes_says_so(tmp_path: Path) -> None:
+    held = [{"bytes": None, "path": f"/there/{row}.png"} for row in range(30)]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    pq.write_table(pa.table({"image": pa.array(held, kind)}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="a path beside them is not followed"):
+        inspect_images(rows_of(tmp_path))

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from snscc_ray.config import DataSettings, Recipe
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import DataSettings, Recipe
 from snscc_ray.data.decode import OWN_RANGE, Reading, UnreadableImage, decode_into
 from snscc_ray.data.imageset import assemble
+from snscc_ray.data.loading.survey import survey
+from snscc_ray.data.look import inspect_images, resolve_reading
 from snscc_ray.data.sources import list_rows
-from snscc_ray.data.survey import survey
-from snscc_ray.look import listed, look, settled
-from snscc_ray.overrides import override
-from snscc_ray.run_folder import first_difference
+from snscc_ray.runs.folder import first_difference
 from tests.conftest import digits_table
 from tests.test_predict import images
 from tests.test_sources import encoded, picture, pixels, settings
@@ -51,7 +51,9 @@ def test_a_sets_own_range_is_black_to_white(
 ) -> None:
     dark = deep(low, low + (high - low) / 4, kind)
     folder = write(tmp_path / "set", deep(low, high, kind), dark)
-    data, rows = settled(settings("auto", folder, channels=1), list_rows(settings("auto", folder)))
+    data, rows = resolve_reading(
+        settings("auto", folder, channels=1), list_rows(settings("auto", folder))
+    )
     assert data.value_range == (low, high)
     assert f"{low:g} is black and {high:g} white" in rows.notes[0]
     found = assemble(rows, data, 1, None)
@@ -61,7 +63,7 @@ def test_a_sets_own_range_is_black_to_white(
     assert found.catalog.notes == rows.notes
     streamed = survey(rows, data, workers=1).catalog
     assert streamed.fingerprint == found.catalog.fingerprint and streamed.notes == rows.notes
-    assert look(list_rows(data)).value_range == (low, high)
+    assert inspect_images(list_rows(data)).value_range == (low, high)
 
 
 def test_8_bits_in_16_are_as_they_are() -> None:
@@ -76,7 +78,7 @@ def test_a_range_that_nobody_knows_is_not_guessed(tmp_path: Path) -> None:
     with pytest.raises(UnreadableImage, match=r"here 0 to 1023.*data.value_range=\[LOW,HIGH\]"):
         decode_into(folder / "000.tif", np.empty((1, 16, 16), np.uint8), rows.reading)
     given = settings("auto", folder, value_range=(0, 2047))
-    data, rows = settled(given, list_rows(given))
+    data, rows = resolve_reading(given, list_rows(given))
     assert data.value_range == (0, 2047) and "those here go from 0 to 1023" in rows.notes[0]
     assert assemble(rows, data, 1, None).images.max() <= 128
 
@@ -91,7 +93,7 @@ def test_what_are_no_numbers_is_unreadable() -> None:
 
 def test_a_constant_deep_image_is_read(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", deep(7, 7, "u2"), deep(7, 7, "f4"))
-    data, rows = settled(settings("auto", folder), list_rows(settings("auto", folder)))
+    data, rows = resolve_reading(settings("auto", folder), list_rows(settings("auto", folder)))
     assert not assemble(rows, data, 1, None).images.any()
 
 
@@ -117,7 +119,8 @@ def test_colour_of_16_bits_that_holds_less_is_not_read_as_black() -> None:
 def test_a_recipe_says_what_was_found_and_goes_on_with_it(tmp_path: Path, tiny: Recipe) -> None:
     folder = write(tmp_path / "set", deep(0, 1023, "u2"))
     wish = override(tiny, ["data.source=auto", f"data.path={folder}"])
-    recipe, _ = listed(wish)
+    data, _ = resolve_reading(wish.data, list_rows(wish.data))
+    recipe = wish.model_copy(update={"data": data})
     assert recipe.data.value_range == (0, 1023)
     there, here = recipe.model_dump(mode="json"), wish.model_dump(mode="json")
     assert first_difference(there, here) is None  # --resume with the command that began it
@@ -153,7 +156,7 @@ def test_transparent_images_can_be_seen(
     for number, grey in enumerate(greys):
         image = icon(grey, mode)
         image.save(tmp_path / f"{number}.png", **({"transparency": 0} if mode == "P" else {}))
-    data, rows = settled(settings("auto", tmp_path), list_rows(settings("auto", tmp_path)))
+    data, rows = resolve_reading(settings("auto", tmp_path), list_rows(settings("auto", tmp_path)))
     assert data.background == background
     assert bool(rows.notes) == (background is not None)
     for image in assemble(rows, data, 1, None).images:
@@ -161,13 +164,13 @@ def test_transparent_images_can_be_seen(
         behind = 255 if background is None else background
         assert int(image[0, 0, 0]) == behind
     told = settings("auto", tmp_path, background=200)
-    assert settled(told, list_rows(told))[0].background == 200
+    assert resolve_reading(told, list_rows(told))[0].background == 200
 
 
 def test_wholly_transparent_and_wholly_opaque_images_decide_nothing(tmp_path: Path) -> None:
     Image.new("RGBA", (16, 16), (255, 255, 255, 0)).save(tmp_path / "none.png")
     Image.new("RGBA", (16, 16), (255, 255, 255, 255)).save(tmp_path / "all.png")
-    assert look(list_rows(settings("auto", tmp_path))).background is None
+    assert inspect_images(list_rows(settings("auto", tmp_path))).background is None
 
 
 # ------------------------------------------------------------ frames, sizes, what else there is
@@ -179,7 +182,7 @@ def test_of_several_frames_the_first_counts_and_it_is_said(tmp_path: Path, kind:
     file = tmp_path / f"a.{kind.lower()}"
     first.save(file, kind, save_all=True, append_images=[second])
     picture().save(tmp_path / "b.png")
-    _, rows = settled(settings("auto", tmp_path), list_rows(settings("auto", tmp_path)))
+    _, rows = resolve_reading(settings("auto", tmp_path), list_rows(settings("auto", tmp_path)))
     assert rows.notes == (
         "images of several frames or pages (1 of 2 that were looked at): the first of each counts",
     )
@@ -263,7 +266,10 @@ def test_all_that_is_assumed_is_on_the_console_and_in_the_report(tmp_path: Path)
     done = snscc("pack", folder, tmp_path / "shards", "--image-size", 4)
     assert done.returncode == 0 and ".txt (1)" in done.stdout, done.stderr
     packed = list_rows(settings("auto", tmp_path / "shards"))
-    assert look(packed).value_range == (0, 1020)  # no image was brought to 8 bits by itself
+    assert inspect_images(packed).value_range == (
+        0,
+        1020,
+    )  # no image was brought to 8 bits by itself
 
 
 @pytest.mark.slow
@@ -289,3 +295,23 @@ def test_images_that_are_all_the_same_are_not_counted(tmp_path: Path) -> None:
     assert done.returncode == 0 and "ConvergenceWarning" not in done.stdout + done.stderr
     assert "only 1 of the 24 images differ" in done.stdout
     assert "only 1 of the 24 images differ" in (run / "report.html").read_text()
+
+
+def test_the_limits_of_pillow_stay_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 7)
+    out = np.zeros((3, 8, 8), np.uint8)
+    decode_into(encoded(Image.new("RGB", (40, 40)), "PNG"), out)  # 16 times what they allow
+    with pytest.raises(UnreadableImage):
+        decode_into(b"none", out)
+    assert (Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK) == (100, 7)
+
+
+def test_importing_leaves_the_limits_of_pillow_alone() -> None:
+    program = (
+        "from PIL import Image, PngImagePlugin as png;"
+        "before = Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK;"
+        "import snscc_ray.data.decode;"
+        "assert (Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK) == before and before[0]"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

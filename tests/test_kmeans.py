@@ -8,9 +8,9 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from snscc_ray import kmeans as module
-from snscc_ray.kmeans import lloyd
-from snscc_ray.metrics import oracle
+from snscc_ray.core.clustering import kmeans as module
+from snscc_ray.core.clustering.kmeans import lloyd
+from snscc_ray.core.clustering.metrics import oracle
 
 
 def inertia(rows_ND: Tensor, centres_CD: Tensor) -> float:

@@ -17,7 +17,7 @@ import pytest
 import ray
 from PIL import Image
 
-from snscc_ray.config import STAGES
+from snscc_ray.config.settings import STAGES
 from tests.conftest import digits_table
 from tests.ray_tools import (
     FEW_CHECKPOINTS,

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from snscc_ray import losses
-from snscc_ray.neighbors import batch_neighbors, global_radius, local_radius
+from snscc_ray.core import losses
+from snscc_ray.core.clustering.neighbors import batch_neighbors, global_radius, local_radius
 from tests import reference
 
 Loss = Callable[..., Tensor]

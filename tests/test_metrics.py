@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from snscc_ray import metrics
+from snscc_ray.core.clustering import metrics
 
 
 def test_accuracy_is_the_best_over_all_matchings() -> None:

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from snscc_ray import neighbors
-from snscc_ray.errors import UserError
-from snscc_ray.losses import soft_confidence
-from snscc_ray.neighbors import (
+from snscc_ray.config.errors import UserError
+from snscc_ray.core.clustering import neighbors
+from snscc_ray.core.clustering.neighbors import (
     MinedNeighbors,
     batch_neighbors,
     global_radius,
@@ -27,6 +26,7 @@ from snscc_ray.neighbors import (
     mine,
     pairwise_distances,
 )
+from snscc_ray.core.losses import soft_confidence
 from tests import reference
 
 BACKENDS = ["torch", "faiss", "auto"]
@@ -130,7 +130,7 @@ def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_faiss_is_not_imported_with_the_package() -> None:
-    code = "import sys, snscc_ray.neighbors; sys.exit('faiss' in sys.modules)"
+    code = "import sys, snscc_ray.core.clustering.neighbors; sys.exit('faiss' in sys.modules)"
     root = Path(neighbors.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 

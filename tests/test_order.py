@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snscc_ray import distributed
-from snscc_ray.data.order import batch_edges, smallest_batch, steps_of
-from snscc_ray.data.resident import ResidentData
+from snscc_ray.core import distributed
+from snscc_ray.data.loading.order import batch_edges, smallest_batch, steps_of
+from snscc_ray.data.loading.resident import ResidentData
 
 
 @given(rows=st.integers(2, 5000), batch_size=st.integers(2, 700))
@@ -42,6 +42,6 @@ def test_workers_share_each_epoch_whatever_their_number(
 
 
 def _seed(key: int) -> int:
-    from snscc_ray import rng
+    from snscc_ray.core import rng
 
     return rng.fold(key)

@@ -9,19 +9,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from snscc_ray import local, pace, recipes
 from snscc_ray.cli.options import seconds_of
-from snscc_ray.config import STAGES, Recipe
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe
+from snscc_ray.core.eta import Eta
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.engine import Interrupted
-from snscc_ray.errors import UserError
-from snscc_ray.eta import Eta
-from snscc_ray.local import run_here
-from snscc_ray.overrides import override
-from snscc_ray.pace import Seconds, measure, within
-from snscc_ray.run import Request
-from snscc_ray.run_folder import read_recipe
-from snscc_ray.schedules import learning_rate
+from snscc_ray.runs import local, pace
+from snscc_ray.runs.folder import read_recipe
+from snscc_ray.runs.local import run_here
+from snscc_ray.runs.pace import Seconds, measure, within
+from snscc_ray.runs.run import Request
+from snscc_ray.training.engine import Interrupted
+from snscc_ray.training.schedules import learning_rate
 from tests.conftest import TINY
 
 PACE: Seconds = {"pretrain": (10, 2.0), "train": (5, 4.0), "boost": (0, 1.0)}

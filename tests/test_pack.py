@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -21,14 +22,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from snscc_ray import cli, pack
+from snscc_ray import cli
 from snscc_ray.cli.options import out as console
-from snscc_ray.config import DataSettings
+from snscc_ray.config.paths import as_path
+from snscc_ray.config.settings import DataSettings
+from snscc_ray.data import pack
 from snscc_ray.data.imageset import ImageSet
+from snscc_ray.data.pack import folder as pack_folder
+from snscc_ray.data.pack import shard as pack_shard
 from snscc_ray.data.sources import load_images
-from snscc_ray.pack import folder as pack_folder
-from snscc_ray.pack import shard as pack_shard
-from snscc_ray.paths import as_path
 from tests.test_cli import Snscc, command, content, environment, refused, start
 
 
@@ -151,8 +153,7 @@ def test_sizes_of_shards_and_row_groups(large: Path, packed_once: Path, tmp_path
 
 
 def pack_here(folder: Path, out: Path, options: pack.Options, **more: Any) -> pack.Summary:
-    given = {"jobs": 1, "skip_corrupt": False, "overwrite": False, "console": console, **more}
-    return pack.pack(folder, out, options, **given)
+    return pack.pack(pack.Request(folder, out, options, **{"jobs": 1, **more}), console)
 
 
 def test_memory_is_that_of_a_row_group(large: Path, tmp_path: Path) -> None:
@@ -489,3 +490,21 @@ def test_bad_options_are_refused(option: str, snscc: Snscc, tmp_path: Path) -> N
 def test_bad_inputs_as_a_user_gives_them(tmp_path: Path) -> None:
     refused(start("pack", tmp_path / "nowhere", tmp_path / "out"), "nowhere does not exist")
     refused(start("pack", tmp_path), "OUT")
+
+
+def test_frames_that_are_not_kept_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    frames = [Image.new("RGB", (40, 40), (60 * n, 0, 0)) for n in range(3)]
+    frames[0].save(tmp_path / "photos" / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "photos" / "b.png")
+    said = "Of several frames or pages the first is kept: 1 images"
+    for place, more, expected in (("small", ["--image-size", "16"], True), ("whole", [], False)):
+        words = ["snscc", "pack", str(tmp_path / "photos"), str(tmp_path / place), *more]
+        monkeypatch.setattr(sys, "argv", [*words, "--jobs", "1"])
+        for _ in range(2):  # also when all is packed already
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert ended.value.code == 0
+            assert (said in capsys.readouterr().out) == expected

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from snscc_ray.config import Recipe
+from snscc_ray.answers.features import answering
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.sources import load_images
-from snscc_ray.features import answering
-from snscc_ray.overrides import override
-from snscc_ray.schedules import build_optimizer
-from snscc_ray.stages.context import Context, Stage
-from snscc_ray.stages.objectives import OBJECTIVES, Predictions, neighborhood
+from snscc_ray.training.context import Context, Stage
+from snscc_ray.training.schedules import build_optimizer
+from snscc_ray.training.stages.objectives import OBJECTIVES, Predictions, neighborhood
 from tests.conftest import make_context
 from tests.test_waiting import boost, pretrain, train
 

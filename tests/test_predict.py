@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,12 +17,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from snscc_ray import checkpoints, cli
+from snscc_ray import cli
+from snscc_ray.answers.features import own_images
+from snscc_ray.answers.predict import PredictRequest, prepare
 from snscc_ray.cli import options
-from snscc_ray.encoders import ClusterNet
-from snscc_ray.features import own_images
-from snscc_ray.monitor import Display
-from snscc_ray.predict import Question, prepare
+from snscc_ray.core import checkpoints
+from snscc_ray.core.display import Display
+from snscc_ray.models.encoders import ClusterNet
 from tests.conftest import TINY, digits_table
 from tests.ray_tools import own_ray, sets
 from tests.test_cli import Snscc, content, refused
@@ -107,17 +109,37 @@ def test_a_run_without_boost_predicts_by_train(trained: Path, snscc: Snscc, tmp_
     assert done.status == 0 and pq.read_table(tmp_path / "out.parquet").num_rows == ROWS
 
 
+def respell(run: Path, **changes: object) -> None:
+    """Write the last stage's network anew, with something else in it."""
+    path = run / "boost" / "final.pt"
+    checkpoints.save(path, checkpoints.load(path) | changes)
+
+
+def spoil_network(run: Path, value: float) -> None:
+    network = checkpoints.load(run / "boost" / "final.pt")["network"]
+    next(iter(network.values())).view(-1)[3] = value
+    respell(run, network=network)
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (lambda run: shutil.rmtree(run), ["holds no run"]),
         (lambda run: (run / "metrics.json").unlink(), ["not finished", "--resume"]),
         (lambda run: [shutil.rmtree(run / s) for s in ("train", "boost")], ["no Train stage"]),
-        (lambda run: (run / "boost" / "final.pt").write_bytes(b"x"), ["final.pt is truncated"]),
+        (lambda run: (run / "boost" / "final.pt").write_bytes(b"x"), ["final.pt is damaged"]),
         (
             lambda run: checkpoints.save(run / "boost" / "final.pt", {"network": {}}),
             ["older version"],
         ),
+        (lambda run: (run / "boost" / "final.pt").unlink(), ["no checkpoint", "final.pt"]),
+        (lambda run: spoil_network(run, float("nan")), ["final.pt", "no network that can answer"]),
+        (lambda run: spoil_network(run, torch.inf), ["final.pt", "no network that can answer"]),
+        (lambda run: respell(run, network=[1]), ["final.pt", "no network that can answer"]),
+        (lambda run: respell(run, normalize={"mean": [0.5], "std": [0.0]}), ["no network"]),
+        (lambda run: respell(run, normalize={"mean": [0.5] * 3, "std": [1.0] * 3}), ["no network"]),
+        (lambda run: (run / "assignments.parquet").unlink(), ["assignments.parquet", "damaged"]),
+        (lambda run: (run / "assignments.parquet").write_bytes(b"PAR1"), ["assignments.parquet"]),
     ],
 )  # fmt: skip
 def test_a_run_that_cannot_predict_is_refused(
@@ -128,6 +150,27 @@ def test_a_run_that_cannot_predict_is_refused(
     spoil(run)
     refused(snscc("predict", run, trained / "shards", "-o", tmp_path / "out.parquet"), *says)
     assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize("held", ["truncated", "nan", "short", "list"])
+def test_damaged_features_are_made_again(
+    held: str, trained: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    asked = ("predict", run, trained / "shards", "--overwrite", "-o", tmp_path / "out.parquet")
+    assert snscc(*asked).status == 0
+    expected, path = pq.read_table(tmp_path / "out.parquet"), run / "boost" / "features.pt"
+    kept = checkpoints.load(path)
+    if held == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    elif held == "list":
+        torch.save([1], path)
+    else:
+        features = kept["features"]
+        changed = features[:5] if held == "short" else features * torch.nan
+        checkpoints.save(path, kept | {"features": changed})
+    assert snscc(*asked).status == 0
+    assert pq.read_table(tmp_path / "out.parquet").equals(expected)
 
 
 def test_what_is_there_is_not_replaced(trained: Path, snscc: Snscc, tmp_path: Path) -> None:
@@ -195,7 +238,7 @@ def test_nearest_images_are_left_out_where_the_own_ones_are_gone(
     done = snscc("predict", run, trained / "shards", "-o", tmp_path / "out.parquet")
     assert done.status == 0, done
     (line,) = [line for line in done.out.splitlines() if "nearest" in line and "no " in line]
-    assert "gone does not exist" in line
+    assert f"no longer at {tmp_path / 'gone'}" in line
     found = pq.read_table(tmp_path / "out.parquet")
     assert found.num_rows == ROWS and "nearest" not in found.column_names
 
@@ -247,11 +290,58 @@ def test_a_spreadsheet_holds_what_parquet_does(trained: Path, snscc: Snscc, tmp_
             assert told == pytest.approx(row[name], abs=1e-5)
 
 
+ODD = (
+    "a|b\\|c", "new\nline", "\x1b[31mred", "[red]", ":cat:", "=1+1", "@x", "<b>&amp;",
+    "rtl\u202egnp", " a,'\"b", "tab\t\r", "%s",
+)  # fmt: skip
+
+
+def test_odd_names_come_back_from_a_spreadsheet(
+    trained: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    odd = images(tmp_path / "odd", digits_table(len(ODD)))
+    for number, name in enumerate(ODD):
+        (odd / f"{number:03}.png").rename(odd / f"{name}.png")
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    ids = pq.read_table(run / "assignments.parquet")
+    named = [f"{ODD[row % len(ODD)]}{row}" for row in range(ids.num_rows)]
+    pq.write_table(ids.set_column(0, "id", pa.array(named)), run / "assignments.parquet")
+    for name in ("out.parquet", "out.csv"):
+        done = snscc("predict", run, odd, "-o", tmp_path / name)
+        assert done.status == 0
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert {row["id"] for row in rows} == {f"{name}.png" for name in ODD}
+    with (tmp_path / "out.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    for line, row in zip(lines, rows, strict=True):
+        assert line["id"] == row["id"]
+        # As the README says: a backslash stands before a | or a backslash of a name.
+        parts = re.findall(r"((?:\\.|[^|\\])+)", line["nearest"], re.DOTALL)
+        assert [re.sub(r"\\(.)", r"\1", part) for part in parts] == row["nearest"]
+
+
+def test_names_are_said_as_they_are_and_move_no_cursor(
+    trained: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    odd = images(tmp_path / "odd", digits_table(1))
+    for name in ODD:
+        (odd / f"{name}.png").write_bytes(b"no image")
+    done = snscc("predict", trained / "run", odd, "-o", tmp_path / ":cat:[red]\x1b.csv")
+    said = [line for line in done.out.splitlines() if line.startswith("left out ")]
+    escaped = [name.encode("unicode_escape").decode().replace("\\\\", "\\") for name in ODD]
+    assert sorted(said) == sorted(
+        f"left out {name}.png: not an image in a known format" for name in escaped
+    )
+    assert r":cat:[red]\x1b.csv" in done.out and "\x1b" not in done.out
+    again = snscc("predict", trained / "run", odd, "-o", tmp_path / ":cat:[red]\x1b.csv")
+    refused(again, r":cat:[red]\x1b.csv exists")
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 50, 202])
 def test_the_same_image_gets_the_same_answer_whatever_the_batch(trained: Path, size: int) -> None:
     """To the last bit on a CPU, the order of the images being another one too."""
     display = Display(Console(quiet=True))
-    question = Question(trained / "run", str(trained / "shards"), Path("unused"), top=10)
+    question = PredictRequest(trained / "run", str(trained / "shards"), Path("unused"), top=10)
     answerer, _, _ = prepare(question, display, "cpu")
     data = own_images(trained / "run", torch.device("cpu"), display).data
     all_NCHW = next(data.slices(0, ROWS, ROWS))

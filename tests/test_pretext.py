@@ -9,21 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from snscc_ray import metrics, recipes
-from snscc_ray.config import Recipe
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe
+from snscc_ray.core.clustering import metrics
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.data.resident import Batch
+from snscc_ray.data.loading.resident import Batch
 from snscc_ray.data.sources import load_images
-from snscc_ray.identity import stage_identity
-from snscc_ray.monitor import Silent
-from snscc_ray.overrides import override
-from snscc_ray.stages.pretext.byol import Byol, momentum
-from snscc_ray.stages.pretrain import Pretrain
-from snscc_ray.workers import LocalWorker
+from snscc_ray.runs.identity import stage_identity
+from snscc_ray.runs.monitor import NullMonitor
+from snscc_ray.training.stages.pretext.byol import Byol, momentum
+from snscc_ray.training.stages.pretrain import Pretrain
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import execute_on, make_context, shards
 
 
-class Spreads(Silent):
+class Spreads(NullMonitor):
     def __init__(self) -> None:
         self.found: list[float] = []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,19 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
-from snscc_ray import zoo
-from snscc_ray.checkpoints import load
-from snscc_ray.config import EncoderSettings, Recipe
-from snscc_ray.encoders import build_encoder, out_features
-from snscc_ray.errors import UserError
-from snscc_ray.identity import stage_identity
-from snscc_ray.importers import import_weights
-from snscc_ray.overrides import override
-from snscc_ray.predict import load_model
-from snscc_ray.pretrained import check_encoder, encoder_settings, start_encoder
-from snscc_ray.recipes import get
+from snscc_ray.answers.predict import load_model
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.recipes import get
+from snscc_ray.config.settings import EncoderSettings, Recipe
+from snscc_ray.core.checkpoints import load
+from snscc_ray.models import libraries
+from snscc_ray.models.encoders import build_encoder, out_features
+from snscc_ray.models.importers import import_weights
+from snscc_ray.models.pretrained import check_encoder, encoder_settings, start_encoder
+from snscc_ray.runs.identity import stage_identity
 from tests.conftest import TINY, digits_table, equal_states
 from tests.test_cli import Snscc, refused, sets
 from tests.test_importers import body, noisy, resnet, scan_pretext, under
@@ -44,6 +46,81 @@ def test_the_names_of_encoders(tmp_path: Path) -> None:
         (str(file), settings(name="resnet18", stem="small", weights=str(file))),
     ):
         assert encoder_settings(text) == expected
+
+
+class _Attack:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.system, ("touch executed",))
+
+
+def _altered(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _with(state: dict[str, Tensor], name: str, value: float) -> dict[str, Tensor]:
+    spoilt = {key: weight.clone() for key, weight in state.items()}
+    spoilt[name].view(-1)[1] = value
+    return spoilt
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda file, state: torch.save(_with(state, "layers.0.weight", torch.nan), file), "NaN"),
+        (lambda file, state: torch.save(_with(state, "layers.3.weight", torch.inf), file), "NaN"),
+        (lambda file, state: torch.save(_with(state, "layers.1.running_var", -1), file), "below"),
+        (
+            lambda file, state: torch.save({k: w * 0 for k, w in state.items()}, file),
+            "nothing but zeros",
+        ),
+        (lambda file, state: torch.save(list(state.values()), file), "no weights by name"),
+        (lambda file, state: torch.save({}, file), "no weights by name"),
+        (
+            lambda file, state: torch.save({k: w.to("meta") for k, w in state.items()}, file),
+            "no weights by name",
+        ),
+        (lambda file, state: torch.save(convnet(), file), "a whole model"),
+        (lambda file, state: torch.jit.script(nn.Linear(2, 2)).save(file), "TorchScript"),
+        (lambda file, state: torch.save({"a": _Attack()}, file), "not executed"),
+        (lambda file, state: file.write_bytes(pickle.dumps(_Attack())), "not executed"),
+        (lambda file, state: file.write_bytes(b""), "is empty"),
+        (lambda file, state: file.write_bytes(b"text"), "damaged or no checkpoint"),
+        (
+            lambda file, state: (torch.save(state, file), os.truncate(file, 999)),
+            "damaged or no checkpoint",
+        ),
+        (lambda file, state: (torch.save(state, file), _altered(file)), "damaged"),
+        (lambda file, state: file.mkdir(), "is a folder"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_weights_that_cannot_be_used_are_one_line(
+    spoil: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "w.pt"
+    spoil(file, convnet().state_dict())
+    named = override(get("digits"), ["encoder.width=4", f"encoder.weights={file}"])
+    for refuse in (lambda: encoder_settings(str(file)), lambda: check_encoder(named, 1)):
+        with pytest.raises(UserError, match=says) as found:
+            refuse()
+        assert "w.pt" in str(found.value) and "\n" not in str(found.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def convnet() -> nn.Module:
+    return build_encoder(settings(name="convnet", width=4), 1)
+
+
+def test_an_encoder_of_grey_images_says_how_it_is_taken(tmp_path: Path) -> None:
+    torch.save(convnet().state_dict(), tmp_path / "w.pt")
+    colour = ["data.channels=3", "data.mean=null", "data.std=null", "encoder.width=4"]
+    recipe = override(get("digits"), [*colour, f"encoder.weights={tmp_path / 'w.pt'}"])
+    with pytest.raises(UserError, match=r"grey images: use --set data\.channels=1"):
+        check_encoder(recipe, 1)
+    check_encoder(override(recipe, ["data.channels=1", "data.mean=null", "data.std=null"]), 1)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +155,7 @@ def test_models_of_libraries_are_encoders(name: str, channels: int) -> None:
     encoder = build_encoder(settings(name=name), channels).eval()
     h_BD = encoder(torch.rand(2, channels, 64, 64))
     assert h_BD.shape == (2, out_features(encoder))
-    assert import_weights(zoo.like_default(name), encoder, "x").summed == (channels == 1)
+    assert import_weights(libraries.like_default(name), encoder, "x").summed == (channels == 1)
 
 
 @pytest.mark.parametrize(

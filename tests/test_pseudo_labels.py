@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snscc_ray.pseudo_labels import select_pseudo_labels
+from snscc_ray.core.clustering.pseudo_labels import select_pseudo_labels
 from tests import reference
 
 

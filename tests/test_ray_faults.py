@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from snscc_ray.config import STAGES
+from snscc_ray.config.settings import STAGES
 from tests.ray_tools import (
     FEW_CHECKPOINTS,
     Cluster,

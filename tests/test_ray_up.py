@@ -240,9 +240,10 @@ def fetch(machine: Machine, url: str) -> str:
     return done.stdout.decode()
 
 
-def readme_commands(cluster: Path, storage: Path, home: Path) -> list[list[str]]:
+def documented_commands(cluster: Path, storage: Path, home: Path) -> list[list[str]]:
     """The lines under "On more than one machine", with this test's own files and folders."""
-    section = (ROOT / "README.md").read_text().split("## On more than one machine")[1]
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    section = page.split("## On more than one machine")[1]
     block = section.split("```")[1]
     for told, here in (
         ("deploy/cluster-local.yaml", cluster),
@@ -262,7 +263,7 @@ def test_up_submit_fetch_down(
     laptop, head, worker = machines
     storage = tmp_path / "storage"
     storage.mkdir()
-    token, up, dashboard, export, submit, bring, down = readme_commands(
+    token, up, dashboard, export, submit, bring, down = documented_commands(
         cluster, storage, laptop.home
     )
     laptop.run(*token)

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from snscc_ray import recipes
-from snscc_ray.config import Recipe
-from snscc_ray.errors import UserError
-from snscc_ray.overrides import override, validate
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override, validate
+from snscc_ray.config.settings import Recipe
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)

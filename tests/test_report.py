@@ -17,18 +17,18 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from snscc_ray import recipes
+from snscc_ray.answers.report import charts, embed, facts, page, pick, sprites
+from snscc_ray.answers.report.trust import judge
+from snscc_ray.answers.report.words import in_words
 from snscc_ray.cli import options
-from snscc_ray.config import STAGES
-from snscc_ray.data.resident import ResidentData
-from snscc_ray.errors import UserError
-from snscc_ray.local import run_here
-from snscc_ray.neighbors import MinedNeighbors
-from snscc_ray.overrides import override
-from snscc_ray.report import charts, embed, facts, page, pick, sprites
-from snscc_ray.report.trust import judge
-from snscc_ray.report.words import in_words
-from snscc_ray.run import Request
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES
+from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.runs.local import run_here
+from snscc_ray.runs.run import Request
 from tests.conftest import TINY
 from tests.test_cli import PHOTOS, Snscc, photos, refused, sets  # noqa: F401
 

@@ -16,9 +16,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
-from snscc_ray.local import run_here
-from snscc_ray.report import report
-from snscc_ray.run import Request
+from snscc_ray.answers.report import report
+from snscc_ray.runs.local import run_here
+from snscc_ray.runs.run import Request
 from tests.conftest import TINY, digits_table
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from snscc_ray import rng
+from snscc_ray.core import rng
 
 
 def test_a_row_keeps_its_numbers_in_any_batch() -> None:

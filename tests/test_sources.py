@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from snscc_ray.config import DataSettings
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import DataSettings
 from snscc_ray.data import decode
 from snscc_ray.data.sources import ImageSet, load_images, resolve_source
-from snscc_ray.errors import UserError
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import tune_spaces
-from snscc_ray import recipes
-from snscc_ray.config import STAGES, Recipe
-from snscc_ray.errors import UserError
-from snscc_ray.overrides import override
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe
 from tune_spaces.paper import DATA_SETS, TABLE_IV
 from tune_spaces.space import Claim, Figures, Point, Space
 

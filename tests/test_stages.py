@@ -11,32 +11,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snscc_ray import checkpoints, recipes
-from snscc_ray.config import STAGES, Recipe, StageName
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe, StageName
+from snscc_ray.core import checkpoints
+from snscc_ray.core.clustering.kmeans import kmeans
+from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
+from snscc_ray.core.clustering.pseudo_labels import select_pseudo_labels
+from snscc_ray.core.views import clean_view
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.data.resident import Batch
-from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
-from snscc_ray.engine import fit
-from snscc_ray.identity import stage_identity
-from snscc_ray.kmeans import kmeans
-from snscc_ray.monitor import Silent
-from snscc_ray.neighbors import MinedNeighbors, mine
-from snscc_ray.overrides import override
-from snscc_ray.pseudo_labels import select_pseudo_labels
-from snscc_ray.stages import context as context_module
-from snscc_ray.stages import train as train_module
-from snscc_ray.stages.boost import Boost
-from snscc_ray.stages.context import Context
-from snscc_ray.stages.pretrain import pretext_features
-from snscc_ray.stages.train import Train, probabilities
-from snscc_ray.views import clean_view
-from snscc_ray.workers import LocalWorker
+from snscc_ray.data.loading.resident import Batch
+from snscc_ray.models.encoders import (
+    ClusterHeads,
+    ClusterNet,
+    PretextNet,
+    build_encoder,
+    out_features,
+)
+from snscc_ray.runs.identity import stage_identity
+from snscc_ray.runs.monitor import NullMonitor
+from snscc_ray.training import context as context_module
+from snscc_ray.training.context import Context
+from snscc_ray.training.engine import fit
+from snscc_ray.training.stages import train as train_module
+from snscc_ray.training.stages.boost import Boost
+from snscc_ray.training.stages.pretrain import pretext_features
+from snscc_ray.training.stages.train import Train, probabilities
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import equal_states, execute_on, make_context
 
 CPU = torch.device("cpu")
 
 
-class Warnings(Silent):
+class Warnings(NullMonitor):
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
         self.figures: list[dict[str, float]] = []
@@ -260,7 +267,7 @@ def test_labels_only_measure(tiny: Recipe, tiny_images: ImageSet, tmp_path: Path
     for name, labels in kinds.items():
         folder = tmp_path / name
         images = with_labels(tiny_images, labels)
-        result = execute_on(tiny, images, folder, LocalWorker(folder, CPU), Silent())
+        result = execute_on(tiny, images, folder, LocalWorker(folder, CPU), NullMonitor())
         found[name] = finals(folder)
         measured[name] = result.figures["stages"]["train"]
     for name in ("shuffled", "none"):
@@ -333,7 +340,7 @@ def test_selection_within_the_batch(tiny: Recipe, tiny_images: ImageSet, tmp_pat
     context = with_settings(tiny, tiny_images, "boost.confidence_threshold=0.11")
     other = boost_stage(context)
     assert other.step(other.network, views, batch)["label"] == 0  # begins with none
-    fit(stage, context, LocalWorker(tmp_path, CPU), Silent(), "x")
+    fit(stage, context, LocalWorker(tmp_path, CPU), NullMonitor(), "x")
     assert all(bool(value.isfinite().all()) for value in stage.network.state_dict().values())
 
 
@@ -500,7 +507,7 @@ def test_first_weights_come_from_the_seed_alone(
     for number, folder in enumerate(folders):
         torch.manual_seed(number)
         worker = LocalWorker(folder, CPU)
-        execute_on(recipe, tiny_images, folder, worker, Silent(), ("pretrain",))
+        execute_on(recipe, tiny_images, folder, worker, NullMonitor(), ("pretrain",))
         states.append(checkpoints.load(folder / "pretrain" / "final.pt")["network"])
     assert equal_states(*states)
     mined = [(folder / "pretrain" / "neighbors.parquet").read_bytes() for folder in folders]

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from snscc_ray import distributed
-from snscc_ray.data.resident import ResidentData
+from snscc_ray.config.errors import UserError
+from snscc_ray.core import distributed
+from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.data.loading.streamed import StreamedData
+from snscc_ray.data.loading.survey import StreamedSet, survey
 from snscc_ray.data.sources import list_rows, load_images
-from snscc_ray.data.streamed import StreamedData
-from snscc_ray.data.survey import StreamedSet, survey
-from snscc_ray.errors import UserError
 from tests.test_streamed import (
     CPU,
     KINDS,
@@ -32,12 +32,7 @@ from tests.test_streamed import (
 
 ray = pytest.importorskip("ray")
 
-from snscc_ray.data.stream import (  # noqa: E402
-    ray_reader,
-    ray_resident,
-    ray_survey,
-    resident_images,
-)
+from snscc_ray.data.loading.ray_stream import ray_reader, ray_resident, ray_survey, resident_images  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,16 +13,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from snscc_ray import checkpoints, recipes
-from snscc_ray.config import STAGES, Recipe
-from snscc_ray.data.resident import Images, ResidentData
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe
+from snscc_ray.core import checkpoints
+from snscc_ray.core.display import Display
+from snscc_ray.data.loading.resident import Images, ResidentData
+from snscc_ray.data.loading.streamed import StreamedData, threads_reader
+from snscc_ray.data.loading.survey import survey
 from snscc_ray.data.sources import list_rows, load_images
-from snscc_ray.data.streamed import StreamedData, threads_reader
-from snscc_ray.data.survey import survey
-from snscc_ray.monitor import Display, Journal, RunMonitor
-from snscc_ray.overrides import override
-from snscc_ray.run import execute
-from snscc_ray.workers import LocalWorker
+from snscc_ray.runs.monitor import Journal, RunMonitor
+from snscc_ray.runs.run import execute
+from snscc_ray.training.workers import LocalWorker
 from tests.conftest import TINY, digits_table, equal_states, shards
 
 CPU = torch.device("cpu")

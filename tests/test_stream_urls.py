@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from snscc_ray.data.resident import ResidentData
+from snscc_ray.config.errors import UserError
+from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.data.loading.survey import survey
 from snscc_ray.data.sources import list_rows, load_images, resolve_source
-from snscc_ray.data.survey import survey
-from snscc_ray.errors import UserError
 from tests.test_streamed import (
     CPU,
     KINDS,

@@ -22,18 +22,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from snscc_ray import distributed
-from snscc_ray.config import DataSettings, SimclrView, StrongView
-from snscc_ray.data import streamed as streamed_module
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import DataSettings, SimclrView, StrongView
+from snscc_ray.core import distributed
+from snscc_ray.core.views import Normalize, make_views
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.data.order import LANES, batch_edges, streamed_order
-from snscc_ray.data.resident import Batch, ResidentData
-from snscc_ray.data.slices import Sizes, Slice, cut
+from snscc_ray.data.loading import streamed as streamed_module
+from snscc_ray.data.loading.order import LANES, batch_edges, streamed_order
+from snscc_ray.data.loading.resident import Batch, ResidentData
+from snscc_ray.data.loading.slices import Sizes, Slice, cut
+from snscc_ray.data.loading.streamed import Decoded, StreamedData, threads_reader
+from snscc_ray.data.loading.survey import StreamedSet, choose_mode, survey
 from snscc_ray.data.sources import list_rows, load_images
-from snscc_ray.data.streamed import Decoded, StreamedData, threads_reader
-from snscc_ray.data.survey import StreamedSet, choose_mode, survey
-from snscc_ray.errors import UserError
-from snscc_ray.views import Normalize, make_views
 from tests.conftest import shards
 
 CPU = torch.device("cpu")
@@ -366,10 +366,10 @@ def test_an_error_in_the_reader_reaches_the_consumer(places: dict[str, Path]) ->
 MEASURE = """
 import re, sys
 import torch
-from snscc_ray.config import DataSettings
+from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.sources import list_rows
-from snscc_ray.data.streamed import StreamedData, threads_reader
-from snscc_ray.data.survey import survey
+from snscc_ray.data.loading.streamed import StreamedData, threads_reader
+from snscc_ray.data.loading.survey import survey
 
 def peak_mb(limit):
     data = DataSettings(

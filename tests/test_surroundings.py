@@ -17,8 +17,8 @@ from PIL import Image
 
 from snscc_ray import SNSCC
 from snscc_ray.cli import options
-from snscc_ray.errors import UserError
-from snscc_ray.paths import expanded
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import expanded
 from tests.conftest import TINY
 from tests.ray_tools import own_ray
 from tests.test_cli import PHOTOS, Done, Snscc, command, environment, refused, sets, start
@@ -163,10 +163,41 @@ def test_export_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "model.pt2").exists()
 
 
+def test_a_closed_stdout_is_no_failure(tmp_path: Path) -> None:
+    photos = photographs(tmp_path / "photos")
+    words = " ".join(map(str, command("pack", photos, tmp_path / "shards", "--jobs", "1")))
+    done = subprocess.run(f"{words} >&-", shell=True, env=environment(), stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert list((tmp_path / "shards").glob("*.parquet"))
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    words = " ".join(map(str, command("predict", "run", "photos")))
+    done = subprocess.run(
+        f"rmdir {gone}; {words}",
+        shell=True, cwd=gone, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "snscc: the current folder is gone; change to one that exists\n"
+
+
+def test_who_reads_has_gone(tmp_path: Path) -> None:
+    photos = photographs(tmp_path / "photos")
+    (photos / "half.png").write_text("half")
+    read, write = os.pipe()
+    os.close(read)
+    words = command("pack", photos, tmp_path / "shards", "--skip-corrupt", "--jobs", "1")
+    done = subprocess.run(words, env=environment(), stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
 def test_a_disk_that_fills_under_tensorboard_is_told_once(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from snscc_ray.monitor import write_hyperparameters\n"
+        "from snscc_ray.runs.monitor import write_hyperparameters\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))\n"
         "try: write_hyperparameters(Path(sys.argv[1]), {'a': 'b' * 999}, {'c': 1.0})\n"
         "except OSError as error: print(error.strerror)"

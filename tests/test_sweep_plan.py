@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from snscc_ray import checkpoints, recipes
-from snscc_ray.config import STAGES, Recipe, StageName
-from snscc_ray.errors import UserError
-from snscc_ray.identity import stage_identity
-from snscc_ray.run import home
-from snscc_ray.sweep_plan import Job, Ledger, check_points, jobs_of, row_of, searched, trials_of
-from snscc_ray.sweep_search import at_once
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import STAGES, Recipe, StageName
+from snscc_ray.core import storage
+from snscc_ray.runs.identity import stage_identity
+from snscc_ray.runs.run import stage_folder
+from snscc_ray.sweep.plan import Job, Ledger, check_points, jobs_of, row_of, searched, trials_of
+from snscc_ray.sweep.search import at_once
 from tune_spaces import load
 from tune_spaces.space import Point, Space
 
@@ -77,8 +78,8 @@ def test_only_a_stage_whose_settings_differ_is_searched() -> None:
 
 
 def finish(ledger: Ledger, stage: StageName, name: str, **figures: float) -> None:
-    place = home(ledger.store, stage, name) / stage
-    checkpoints.write_json(place / "stage.json", {"identity": name, "figures": figures})
+    place = stage_folder(ledger.store, stage, name) / stage
+    storage.write_json(place / "stage.json", {"identity": name, "figures": figures})
     for file in ("final.pt", "neighbors.parquet"):
         (place / file).write_bytes(b"")
 
@@ -118,7 +119,7 @@ def test_figures_that_depend_on_the_number_of_clusters_are_not_borrowed(tmp_path
 def test_trials_are_compared_with_those_of_their_own_seed(tmp_path: Path) -> None:
     from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-    from snscc_ray.sweep import _PerSeed
+    from snscc_ray.sweep.session import _PerSeed
 
     ledger = Ledger(tmp_path / "stages", tmp_path / "sweep")
     jobs = [
@@ -146,7 +147,7 @@ def test_trials_are_compared_with_those_of_their_own_seed(tmp_path: Path) -> Non
     assert record == {"epoch": 2, "figures": {"health/score": 0.5}}
     assert ledger.ended(jobs[1]) and not ledger.ended(jobs[0])
     # A sweep that is continued remembers what the trials that have ended had reached.
-    lines = home(ledger.store, "train", jobs[0].identity) / "metrics.jsonl"
+    lines = stage_folder(ledger.store, "train", jobs[0].identity) / "metrics.jsonl"
     lines.parent.mkdir(parents=True)
     lines.write_text('{"stage": "train", "epoch": 1, "health/score": 0.9}\n')
     later = _PerSeed(asha, jobs, [job for job in jobs if job != jobs[0]], ledger)

@@ -3,14 +3,15 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 import tune_spaces
-from snscc_ray import recipes
-from snscc_ray import sweep_results as sr
+from snscc_ray.config import recipes
+from snscc_ray.sweep import results as sr
 from tune_spaces.space import Point, Space
 
 ACC = "oracle/acc"
@@ -164,6 +165,15 @@ def test_markdown_says_what_is_not_there() -> None:
     assert "1 trial stopped early, not counted in that stage: 5, seed 1 (train epoch 3)." in text
     assert "1 trial missing: 5, seed 2." in text
     assert "1 of 3 points not tried: 10." in text
+
+
+def test_markdown_takes_a_label_and_a_reason_as_they_stand() -> None:
+    rows = trials({"2": [0.7, None]})
+    rows = [one | {"point": "a|`b`<c>", "reason": "d|e\nf *g*"} for one in rows]
+    space = replace(epsilon(), claims=(), points=(Point("a|`b`<c>", {}),))
+    text = sr.markdown(space, rows)
+    assert r"| a\|\`b\`\<c> | 1 |" in text
+    assert r"a\|\`b\`\<c>, seed 1 (d\|e f \*g\*)." in text
 
 
 def test_markdown_when_everything_failed_or_nothing_ran() -> None:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from snscc_ray import recipes
-from snscc_ray.sweep_search import Search, at_once, by_optuna
+from snscc_ray.config import recipes
+from snscc_ray.sweep.search import Search, at_once, by_optuna
 from tune_spaces import load
 from tune_spaces.space import Point, Space
 

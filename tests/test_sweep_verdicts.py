@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from snscc_ray import sweep_verdicts as sv
+from snscc_ray.sweep import verdicts as sv
 from tests.test_sweep_results import ACC, trials
 from tune_spaces.space import Claim
 

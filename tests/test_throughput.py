@@ -7,9 +7,9 @@ import torch
 
 from benchmarks.epoch import context_for, noise, stage_for, views_of
 from benchmarks.throughput import Side, flops_per_image, measure, peak_flops
-from snscc_ray import recipes
-from snscc_ray.config import STAGES, StageName
-from snscc_ray.overrides import override
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, StageName
 
 CPU = torch.device("cpu")
 

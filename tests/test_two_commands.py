@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow.csv
 import pytest
 
-from snscc_ray.claim import CLAIM
 from snscc_ray.cli import options
+from snscc_ray.core.claim import CLAIM
 from tests.conftest import TINY, digits_table
 from tests.test_cli import PHOTOS, Snscc, command, content, environment, refused, sets
 from tests.test_pack import write_photos
@@ -24,7 +24,7 @@ from tests.test_predict import images
 
 HOLD = """
 import pathlib, sys
-from snscc_ray.claim import claimed, claimed_file
+from snscc_ray.core.claim import claimed, claimed_file
 kind, place, name = sys.argv[1:]
 sys.argv = ["snscc", name]
 with (claimed if kind == "folder" else claimed_file)(pathlib.Path(place), print):

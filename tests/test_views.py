@@ -12,9 +12,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
-from snscc_ray.config import OPERATIONS, SimclrView, StrongView
-from snscc_ray.view_ops import BATCH_OPERATIONS, MOTIONS, affine, crop_resize, motion_matrices
-from snscc_ray.views import Normalize, apply_view, clean_view, draw_view, make_view
+from snscc_ray.config.settings import OPERATIONS, SimclrView, StrongView
+from snscc_ray.core.view_ops import BATCH_OPERATIONS, MOTIONS, affine, crop_resize, motion_matrices
+from snscc_ray.core.views import Normalize, apply_view, clean_view, draw_view, make_view
 
 HEIGHT, WIDTH = 18, 24
 BATCH = 40

@@ -19,20 +19,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from snscc_ray import views
-from snscc_ray.config import Recipe
-from snscc_ray.data import resident
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe
+from snscc_ray.core import views
+from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.views import clean_view
 from snscc_ray.data.imageset import ImageSet
-from snscc_ray.data.resident import Batch, ResidentData
-from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
-from snscc_ray.neighbors import MinedNeighbors
-from snscc_ray.overrides import override
-from snscc_ray.run import normalisation
-from snscc_ray.stages.boost import Boost
-from snscc_ray.stages.context import Context, Stage
-from snscc_ray.stages.pretrain import Pretrain
-from snscc_ray.stages.train import Train
-from snscc_ray.views import clean_view
+from snscc_ray.data.loading import resident
+from snscc_ray.data.loading.resident import Batch, ResidentData
+from snscc_ray.models.encoders import (
+    ClusterHeads,
+    ClusterNet,
+    PretextNet,
+    build_encoder,
+    out_features,
+)
+from snscc_ray.runs.run import normalisation
+from snscc_ray.training.context import Context, Stage
+from snscc_ray.training.stages.boost import Boost
+from snscc_ray.training.stages.pretrain import Pretrain
+from snscc_ray.training.stages.train import Train
 
 META = torch.device("meta")
 SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "bincount", "_local_scalar_dense", "item")
@@ -119,7 +125,7 @@ def train(context: Context) -> Stage:
 def boost(context: Context) -> Stage:
     encoder = build_encoder(context.recipe.encoder, context.recipe.data.channels)
     heads = ClusterHeads(context.recipe.train, out_features(encoder), 10, heads=1)
-    return Boost(context, context.place(ClusterNet(encoder, heads)), mined(context))
+    return Boost(context, context.to_device(ClusterNet(encoder, heads)), mined(context))
 
 
 def mined(context: Context) -> MinedNeighbors:

@@ -10,15 +10,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from snscc_ray import distributed, recipes
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
+from snscc_ray.core import distributed
+from snscc_ray.core.clustering.neighbors import mine
 from snscc_ray.data.sources import load_images
-from snscc_ray.encoders import ClusterHeads, ClusterNet, PretextNet, build_encoder, out_features
-from snscc_ray.neighbors import mine
-from snscc_ray.overrides import override
-from snscc_ray.stages.boost import Boost
-from snscc_ray.stages.context import Context, Stage
-from snscc_ray.stages.pretrain import Pretrain
-from snscc_ray.stages.train import Train
+from snscc_ray.models.encoders import (
+    ClusterHeads,
+    ClusterNet,
+    PretextNet,
+    build_encoder,
+    out_features,
+)
+from snscc_ray.training.context import Context, Stage
+from snscc_ray.training.stages.boost import Boost
+from snscc_ray.training.stages.pretrain import Pretrain
+from snscc_ray.training.stages.train import Train
 from tests.conftest import TINY, make_context
 
 
@@ -61,7 +68,7 @@ def _stage(name: str, context: Context) -> Stage:
     if name == "train":
         return Train(context, PretextNet(encoder, recipe.pretrain), mined)
     heads = ClusterHeads(recipe.train, out_features(encoder), recipe.data.num_clusters, 1)
-    return Boost(context, context.place(ClusterNet(encoder, heads)), mined)
+    return Boost(context, context.to_device(ClusterNet(encoder, heads)), mined)
 
 
 def process(rank: int, world: int, folder: str, stage: str, overrides: list[str]) -> None:

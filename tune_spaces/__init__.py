@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from snscc_ray.config import Recipe
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import Recipe
 from tune_spaces.ablations import ablation_boost, ablation_train, pretext, train_longer
 from tune_spaces.sensitivity import epsilon, gamma, grid, neighbors, sigma
 from tune_spaces.space import Space

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snscc_ray.config import StageName
+from snscc_ray.config.settings import StageName
 from tune_spaces.space import Figures
 
 # What the paper calls the data set of a recipe. Its CIFAR-100 is the one of 20 superclasses.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from snscc_ray.config import Recipe
+from snscc_ray.config.settings import Recipe
 from tune_spaces.paper import TABLE_VI, default_point
 from tune_spaces.space import Claim, Point, Space
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from snscc_ray.config import StageName
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import StageName
 
 # Figures of a stage of one run in the paper: ACC, NMI, ARI; None where it prints none.
 Figures = tuple[float | None, float | None, float | None]

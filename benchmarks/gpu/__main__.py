@@ -29,8 +29,8 @@ import torch
 from benchmarks.gpu import bundle
 from benchmarks.gpu.cifar10 import STOPPED, progress
 from benchmarks.report import describe_machine, print_table, revision
-from snscc_ray import checkpoints
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.core import storage
 
 PHASES = ("tests", "speed", "cifar10")
 _MOST_FILES, _MOST_BYTES = 8, 64 * 2**20
@@ -183,7 +183,7 @@ def conclude(arguments: argparse.Namespace, run: Path, ended: list[Ended]) -> in
     if (run / "recipe.json").exists():
         bundled = bundle.describe(bundle.pack(run, out))
     speed_file = out / "speed.json"
-    speed = checkpoints.read_json(speed_file) if speed_file.exists() else {"results": []}
+    speed = storage.read_json(speed_file) if speed_file.exists() else {"results": []}
     rates = {row["what"]: row["images_per_second"] for row in speed["results"]}
     used = {row["what"]: row["utilisation"] for row in speed["results"]}
     state = progress(run)
@@ -199,7 +199,7 @@ def conclude(arguments: argparse.Namespace, run: Path, ended: list[Ended]) -> in
         "cifar10": state,
         "bundle": bundled,
     }
-    checkpoints.write_json(out / "report.json", report)
+    storage.write_json(out / "report.json", report)
     speed_file.unlink(missing_ok=True)  # it stands in the report
     print_table([asdict(one) for one in ended])
     print_table(report["expected"])

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snscc_ray.config import STAGES
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import STAGES
 
 LIMIT = 15 * 10**6  # bytes of a file
 _NAME = "bundle.tar"

@@ -18,15 +18,16 @@ import torch
 from rich.console import Console
 
 from benchmarks.report import revision
-from snscc_ray import checkpoints, recipes
-from snscc_ray.config import STAGES, Recipe
-from snscc_ray.engine import Interrupted
-from snscc_ray.errors import TrainingError, UserError
-from snscc_ray.local import run_here
-from snscc_ray.overrides import override
-from snscc_ray.run import Request
-from snscc_ray.run_folder import read_recipe, write_recipe
-from snscc_ray.workers import LocalWorker
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import TrainingError, UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe
+from snscc_ray.core import storage
+from snscc_ray.runs.folder import read_recipe, write_recipe
+from snscc_ray.runs.local import run_here
+from snscc_ray.runs.run import Request
+from snscc_ray.training.engine import Interrupted
+from snscc_ray.training.workers import LocalWorker
 
 _RECIPE = "cifar10_best"
 _SITTINGS = "sittings.json"
@@ -90,7 +91,7 @@ def pays(file: Path) -> bool:
         return False
     rows = json.loads(file.read_text())["results"]
     speed = {row["what"]: row["images_per_second"] for row in rows}
-    return speed.get("pretrain compiled", 0) > 1.05 * speed.get("pretrain", torch.inf)
+    return bool(speed.get("pretrain compiled", 0) > 1.05 * speed.get("pretrain", torch.inf))
 
 
 class _Sitting(LocalWorker):
@@ -99,7 +100,7 @@ class _Sitting(LocalWorker):
     def __init__(self, folder: Path, device: torch.device) -> None:
         super().__init__(folder, device)
         path = folder / _SITTINGS
-        self.former = checkpoints.read_json(path) if path.exists() else []
+        self.former = storage.read_json(path) if path.exists() else []
         self.began = time.monotonic()
         self.own: dict[str, Any] = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -112,7 +113,7 @@ class _Sitting(LocalWorker):
     ) -> None:
         super().report(stage, metrics, checkpoint)
         self.own["seconds"] = round(time.monotonic() - self.began, 1)
-        checkpoints.write_json(self.folder / _SITTINGS, [*self.former, self.own])
+        storage.write_json(self.folder / _SITTINGS, [*self.former, self.own])
 
 
 def request_for(arguments: argparse.Namespace) -> Request:
@@ -153,14 +154,14 @@ def progress(run: Path) -> dict[str, Any]:
             "epochs_done": len({line["epoch"] for line in own}),
             "epochs": getattr(recipe, stage).epochs,
             "images_per_second": speeds[len(speeds) // 2],
-            "figures": checkpoints.read_json(record)["figures"] if record.exists() else None,
+            "figures": storage.read_json(record)["figures"] if record.exists() else None,
             "last_epoch": own[-1],
         }
     held = run / _SITTINGS
     return {
         "finished": (run / "metrics.json").exists(),
         "seed": recipe.seed,
-        "sittings": checkpoints.read_json(held) if held.exists() else [],
+        "sittings": storage.read_json(held) if held.exists() else [],
         "stages": stages,
         "settings": recipe.model_dump(mode="json", exclude={"data": {"path"}}),
     }

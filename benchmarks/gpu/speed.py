@@ -32,10 +32,10 @@ from benchmarks.throughput import (
     timed,
     torchvision_side,
 )
-from snscc_ray.config import STAGES
-from snscc_ray.overrides import override
-from snscc_ray.stages.context import Context
-from snscc_ray.workers import choose_device
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES
+from snscc_ray.training.context import Context
+from snscc_ray.training.workers import choose_device
 
 _ROUNDS = 3
 _LOADERS = (8, 16)

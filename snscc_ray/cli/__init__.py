@@ -7,7 +7,7 @@ import io
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -21,7 +21,7 @@ from snscc_ray.cli.predict import predict
 from snscc_ray.cli.report import report
 from snscc_ray.cli.run import run
 from snscc_ray.cli.sweep import sweep
-from snscc_ray.errors import TrainingError, UserError
+from snscc_ray.config.errors import TrainingError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,9 +55,12 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 
 def main() -> None:
     """Run the command line; a mistake is one line on stderr and exit status 2."""
+    _fill_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a console cannot show is escaped
             stream.reconfigure(errors="backslashreplace")
+    if not _has_current_folder():  # torch itself would end the process
+        fail("the current folder is gone; change to one that exists", 2)
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
@@ -73,9 +76,11 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         fail("stopped", 130)
     except BrokenPipeError:
-        # Who read, `head` say, has gone; Python would complain of it once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        _end_unread()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich and typer end by 1
+            _end_unread()
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             where = f" ({error.filename})" if error.filename else ""
@@ -84,3 +89,30 @@ def main() -> None:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}; check the paths given and their rights", 2)
+
+
+def _end_unread() -> NoReturn:
+    """Who read, `head` say, has gone; Python would complain of it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(128 + signal.SIGPIPE)
+
+
+def _fill_closed() -> None:
+    """Give what a shell closed (`>&-`) to nobody: the next file opened would take its place."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from snscc_ray import recipes
 from snscc_ray.cli.options import out
+from snscc_ray.config import recipes
 
 
 def list_recipes(
@@ -38,7 +38,7 @@ def doctor() -> None:
 
         snscc doctor
     """
-    from snscc_ray.doctor import examine
+    from snscc_ray.cli.doctor import examine
 
     table = Table(box=None, show_header=False)
     for name, finding in examine():

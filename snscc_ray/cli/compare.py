@@ -7,15 +7,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from snscc_ray import recipes
-from snscc_ray.baselines.names import TITLES, chosen
-from snscc_ray.cli.options import Settings, fail, out, overrides_of
-from snscc_ray.overrides import override
+from snscc_ray.cli.options import Settings, fail, out, overrides_of, say
+from snscc_ray.compare.methods import METHODS, chosen
+from snscc_ray.config import recipes
+from snscc_ray.config.overrides import override
 
 
 def compare(
     recipe: Annotated[str, typer.Argument(help="a name from `snscc recipes`")],
-    methods: Annotated[str, typer.Option(help=f"all, or some of {', '.join(TITLES)}")] = "all",
+    methods: Annotated[str, typer.Option(help=f"all, or some of {', '.join(METHODS)}")] = "all",
     data: Annotated[
         str | None, typer.Option(help="folder of images, Parquet shards, or a torchvision copy")
     ] = None,
@@ -43,11 +43,11 @@ def compare(
     names = chosen(methods)
     wanted = override(recipes.get(recipe), overrides_of(settings, seed, data))
     # Imported here: torch takes seconds, which --help and a misspelt method should not wait for.
-    from snscc_ray.compare import Request
-    from snscc_ray.compare import compare as run_comparison
-    from snscc_ray.compare_table import cells, columns
-    from snscc_ray.engine import Interrupted
-    from snscc_ray.paths import as_path
+    from snscc_ray.compare.comparison import Request
+    from snscc_ray.compare.comparison import compare as run_comparison
+    from snscc_ray.compare.table import cells, columns
+    from snscc_ray.config.paths import as_path
+    from snscc_ray.training.engine import Interrupted
 
     folder = as_path(out_folder or f"runs/{recipe}-compare")
     try:
@@ -60,7 +60,8 @@ def compare(
         table.add_row(*cells(row, shown))
     out.print()
     out.print(table)
-    out.print(f"\nTable: {folder / 'compare.md'}", highlight=False, markup=False, soft_wrap=True)
+    out.print()
+    say(f"Table: {folder / 'compare.md'}")
     failed = [row.method for row in rows if row.seconds is None]
     if failed:
         fail(f"failed: {', '.join(failed)}; the reasons are in the table", 1)

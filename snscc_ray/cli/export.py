@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from snscc_ray.cli.options import out, said
-from snscc_ray.errors import UserError
+from snscc_ray.cli.options import say
+from snscc_ray.config.errors import UserError
 
 
 def export(
@@ -40,11 +40,11 @@ def export(
         torch.export.load("model.pt2").module()(tensor)
     """
     # Imported here: torch takes seconds, which --help should not wait for.
-    from snscc_ray.checkpoints import check_writable
-    from snscc_ray.claim import claimed_file
-    from snscc_ray.export import Format
-    from snscc_ray.export import export as export_run
-    from snscc_ray.paths import as_path
+    from snscc_ray.answers.export import Format
+    from snscc_ray.answers.export import export as export_run
+    from snscc_ray.config.paths import as_path
+    from snscc_ray.core.claim import claimed_file
+    from snscc_ray.core.storage import check_writable
 
     given: dict[Format, str | None] = {"torch": torch, "onnx": onnx}
     wanted = {kind: as_path(name) for kind, name in given.items() if name is not None}
@@ -58,14 +58,9 @@ def export(
         check_writable(target)
     with ExitStack() as held:
         for kind, target in wanted.items():
-            held.enter_context(claimed_file(target, said))
+            held.enter_context(claimed_file(target, say))
             if target.exists() and not overwrite:
                 raise UserError(f"{target} exists; use --overwrite, or another --{kind}")
         differences = export_run(as_path(run), wanted)
     for kind, found in differences.items():
-        out.print(
-            f"{wanted[kind]}: differs from the model by {found:.1e} at most",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"{wanted[kind]}: differs from the model by {found:.1e} at most")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from snscc_ray.cli.options import Settings, fail, out, place_of, seconds_of
-from snscc_ray.errors import UserError
+from snscc_ray.cli.options import Settings, fail, out, place_of, say, seconds_of
+from snscc_ray.config.errors import UserError
 
 if TYPE_CHECKING:
-    from snscc_ray.fit import Fitted
+    from snscc_ray.fit.fit import FitResult
 
 
 def fit(
@@ -80,14 +80,14 @@ def fit(
     seconds = None if budget is None else seconds_of(budget)
     place = place_of(data)
     # Imported here: torch takes seconds, which --help should not wait for.
-    from snscc_ray.choose import Wishes
-    from snscc_ray.claim import claimed
-    from snscc_ray.engine import Interrupted
-    from snscc_ray.fit import FitRequest, fit_images
-    from snscc_ray.paths import as_path, is_url
-    from snscc_ray.pretrained import encoder_settings
-    from snscc_ray.report import report
-    from snscc_ray.run_folder import check_apart
+    from snscc_ray.answers.report import report
+    from snscc_ray.config.paths import as_path, is_url
+    from snscc_ray.core.claim import claimed
+    from snscc_ray.fit.choose import Preferences
+    from snscc_ray.fit.fit import FitRequest, fit_images
+    from snscc_ray.models.pretrained import encoder_settings
+    from snscc_ray.runs.folder import check_apart
+    from snscc_ray.training.engine import Interrupted
 
     chosen = None if encoder is None else encoder_settings(encoder)
     # Of `..` the name is that of the folder it leads to.
@@ -97,7 +97,7 @@ def fit(
     request = FitRequest(
         source=place,
         folder=folder,
-        wishes=Wishes(count, image_size, max_cluster_imbalance, chosen),
+        wishes=Preferences(count, image_size, max_cluster_imbalance, chosen),
         folders_are_labels=labels,
         overrides=(*(settings or ()), *([] if seed is None else [f"seed={seed}"])),
         budget=seconds,
@@ -106,15 +106,16 @@ def fit(
     )
     page = folder / "report.html"
     check_apart(folder, place)
-    with claimed(folder, _line):
+    with claimed(folder, say):
         try:
             fitted = fit_images(request, out)
         except (Interrupted, KeyboardInterrupt):
             fail(f"stopped; the same command goes on with {shlex.quote(str(folder))}", 130)
         _show(fitted, folder)
         report(folder, page, out, device=device)
-    _line(f"\nReport: {page}")
-    _line(f"New images: snscc predict {shlex.quote(str(folder))} FOLDER")
+    out.print()
+    say(f"Report: {page}")
+    say(f"New images: snscc predict {shlex.quote(str(folder))} FOLDER")
 
 
 def _count(text: str) -> int | None:
@@ -125,7 +126,7 @@ def _count(text: str) -> int | None:
     return int(text)
 
 
-def _show(fitted: Fitted, folder: Path) -> None:
+def _show(fitted: FitResult, folder: Path) -> None:
     import pyarrow.parquet as pq
 
     with (folder / "assignments.parquet").open("rb") as file:
@@ -146,12 +147,8 @@ def _show(fitted: Fitted, folder: Path) -> None:
     if "oracle/acc" in last:
         names = ("acc", "nmi", "ari")
         shown = ", ".join(f"{name.upper()} {last[f'oracle/{name}']:.3f}" for name in names)
-        _line(f"By the labels, which only measure: {shown}.")
+        say(f"By the labels, which only measure: {shown}.")
     if figures["skipped"]:
-        _line(f"Left out as unreadable: {figures['skipped']}; the report names them.")
+        say(f"Left out as unreadable: {figures['skipped']}; the report names them.")
     told = "" if fitted.told_seconds is None else f" (told: {fitted.told_seconds / 60:.1f})"
-    _line(f"It took {fitted.took_seconds / 60:.1f} minutes{told}.")
-
-
-def _line(text: str) -> None:
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(f"It took {fitted.took_seconds / 60:.1f} minutes{told}.")

@@ -14,10 +14,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from snscc_ray.errors import UserError
-from snscc_ray.paths import expanded
+from snscc_ray import texts
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import expanded
 
-out = Console()
+out = Console(markup=False, emoji=False)
 SCALE = "Scale out"  # a panel of the help
 
 Settings = Annotated[
@@ -60,7 +61,7 @@ def launcher() -> Any:
     """The module of runs on Ray. Raises UserError where Ray is not installed."""
     ready_for_ray()
     try:
-        from snscc_ray import launch
+        from snscc_ray.cluster import run as launch
     except ImportError as error:
         raise UserError(
             f"--workers needs Ray ({error}); pip install 'ray[data,train,tune]', or leave "
@@ -89,11 +90,11 @@ def refuse_alone(**given: object) -> None:
             raise UserError(f"{option} is for Ray workers; add --workers N")
 
 
-def said(line: str) -> None:
-    """Print a line that holds names of files."""
-    out.print(line, highlight=False, markup=False, soft_wrap=True)
+def say(text: str) -> None:
+    """Print one line, as it stands."""
+    texts.say(out, text)
 
 
 def fail(message: str, status: int) -> NoReturn:
-    print("snscc: " + " ".join(message.split()), file=sys.stderr)
+    print("snscc: " + texts.shown(" ".join(message.split())), file=sys.stderr)
     sys.exit(status)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from snscc_ray.cli.options import fail, out
-from snscc_ray.errors import UserError
+from snscc_ray.cli.options import fail, out, say
+from snscc_ray.config.errors import UserError
 
 
 def pack_folder(
@@ -45,8 +45,8 @@ def pack_folder(
         snscc pack ~/photos shards/photos --verify
     """
     # Imported here: torch takes seconds, which --help should not wait for.
-    from snscc_ray import pack
-    from snscc_ray.paths import as_path, expanded
+    from snscc_ray.config.paths import as_path, expanded
+    from snscc_ray.data import pack
 
     place = as_path(shards)
     if verify and overwrite:
@@ -56,15 +56,8 @@ def pack_folder(
     else:
         options = pack.Options(shard_mb, image_size, folders_are_labels)
         try:
-            found = pack.pack(
-                expanded(folder),
-                place,
-                options,
-                jobs=jobs,
-                skip_corrupt=skip_corrupt,
-                overwrite=overwrite,
-                console=out,
-            )
+            request = pack.Request(expanded(folder), place, options, jobs, skip_corrupt, overwrite)
+            found = pack.pack(request, out)
         except KeyboardInterrupt:
             fail("stopped; the same command again keeps the finished shards", 130)
     rate = f", {found.packed / found.seconds:,.0f} images/s" if found.packed else ""
@@ -72,9 +65,12 @@ def pack_folder(
         f"{'OK: ' * verify}{found.shards:,} shards, {found.rows:,} rows, "
         f"{found.bytes / 1e6:,.1f} MB, {len(found.skipped):,} skipped{rate}"
     ]
+    if found.first_frames:
+        lines.append(f"Of several frames or pages the first is kept: {found.first_frames:,} images")
     if found.skipped:
         lines.append(f"Left out: {place / pack.SKIPPED}")
     if not verify:
         command = f"snscc run images --data {shlex.quote(str(place))} --set data.num_clusters=..."
         lines.append(f"Next: {command}")
-    out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    for line in lines:
+        say(line)

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from snscc_ray.cli.options import SCALE, Address, launcher, out, place_of, refuse_alone, said
-from snscc_ray.errors import UserError
+from snscc_ray.cli.options import SCALE, Address, launcher, out, place_of, refuse_alone, say
+from snscc_ray.config.errors import UserError
 
 
 def predict(
@@ -53,14 +53,14 @@ def predict(
     elif device != "auto":
         raise UserError("--device is of this process; leave it out with --workers, or add --gpu")
     # Imported here: torch takes seconds, which --help should not wait for.
-    from snscc_ray.answers import check_name
-    from snscc_ray.checkpoints import check_writable
-    from snscc_ray.claim import claimed_file
-    from snscc_ray.cluster import Scale
-    from snscc_ray.paths import as_path
-    from snscc_ray.predict import Question
-    from snscc_ray.predict import predict as predict_here
-    from snscc_ray.run_folder import check_apart
+    from snscc_ray.answers.predict import PredictRequest
+    from snscc_ray.answers.predict import predict as predict_here
+    from snscc_ray.answers.table import check_name
+    from snscc_ray.cluster.scale import Scale
+    from snscc_ray.config.paths import as_path
+    from snscc_ray.core.claim import claimed_file
+    from snscc_ray.core.storage import check_writable
+    from snscc_ray.runs.folder import check_apart
 
     target = as_path(out_file)
     if target.is_dir():
@@ -69,8 +69,8 @@ def predict(
     check_writable(target)
     if target.suffix.lower() == ".parquet":  # it would be taken for images the next time
         check_apart(target.parent, place_of(data))
-    question = Question(as_path(run), place_of(data), target, top, nearest)
-    with claimed_file(target, said):
+    question = PredictRequest(as_path(run), place_of(data), target, top, nearest)
+    with claimed_file(target, say):
         if target.exists() and not overwrite:
             raise UserError(f"{out_file} exists; use --overwrite, or another --out")
         if workers:
@@ -82,7 +82,7 @@ def predict(
                 smaller="leave --gpu out",
             )
             launcher()  # says what is missing where Ray is not installed
-            from snscc_ray.predict_workers import predict_on_ray
+            from snscc_ray.cluster.predict import predict_on_ray
 
             found = predict_on_ray(question, out, scale)
         else:
@@ -93,9 +93,5 @@ def predict(
         table.add_row(str(row["cluster"]), f"{row['id_count']:,}", f"{row['confidence_mean']:.3f}")
     out.print(table)
     left_out = f", {found.left_out} unreadable ones left out" if found.left_out else ""
-    out.print(
-        f"\n{found.table.num_rows:,} images{left_out}: {out_file}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    out.print()
+    say(f"{found.table.num_rows:,} images{left_out}: {out_file}")

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from snscc_ray.cli.options import out, said
-from snscc_ray.errors import UserError
+from snscc_ray.cli.options import out, say
+from snscc_ray.config.errors import UserError
 
 
 def report(
@@ -38,11 +38,11 @@ def report(
     if out_file is not None and not out_file.endswith(".html"):
         raise UserError(f"--out {out_file}: give a name that ends in .html")
     # Imported here: torch takes seconds, which --help should not wait for.
-    from snscc_ray.checkpoints import check_writable
-    from snscc_ray.claim import claimed, claimed_file
-    from snscc_ray.paths import as_path, is_url
-    from snscc_ray.report import report as make_report
-    from snscc_ray.run_folder import read_recipe
+    from snscc_ray.answers.report import report as make_report
+    from snscc_ray.config.paths import as_path, is_url
+    from snscc_ray.core.claim import claimed, claimed_file
+    from snscc_ray.core.storage import check_writable
+    from snscc_ray.runs.folder import read_recipe
 
     folder = as_path(run)
     target = as_path(out_file) if out_file is not None else folder / "report.html"
@@ -50,13 +50,9 @@ def report(
         raise UserError("--open shows a file on this machine; give one with --out")
     read_recipe(folder)  # a folder that is no run is not made
     check_writable(target)
-    with claimed(folder, said), claimed_file(target, said):
+    with claimed(folder, say), claimed_file(target, say):
         data_file = make_report(folder, target, out, device=device)
-    out.print(
-        f"\nReport: {target} (its numbers: {data_file})",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    out.print()
+    say(f"Report: {target} (its numbers: {data_file})")
     if open_it:
         webbrowser.open(Path(target).absolute().as_uri())

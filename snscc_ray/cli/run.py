@@ -18,10 +18,11 @@ from snscc_ray.cli.options import (
     out,
     overrides_of,
     refuse_alone,
+    say,
     seconds_of,
 )
-from snscc_ray.config import STAGES, StageName
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import STAGES, StageName
 
 
 def run(
@@ -97,11 +98,11 @@ def run(
         snscc run cifar10 --workers 8 --gpu --address auto --storage s3://bucket/runs
     """
     # Imported here: torch takes seconds, which --help and a misspelt recipe should not wait for.
-    from snscc_ray.cluster import Scale
-    from snscc_ray.engine import Interrupted
-    from snscc_ray.local import run_here
-    from snscc_ray.paths import as_path
-    from snscc_ray.run import Request
+    from snscc_ray.cluster.scale import Scale
+    from snscc_ray.config.paths import as_path
+    from snscc_ray.runs.local import run_here
+    from snscc_ray.runs.run import Request
+    from snscc_ray.training.engine import Interrupted
 
     chosen_stages = _stages(stages)
     seconds = None if budget is None else seconds_of(budget)
@@ -178,7 +179,8 @@ def _print_result(figures: dict[str, object], folder: Path) -> None:
         out.print("Boost made the label-free score worse: the best earlier state was kept.")
     if figures["skipped"]:
         out.print(f"{figures['skipped']} unreadable images were left out.")
-    out.print(f"\nRun folder: {folder}", highlight=False, markup=False, soft_wrap=True)
+    out.print()
+    say(f"Run folder: {folder}")
 
 
 def _cells(row: dict[str, float]) -> list[str]:

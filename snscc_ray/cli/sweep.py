@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from snscc_ray import recipes
 from snscc_ray.cli.options import (
     SCALE,
     Address,
@@ -15,9 +14,11 @@ from snscc_ray.cli.options import (
     out,
     overrides_of,
     ready_for_ray,
+    say,
 )
-from snscc_ray.errors import UserError
-from snscc_ray.overrides import override
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
 
 _METRICS = (
     "health/score", "health/neighbor_agreement", "health/balance", "health/confidence",
@@ -89,8 +90,8 @@ def sweep(
 
         snscc sweep my_space.py:space --recipe images --data ~/photos
     """
-    from snscc_ray.engine import Interrupted
-    from snscc_ray.paths import as_path
+    from snscc_ray.config.paths import as_path
+    from snscc_ray.training.engine import Interrupted
 
     if scheduler not in ("none", "asha", "median"):
         raise UserError(f"--scheduler {scheduler}: use none, asha or median")
@@ -113,7 +114,8 @@ def sweep(
         out.print(f"Searching by {metric}, which reads the labels, as asked.", highlight=False)
     ready_for_ray()
     try:
-        from snscc_ray.sweep_run import Options, run_sweep
+        from snscc_ray.sweep.run import Request, run_sweep
+        from snscc_ray.sweep.session import Options
     except ImportError as error:
         raise UserError(f"sweeps need Ray ({error}); pip install 'ray[data,train,tune]'") from error
     options = Options(
@@ -128,24 +130,17 @@ def sweep(
         address=address,
     )
     try:
-        summary = run_sweep(
-            space,
-            chosen,
-            folder,
-            options,
-            out,
-            seeds=seeds,
-            samples=samples,
-            overwrite=overwrite,
-            dry=dry_run,
-        )
+        request = Request(space, chosen, folder, options, seeds, samples, overwrite, dry_run)
+        summary = run_sweep(request, out)
     except (Interrupted, KeyboardInterrupt):
         fail("stopped; the same command again goes on from here", 130)
     if summary is None:
         out.print("Nothing was written. Leave --dry-run out to start.", highlight=False)
         return
-    out.print(summary.text, highlight=False, markup=False, soft_wrap=True)
-    out.print(f"\nSweep folder: {folder}", highlight=False, markup=False, soft_wrap=True)
+    for line in summary.text.splitlines():
+        say(line)
+    out.print()
+    say(f"Sweep folder: {folder}")
     failed = sum(row["status"] == "failed" for row in summary.rows)
     if failed:
         again = "the reasons are in the table, and the same command tries them again"

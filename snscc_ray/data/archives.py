@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snscc_ray.config.errors import UserError
 from snscc_ray.data.decode import Source
-from snscc_ray.data.imageset import Batches, Rows
-from snscc_ray.errors import UserError
+from snscc_ray.data.rows import Batches, Rows
 
 
 class Archive(NamedTuple):
@@ -79,7 +79,7 @@ def _checked(source: str, file: Path, md5: str) -> bytes:
     except OSError as error:
         raise UserError(
             f"no {ARCHIVES[source].title} found: cannot read {file} "
-            f"({error.strerror}); give the folder of {file.parent.name} with --data PATH, or add "
+            f"({error.strerror}); give the folder that {file.parent.name} lies in, or add "
             "--set data.download=true to fetch it"
         ) from error
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:

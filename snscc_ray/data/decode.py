@@ -18,20 +18,22 @@ import io
 import os
 import re
 import struct
+import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from snscc_ray.config import DataSettings
-from snscc_ray.errors import UserError
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import DataSettings
 
 # A file's content, where it lies, an (H, W) or (H, W, 3) uint8 array, or None where a row is empty.
 Source = bytes | Path | np.ndarray | None
@@ -44,10 +46,6 @@ _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II
 BEGINNING = 32  # bytes that `begins_like_an_image` wants
 # Of 16 bits a channel Pillow reads the upper 8: with less than this there is next to nothing.
 _DARKEST = 16
-# `Reading.max_pixels` is asked instead, for it can be set; and Pillow's limit of a text beside the
-# pixels has nothing to do with them.
-Image.MAX_IMAGE_PIXELS = None
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # It warns of metadata that nobody reads here. What makes an image unreadable is raised.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _ORIENTATION = 0x0112
@@ -60,6 +58,37 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+class _Limits:
+    """Pillow's own limits, which are of the whole process: off while any thread decodes here.
+
+    `Reading.max_pixels` is asked instead, for it can be set; and Pillow's limit of a text beside
+    the pixels has nothing to do with them. A program that imports this keeps its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._theirs: tuple[int | None, int] = (None, 0)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        with self._lock:
+            if not self._users:
+                self._theirs = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+                Image.MAX_IMAGE_PIXELS = None
+                PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = self._theirs
+
+
+without_limits = _Limits().off
 
 
 class UnreadableImage(Exception):
@@ -102,33 +131,38 @@ def decode_into(source: Source, out: np.ndarray, reading: Reading = OWN_RANGE) -
         UnreadableImage: corrupt, truncated, empty, of an unknown format or far too large.
         UserError: it lies in an object store that does not hand it over.
     """
-    channels, size, _ = out.shape
     try:
-        source = content_of(source)
-        if isinstance(source, bytes):
-            if _decode_directly(source, out):
-                return
-            image = _open(source, size, reading)
-        elif source.shape == (size, size, channels):
-            out[...] = source.transpose(2, 0, 1)
-            return
-        else:
-            image = Image.fromarray(source)
-        turn = _TURNS.get(_orientation(image))
-        image = to_mode(image, "L" if channels == 1 else "RGB", reading)
-        if turn is not None:
-            image = image.transpose(turn)
-        pixels = np.asarray(_square(image, size))
-        out[...] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+        with without_limits():
+            _decode(source, out, reading)
     except (UnreadableImage, UserError):
         raise
     except Exception as error:  # what Pillow raises on broken files is open-ended
         raise UnreadableImage(why_unreadable(error)) from error
 
 
+def _decode(source: Source, out: np.ndarray, reading: Reading) -> None:
+    channels, size, _ = out.shape
+    source = content_of(source)
+    if isinstance(source, bytes):
+        if _decode_directly(source, out):
+            return
+        image = _open(source, size, reading)
+    elif source.shape == (size, size, channels):
+        out[...] = source.transpose(2, 0, 1)
+        return
+    else:
+        image = Image.fromarray(source)
+    turn = _TURNS.get(_orientation(image))
+    image = to_mode(image, "L" if channels == 1 else "RGB", reading)
+    if turn is not None:
+        image = image.transpose(turn)
+    pixels = np.asarray(_square(image, size))
+    out[...] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
 def why_unreadable(error: Exception) -> str:
     """In one line."""
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image in a known format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -138,7 +172,7 @@ def why_unreadable(error: Exception) -> str:
 def content_of(source: Source) -> bytes | np.ndarray:
     """The bytes of a file, or an array. Raises UnreadableImage, OSError or UserError."""
     if source is None:
-        raise UnreadableImage("there are no image bytes")
+        raise UnreadableImage("there are no image bytes (a path beside them is not followed)")
     if isinstance(source, Path):
         if source.exists() and not source.is_file():  # a pipe would be waited for
             raise UnreadableImage("it is no regular file")

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from snscc_ray.config.paths import as_path
 from snscc_ray.data.decode import Source
-from snscc_ray.data.imageset import Batches, Rows
+from snscc_ray.data.rows import Batches, Rows
 from snscc_ray.data.sources import image_id
-from snscc_ray.paths import as_path
 
 HAIR = 1e-3  # how far floats may lie outside of 0 to 1: less than a step of uint8
 
@@ -69,7 +69,7 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
         raise ValueError(f"X holds {values.dtype.name} values from {low:g} to {high:g}: {wanted}")
     if whole:
         return values.astype(np.uint8)
-    return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+    return np.asarray(np.rint(values.clip(0, 1) * 255), np.uint8)
 
 
 def is_ray_dataset(given: object) -> bool:

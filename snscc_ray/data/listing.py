@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import is_url
 from snscc_ray.data.decode import BEGINNING, begins_like_an_image
-from snscc_ray.errors import UserError
-from snscc_ray.paths import is_url
 
 # Compared in lower case. A file that ends so is an image, readable or not.
 EXTENSIONS = frozenset([
@@ -33,7 +33,7 @@ _ENDINGS = 8  # named in a sentence
 
 
 @dataclass
-class Found:
+class ImageListing:
     """What lies below a folder."""
 
     files: list[str] = field(default_factory=list)  # relative POSIX paths of images, sorted
@@ -41,18 +41,18 @@ class Found:
 
     def notes(self) -> tuple[str, ...]:
         """What is left aside, as a sentence."""
-        if not self.aside:
+        kinds = [(kind, count) for kind, count in self.aside.most_common() if count]
+        if not kinds:
             return ()
-        kinds = self.aside.most_common()
         named = ", ".join(f"{kind} ({count:,})" for kind, count in kinds[:_ENDINGS])
         more = sum(count for _, count in kinds[_ENDINGS:])
         rest = f" and others ({more:,})" if more else ""
         return (f"left aside, being no images that can be read: {named}{rest}",)
 
 
-def find_images(root: Path) -> Found:
+def find_images(root: Path) -> ImageListing:
     """All images below `root`; hidden ones and what is not an image are counted."""
-    found = Found()
+    found = ImageListing()
     if is_url(root):
         _find_remote(root, found)
     else:
@@ -62,7 +62,7 @@ def find_images(root: Path) -> Found:
     return found
 
 
-def _walk(root: Path, found: Found) -> Iterator[str]:
+def _walk(root: Path, found: ImageListing) -> Iterator[str]:
     seen: set[str] = set()  # links to folders are followed, but not in circles
     for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
         real = os.path.realpath(folder)
@@ -85,11 +85,16 @@ def _walk(root: Path, found: Found) -> Iterator[str]:
                 found.aside[kind] += 1
 
 
-def _find_remote(root: Path, found: Found) -> None:
+def _find_remote(root: Path, found: ImageListing) -> None:
     url: Any = root
     above = url.path.rstrip("/") + "/"
     unsure: list[str] = []
-    for name in sorted(url.fs.find(url.path)):
+    names = sorted(url.fs.find(url.path))
+    ours = _remote_ours(url, above, names)
+    found.aside["folders of snscc's own"] += len(ours)
+    for name in names:
+        if name.startswith(tuple(ours)):
+            continue
         file = PurePosixPath(name.removeprefix(above))
         foreign = next((part for part in file.parts[:-1] if _is_foreign(part)), None)
         kind = f"in {foreign}" if foreign else _kind_left_aside(file.name)
@@ -110,13 +115,32 @@ def _find_remote(root: Path, found: Found) -> None:
             found.aside[_ending(name)] += 1
 
 
+def _remote_ours(url: Any, above: str, names: list[str]) -> list[str]:
+    """As `_is_ours`, of all folders below an address; each ends in a slash."""
+    marks = [name for name in names if name.rpartition("/")[2] in _OURS]
+    marks = [name for name in marks if name.rpartition("/")[0] + "/" != above]
+    held = url.fs.cat(marks, on_error="return") if marks else {}
+    folders = {name.rpartition("/")[0] + "/" for name, text in held.items() if _has_recipe(text)}
+    outermost: list[str] = []  # one inside of another counts once
+    for name in sorted(folders):
+        if not name.startswith(tuple(outermost)):
+            outermost.append(name)
+    return outermost
+
+
+def _has_recipe(content: object) -> bool:
+    with suppress(ValueError):
+        held = json.loads(content) if isinstance(content, bytes) else None
+        return isinstance(held, dict) and isinstance(held.get("recipe"), dict)
+    return False
+
+
 def _is_ours(folder: str, names: list[str]) -> bool:
     """Whether a run, a sweep or a comparison is there: its figures are no images of the set."""
     for name in _OURS:
         if name in names:
-            with suppress(OSError, ValueError):
-                held = json.loads(Path(folder, name).read_bytes())
-                if isinstance(held, dict) and isinstance(held.get("recipe"), dict):
+            with suppress(OSError):
+                if _has_recipe(Path(folder, name).read_bytes()):
                     return True
     return False
 

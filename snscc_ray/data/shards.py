@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from snscc_ray.checkpoints import read_json
-from snscc_ray.data.imageset import BATCH, Rows
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import is_url
+from snscc_ray.core.storage import read_json
 from snscc_ray.data.labels import Labels
-from snscc_ray.errors import UserError
-from snscc_ray.paths import is_url
+from snscc_ray.data.rows import BATCH, Rows, Shard
 
 # What `snscc pack` says of the shards in a folder.
 MANIFEST = "pack.json"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A Parquet file and which of its columns there are."""
-
-    file: Path
-    rows: int  # how many to read, from the first
-    groups: tuple[int, ...]  # rows in each of its row groups
-    id: bool
-    label: bool
-    class_name: bool
 
 
 def image_shards(path: Path) -> list[Path]:

@@ -10,16 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
-from snscc_ray.config import DataSettings
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import as_path, is_url
+from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.archives import ARCHIVES, archive_folder, read_archive
 from snscc_ray.data.decode import Reading
-from snscc_ray.data.imageset import Batches, ImageSet, Rows, assemble
-from snscc_ray.data.listing import EXTENSIONS, Found, find_images
+from snscc_ray.data.imageset import ImageSet, assemble
+from snscc_ray.data.listing import EXTENSIONS, ImageListing, find_images
+from snscc_ray.data.rows import Batches, Rows
 from snscc_ray.data.shards import count_rows, image_shards, read_shards, shard_files
-from snscc_ray.errors import UserError
-from snscc_ray.paths import as_path, is_url
 
 __all__ = ["ImageSet", "list_rows", "load_images", "resolve_source"]
+
+
+# What `snscc fit` and the recipes call it.
+_NO_LABELS = "do without labels: leave --labels out, or use --set data.folders_are_labels=false"
 
 
 def load_images(
@@ -52,7 +57,7 @@ def resolve_source(data: DataSettings) -> str:
         return _resolve(data)[0]
 
 
-def _resolve(data: DataSettings) -> tuple[str, Found | None]:
+def _resolve(data: DataSettings) -> tuple[str, ImageListing | None]:
     """The source, and the images of a folder where they were looked for."""
     if data.source in ARCHIVES:
         held = data.path is not None and image_shards(as_path(data.path))
@@ -67,7 +72,7 @@ def _resolve(data: DataSettings) -> tuple[str, Found | None]:
         for source in ARCHIVES:
             if archive_folder(source, path).is_dir():
                 return source, None
-    found = find_images(path) if path.is_dir() else Found()
+    found = find_images(path) if path.is_dir() else ImageListing()
     if shards or found.files:
         # A few files beside shards, or a sample beside files, are not the set.
         return ("folder" if len(found.files) > count_rows(shards) else "shards"), found
@@ -164,19 +169,19 @@ def _digits(limit: int | None) -> Rows:
 # ---------------------------------------------------------------------------- image folders
 
 
-def _folder(path: Path, found: Found, folders_are_labels: bool, limit: int | None) -> Rows:
+def _folder(path: Path, found: ImageListing, folders_are_labels: bool, limit: int | None) -> Rows:
     """Every image below `path`, by relative path; the first sub-folder may be its class."""
     files = found.files
     if not files:
         raise UserError(f"{no_images(path, found)}: give a folder that holds some")
     if not folders_are_labels:
         return _file_rows(path, files[:limit], None, None, found.notes())
-    classes = folder_classes(path, files, "set data.folders_are_labels=false")
+    classes = folder_classes(path, files, _NO_LABELS)
     labels = np.array([classes[file.split("/", 1)[0]] for file in files[:limit]], np.int64)
     return _file_rows(path, files[:limit], labels, tuple(classes), found.notes())
 
 
-def no_images(path: Path, found: Found) -> str:
+def no_images(path: Path, found: ImageListing) -> str:
     aside = "".join(f"; {note}" for note in found.notes())
     return f"no images found below {path} (looked for {' '.join(sorted(EXTENSIONS))}{aside})"
 
@@ -199,12 +204,12 @@ def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
     root = path / "train" if (path / "train").is_dir() else path
     files: list[str] = []
     labels: list[int] = []
-    aside = Found()
+    aside = ImageListing()
     for number, name in enumerate(classes):
         if not (root / name).is_dir():
             raise UserError(
-                f"class folder {root / name} is missing: give the folder of ImageNet with "
-                "--data PATH, or leave the class out of data.classes"
+                f"class folder {root / name} is missing: give the folder of "
+                "ImageNet, or leave the class out of data.classes"
             )
         held = find_images(root / name)
         found = [f"{name}/{file}" for file in held.files]

@@ -1,0 +1,199 @@
+"""A finished run as one file that needs no snscc_ray: uint8 images in, cluster probabilities out.
+
+The normalisation of training is in the file. What is written has been loaded again and compared
+with the model first.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from snscc_ray.answers.predict import Model, load_model
+from snscc_ray.config.errors import UserError
+from snscc_ray.core.storage import is_disk_full, write_whole
+from snscc_ray.core.views import Normalize, clean_view
+from snscc_ray.models.encoders import ClusterNet
+from snscc_ray.runs.folder import reading
+
+Format = Literal["onnx", "torch"]
+# (B, C, H, W) uint8 to probabilities and features, as the file that was read again answers.
+Answer = Callable[[Tensor], list[Tensor]]
+
+_TOLERANCE = 1e-4
+_BATCHES = (1, 5)  # neither is the one that is traced
+_OUTPUTS = ["probabilities", "features"]
+_METADATA = "snscc.json"
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+class Classifier(nn.Module):
+    """From uint8 images (B, C, H, W) to cluster probabilities (B, C) and unit features (B, D)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: ClusterNet, normalize: Normalize) -> None:
+        super().__init__()
+        self.network = network
+        mean, std = (torch.tensor(v)[:, None, None] for v in (normalize.mean, normalize.std))
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features_BD, logits_HBC = self.network(images.float() * self.scale + self.shift)
+        return logits_HBC[0].softmax(1), features_BD
+
+
+def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
+    """Write the model of a finished run to each target; the largest difference from it of each.
+
+    Raises UserError for a run that is not finished, for packages that are missing, and for a file
+    that answers otherwise than the model; nothing is written then.
+    """
+    missing = [name for name in _ONNX_PACKAGES if not find_spec(name)] if "onnx" in targets else []
+    if missing:
+        raise UserError(
+            f"--onnx needs {' and '.join(missing)}; pip install {' '.join(missing)}, or use --torch"
+        )
+    with reading(run):
+        model = load_model(run, "cpu")
+    program = traced(model)
+    with tempfile.TemporaryDirectory() as folder:
+        made = {kind: Path(folder) / f"model.{kind}.pt2" for kind in targets}
+        found: dict[Format, float] = {}
+        for kind, path in made.items():
+            write, read = _FORMATS[kind]
+            try:
+                write(program, path, describe(model))
+            except (OSError, RuntimeError) as error:
+                if not is_disk_full(error):
+                    raise
+                raise UserError(
+                    f"no space left in {folder}, where --{kind} is made first: free some space"
+                ) from error
+            found[kind] = difference(model, read(path))
+            if not found[kind] <= _TOLERANCE:  # a NaN is no agreement
+                raise UserError(
+                    f"--{kind}: the exported file differs from the model by {found[kind]:.2g}, "
+                    f"more than {_TOLERANCE:g}; nothing was written, use the other format"
+                )
+        for kind, target in targets.items():
+            with made[kind].open("rb") as whole:
+                write_whole(target, partial(shutil.copyfileobj, whole))
+    return found
+
+
+def traced(model: Model) -> torch.export.ExportedProgram:
+    """The model and its normalisation as one graph, for batches of any size."""
+    module = Classifier(model.network, model.normalize).eval()
+    module.to(memory_format=torch.contiguous_format)
+    batch = {0: torch.export.Dim("batch")}
+    with torch.no_grad():
+        return torch.export.export(module, (_images(model, 2),), dynamic_shapes=(batch,))
+
+
+def describe(model: Model) -> dict[str, str | int]:
+    """What the file says of itself."""
+    data = model.recipe.data
+    try:
+        version = importlib.metadata.version("snscc_ray")
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"  # run from a source tree that is not installed
+    return {
+        "clusters": data.num_clusters,
+        "image_size": data.image_size,
+        "channels": data.channels,
+        "recipe": model.recipe.name,
+        "snscc_version": version,
+    }
+
+
+def difference(model: Model, answer: Answer) -> float:
+    """The largest one between what the model and the file say of random images."""
+    model.network.eval()
+    found = []
+    for batch in _BATCHES:
+        images = _images(model, batch)
+        with torch.no_grad():
+            features_BD, logits_HBC = model.network(clean_view(images, model.normalize))
+        expected = [logits_HBC[0].softmax(1), features_BD]
+        for want, have in zip(expected, answer(images), strict=True):
+            found.append((want - have).abs().max())
+    return float(torch.stack(found).max())  # of tensors, so that a NaN is not lost
+
+
+def _images(model: Model, batch: int) -> Tensor:
+    data = model.recipe.data
+    shape = (batch, data.channels, data.image_size, data.image_size)
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+# --------------------------------------------------------------------------------- the formats
+
+
+def _write_torch(program: torch.export.ExportedProgram, path: Path, about: dict[str, Any]) -> None:
+    # By way of memory: where a disk is full, torch's own writer ends in a page of its C++.
+    whole = io.BytesIO()
+    torch.export.save(program, whole, extra_files={_METADATA: json.dumps(about)})
+    path.write_bytes(whole.getvalue())
+
+
+def _read_torch(path: Path) -> Answer:
+    with warnings.catch_warnings():  # torch 2.11 warns of its own reading
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        module = torch.export.load(path).module()
+
+    def answer(images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return list(module(images))
+
+    return answer
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[str, Any]) -> None:
+    import onnx
+
+    written = torch.onnx.export(
+        program,
+        dynamo=True,
+        input_names=["images"],
+        output_names=_OUTPUTS,
+        dynamic_shapes=({0: "batch"},),  # only names what the program leaves free
+        verbose=False,
+    )
+    assert written is not None
+    proto = written.model_proto  # weights included: one file
+    onnx.helper.set_model_props(proto, {name: str(value) for name, value in about.items()})
+    path.write_bytes(proto.SerializeToString())
+
+
+def _read_onnx(path: Path) -> Answer:
+    import onnxruntime
+
+    running = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+
+    def answer(images: Tensor) -> list[Tensor]:
+        values = running.run(_OUTPUTS, {"images": images.numpy()})
+        return [torch.from_numpy(value) for value in values]
+
+    return answer
+
+
+_FORMATS: dict[Format, tuple[Callable[..., None], Callable[[Path], Answer]]] = {
+    "torch": (_write_torch, _read_torch),
+    "onnx": (_write_onnx, _read_onnx),
+}

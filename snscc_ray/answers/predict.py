@@ -1,0 +1,240 @@
+"""New images through a finished run: the clusters that it would have put them in.
+
+The network, the normalisation and the clean pass are those of training, so an image of the run's
+own set gets the very cluster that assignments.parquet says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from snscc_ray.answers.features import answering, kept_features, own_ids, own_images, stage_features
+from snscc_ray.answers.table import KnownImages, answers, write
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import DataSettings, Recipe, StageName
+from snscc_ray.core import checkpoints
+from snscc_ray.core.claim import claimed
+from snscc_ray.core.display import Display
+from snscc_ray.core.views import Normalize
+from snscc_ray.data.loading.resident import Images, ResidentData
+from snscc_ray.data.look import resolve_reading
+from snscc_ray.data.rows import Rows
+from snscc_ray.data.sources import list_rows
+from snscc_ray.models.encoders import ClusterHeads, ClusterNet, build_encoder, out_features
+from snscc_ray.runs.folder import FIT_FILE, read_recipe, reading
+from snscc_ray.runs.local import bring, mode_for
+from snscc_ray.training.context import Context
+from snscc_ray.training.workers import choose_device
+
+_CLUSTERING: tuple[StageName, ...] = ("boost", "train")  # the last one there is counts
+# Rows answered at a time: those of a clean pass.
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class PredictRequest:
+    """Which images to put into which run's clusters, and what to say of each."""
+
+    run: Path
+    source: str  # folder of images, or shards
+    out: Path
+    top: int = 3  # clusters to list
+    nearest: int = 3  # images of the run's own to list
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """What was written, and how many images could not be read."""
+
+    table: pa.Table
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a finished run has learned."""
+
+    recipe: Recipe
+    network: ClusterNet
+    normalize: Normalize
+    device: torch.device
+    trained: dict[str, Any]  # of the stage's final.pt: the precision it had
+
+    @property
+    def caveat(self) -> str | None:
+        """What a person should know of its answers on this device; None: they are the run's."""
+        return answering(self.recipe, self.trained, self.device)[1]
+
+    def infer(self, images: Images) -> tuple[Tensor, Tensor]:
+        """L2-normalised features (N, D) and cluster probabilities (N, C) of images in their
+        order, float32 on the device, from one pass."""
+
+        def both(x_BCHW: Tensor) -> Tensor:
+            z_BD, logits_HBC = self.network(x_BCHW)
+            return torch.cat([z_BD, logits_HBC[0].softmax(1)], dim=1)
+
+        recipe, _ = answering(self.recipe, self.trained, self.device)
+        context = Context(recipe, images, None, self.normalize, self.device)
+        both_N = context.clean_pass(self.network, both)
+        clusters = recipe.data.num_clusters
+        z_ND, p_NC = both_N.split([both_N.shape[1] - clusters, clusters], dim=1)
+        return z_ND, p_NC
+
+    def probabilities(self, images: Images) -> Tensor:
+        """Cluster probabilities of images in their order, (N, C) float32 on the CPU."""
+        return self.infer(images)[1].cpu()
+
+    def on(self, device: torch.device) -> Model:
+        """The same network, moved to another device."""
+        self.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return replace(self, device=device)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """All that is needed to answer for an image, wherever it is asked."""
+
+    model: Model
+    top: int
+    known: KnownImages | None
+
+    def __call__(self, images_BCHW: Tensor) -> pa.Table:
+        """A row for each of any number of uint8 images, see `answers`."""
+        parts = [
+            answers(*self.model.infer(ResidentData(part, self.model.device)), self.top, self.known)
+            for part in images_BCHW.split(_ROWS)
+        ]
+        return pa.concat_tables(parts)
+
+    def on(self, device: torch.device) -> Predictor:
+        known = self.known
+        if known is not None:
+            known = replace(known, features_MD=known.features_MD.to(device))
+        return replace(self, model=self.model.on(device), known=known)
+
+
+def load_model(folder: Path, device: str = "auto") -> Model:
+    """The network of a run's last stage. Raises UserError for a run that is not finished."""
+    recipe = read_recipe(folder)
+    if not (folder / "metrics.json").exists():
+        begun_by_fit = (folder / FIT_FILE).exists()
+        same = "the same `snscc fit` command" if begun_by_fit else "`snscc run --resume --out DIR`"
+        raise UserError(f"{folder} holds a run that is not finished; {same} goes on with it")
+    stage = _last_stage(folder)
+    chosen = choose_device(device)
+    path = folder / stage / "final.pt"
+    held = checkpoints.load_final(path, recipe.data.channels, chosen)
+    encoder = build_encoder(recipe.encoder, recipe.data.channels)
+    clusters = recipe.data.num_clusters
+    heads = ClusterHeads(recipe.train, out_features(encoder), clusters, heads=1)
+    network = ClusterNet(encoder, heads)
+    checkpoints.load_weights(network, held["network"], path)
+    mean, std = (tuple(held["normalize"][name]) for name in ("mean", "std"))
+    trained: dict[str, Any] = {n: held[n] for n in ("precision", "in_float32") if n in held}
+    return Model(recipe, network, Normalize(mean, std), chosen, trained).on(chosen)
+
+
+def _last_stage(folder: Path) -> StageName:
+    """The last stage that has clusters. Raises UserError where there is none."""
+    for stage in _CLUSTERING:
+        # One that is finished and has lost its network is an error, not a reason to take another.
+        if any((folder / stage / name).exists() for name in ("final.pt", "stage.json")):
+            return stage
+    raise UserError(f"{folder} holds no Train stage, so there are no clusters to predict")
+
+
+def predict(question: PredictRequest, console: Console, device: str = "auto") -> PredictResult:
+    """Cluster the images in a folder or in Parquet shards, and write a row for each.
+
+    Columns: id and those of `answers`. Unreadable images are left out and said. Raises UserError;
+    nothing is written then.
+    """
+    display = Display(console)
+    parts: list[pa.Table] = []
+    with reading(question.run):
+        answerer, settings, rows = prepare(question, display, device)
+        device_ = answerer.model.device
+        mode = mode_for(settings, rows, device_, display)
+        catalog, data = bring(settings, rows, mode, device_, display)
+        tell = display.counting("predict", "images")
+        done = 0
+        for images in data.slices(0, len(data), _ROWS):
+            parts.append(answerer(images))
+            done += len(images)
+            tell(done, len(data))
+        display.finish()
+    return conclude(question, catalog.ids, catalog.skipped, parts, display)
+
+
+def prepare(
+    question: PredictRequest, display: Display, device: str
+) -> tuple[Predictor, DataSettings, Rows]:
+    """Who answers, on a device, and the images that are asked of. Raises UserError."""
+    model = load_model(question.run, device)
+    if model.caveat:
+        display.line(model.caveat)
+    settings = _settings(model.recipe, question.source)
+    settings, rows = resolve_reading(settings, list_rows(settings))
+    for note in rows.notes:
+        display.line(note)
+    known = _known(question, model, display) if question.nearest else None
+    return Predictor(model, question.top, known), settings, rows
+
+
+def conclude(
+    question: PredictRequest,
+    ids: list[str],
+    skipped: Iterable[tuple[str, str]],
+    parts: list[pa.Table],
+    display: Display,
+) -> PredictResult:
+    """Say what is left out, and write the answers for the ids, which come in parts."""
+    left_out = 0
+    for identifier, reason in skipped:
+        left_out += 1
+        display.line(f"left out {identifier}: {reason}")
+    table = pa.concat_tables(parts).add_column(0, "id", pa.array(ids, pa.string()))
+    write(table, question.out)
+    return PredictResult(table, left_out)
+
+
+def _settings(recipe: Recipe, source: str) -> DataSettings:
+    """The run's own form of images, from another place."""
+    return recipe.data.model_copy(
+        update={
+            "source": "auto",
+            "path": source,
+            "classes": (),
+            "download": False,
+            "folders_are_labels": False,
+            "skip_corrupt": True,
+            "limit": None,
+        }
+    )
+
+
+def _known(question: PredictRequest, model: Model, display: Display) -> KnownImages | None:
+    """The run's own images by the features of its last stage; None, and why, without them."""
+    run, stage = question.run, _last_stage(question.run)
+    ids = own_ids(run)
+    features_MD = kept_features(run, stage, len(ids))
+    if features_MD is None:
+        display.line("looking at the run's own images, once, to know the nearest")
+        with claimed(run, display.line):
+            try:
+                features_MD = stage_features(own_images(run, model.device, display), stage)
+            except (UserError, OSError) as error:
+                display.line(f"no nearest images, as the run's own are not at hand: {error}")
+                return None
+    # They are kept in half precision, in which they are no longer of length 1.
+    features_MD = F.normalize(features_MD, dim=1).to(model.device)
+    return KnownImages(pa.array(ids, pa.string()), features_MD, question.nearest)

@@ -1,0 +1,73 @@
+"""`snscc report`: a finished run as one page for a person, and the same as data beside it."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from torch import Tensor
+
+from snscc_ray.answers.features import own_images, stage_features
+from snscc_ray.answers.predict import load_model
+from snscc_ray.answers.report import sprites
+from snscc_ray.answers.report.content import GENERATOR, build, shown_rows
+from snscc_ray.answers.report.facts import read_facts
+from snscc_ray.answers.report.page import render
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import StageName
+from snscc_ray.core import storage
+from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.display import Display
+
+_MARK_BYTES = 1000  # within which a report says that it is one
+
+
+def report(run: Path, out: Path, console: Console, *, device: str = "auto") -> Path:
+    """Write the page, and report.json (its numbers) beside it; the path of the latter.
+
+    Raises UserError for a run that is not finished, whose images are gone, or an `out` that holds
+    something else; nothing is written then but features, which are kept for the next time.
+    """
+    data_file = out.with_suffix(".json")
+    for path in (out, data_file):
+        _check_ours(path)
+    display = Display(console)
+    model = load_model(run, device)
+    if model.caveat:
+        display.line(model.caveat)
+    facts = read_facts(run)
+    mined = MinedNeighbors.load(run / "pretrain" / "neighbors.parquet")
+    own = own_images(run, model.device, display)
+    display.line(f"answers for {len(own.catalog):,} images")
+    p_NC = model.probabilities(own.data)
+    digests = sprites.row_digests(own.data)
+
+    # The last stage's are asked for twice in a row; all at once may be more than memory holds.
+    @lru_cache(maxsize=1)
+    def features(stage: StageName) -> Tensor:
+        return stage_features(own, stage)
+
+    content = build(own, facts, features, p_NC, mined, digests, display.line)
+    display.line("thumbnails")
+    rows = shown_rows(content)
+    page = render(content, sprites.pack(rows, sprites.take(own.data, rows)))
+    storage.write_json(data_file, content)
+    storage.write_whole(out, partial(_write, page.encode("utf-8", "backslashreplace")))
+    return data_file
+
+
+def _check_ours(path: Path) -> None:
+    """Refuse to replace what is no report. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give --out a file, such as report.html")
+    if path.exists():
+        with path.open("rb") as file:
+            ours = GENERATOR.encode() in file.read(_MARK_BYTES)
+        if not ours:
+            raise UserError(f"{path} exists and is no report; give another --out")
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)

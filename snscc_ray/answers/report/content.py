@@ -1,0 +1,234 @@
+"""What a report says, as plain values: the same that report.json holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from snscc_ray.answers.features import RunImages
+from snscc_ray.answers.report import pick
+from snscc_ray.answers.report.embed import embed
+from snscc_ray.answers.report.facts import Facts
+from snscc_ray.answers.report.trust import TOLD_BY_FIGURES, judge
+from snscc_ray.answers.report.words import FIGURES, in_words
+from snscc_ray.config.settings import Recipe, StageName
+from snscc_ray.core.clustering import metrics
+from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.data.imageset import Catalog
+
+GENERATOR = "snscc report"  # by which a file is known as ours
+_SKIPPED = 1000  # named, at most
+_IDENTICAL_GROUPS, _IDENTICAL_EACH = 20, 6
+_CONFUSION = 40  # classes of a table that can be read
+
+
+def build(
+    own: RunImages,
+    facts: Facts,
+    features: Callable[[StageName], Tensor],
+    p_NC: Tensor,
+    mined: MinedNeighbors,
+    digests: Sequence[bytes],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """features: those of a stage, (N, D). tell: is told what takes long."""
+    seed, recipe = own.recipe.seed, own.recipe
+    stages = list(facts.stages)
+    clusters_N = facts.clusters_N
+    sampled = pick.sample(len(own.catalog), seed)
+    points = {}
+    for stage in stages:
+        tell(f"features, and t-SNE of {len(sampled):,} images, after {stage}")
+        points[stage] = embed(features(stage)[sampled], seed)
+    galleries = pick.galleries(features(stages[-1]), p_NC, clusters_N, seed)
+    content: dict[str, Any] = {
+        "generator": GENERATOR,
+        "run": own.folder.name or own.folder.resolve().name,
+        "summary": _summary(own, facts),
+        "trust": _trust(facts, recipe),
+        "stages": facts.stages,
+        "clusters": _clusters(facts, recipe.data.num_clusters),
+        "galleries": [vars(gallery) for gallery in galleries],
+        "neighbors": _neighbors(mined, galleries, recipe.train.num_neighbors),
+        "health": _health(facts),
+        "warnings": facts.warnings,
+        "duplicates": _duplicates(mined, digests),
+        "outliers": _outliers(mined),
+        "confusion": _confusion(own.catalog, clusters_N),
+        "class_names": class_names(own.catalog),
+        "number": facts.number and facts.number.model_dump(),
+        "picked": facts.picked and facts.picked.model_dump()["picked"],
+        "scatter": {"rows": sampled, "points": points},
+    }
+    content["images"] = _images(own.catalog, facts, p_NC, shown_rows(content))
+    return content
+
+
+def shown_rows(content: dict[str, Any]) -> list[int]:
+    """Every row that a page shows an image of, ascending."""
+    rows = set(content["scatter"]["rows"])
+    for gallery in content["galleries"]:
+        rows |= {*gallery["typical"], *gallery["doubtful"], *gallery["random"]}
+    for line in content["neighbors"]:
+        rows |= {line["row"], *(near["row"] for near in line["near"])}
+    for group in content["duplicates"]["identical"]:
+        rows |= set(group["rows"])
+    for pair in content["duplicates"]["pairs"]:
+        rows |= {pair["a"], pair["b"]}
+    rows |= {line["row"] for line in content["outliers"]}
+    return sorted(rows)
+
+
+def class_names(catalog: Catalog) -> list[str] | None:
+    if catalog.labels is None:
+        return None
+    if catalog.class_names is not None:
+        return list(catalog.class_names)
+    return [str(label) for label in range(int(catalog.labels.max()) + 1)]
+
+
+def _summary(own: RunImages, facts: Facts) -> dict[str, Any]:
+    skipped = own.catalog.skipped
+    return {
+        "images": len(own.catalog),
+        "clusters": own.recipe.data.num_clusters,
+        "skipped": [{"id": name, "reason": reason} for name, reason in skipped[:_SKIPPED]],
+        "skipped_total": len(skipped),
+        "notes": facts.notes,
+        "words": in_words(own.recipe, len(own.catalog)),
+        "recipe": own.recipe.model_dump(mode="json"),
+        "versions": facts.versions,
+        "seconds": {stage: figures["seconds"] for stage, figures in facts.stages.items()},
+    }
+
+
+def _trust(facts: Facts, recipe: Recipe) -> dict[str, Any]:
+    warnings = [
+        f"{line['stage']}, epoch {line['epoch'] + 1}: {line['warning']}"
+        for line in facts.warnings
+        if not line["warning"].startswith(TOLD_BY_FIGURES)
+    ]
+    trust = judge(
+        facts.last_figures(),
+        recipe.data.num_clusters,
+        warnings,
+        max_imbalance=recipe.train.max_imbalance,
+    )
+    sentences = [vars(sentence) for sentence in trust.sentences]
+    return {"verdict": trust.verdict, "summary": trust.summary, "sentences": sentences}
+
+
+def _clusters(facts: Facts, num_clusters: int) -> list[dict[str, Any]]:
+    sizes_C = torch.bincount(facts.clusters_N, minlength=num_clusters)
+    sums_C = torch.bincount(facts.clusters_N, facts.confidence_N, minlength=num_clusters)
+    return [
+        {
+            "cluster": cluster,
+            "size": size,
+            "share": size / len(facts.clusters_N),
+            "confidence": total / size if size else None,
+        }
+        for cluster, (size, total) in enumerate(zip(sizes_C.tolist(), sums_C.tolist(), strict=True))
+    ]
+
+
+def _neighbors(
+    mined: MinedNeighbors, galleries: list[pick.Gallery], num_neighbors: int
+) -> list[dict[str, Any]]:
+    K = pick.neighbors_shown(mined, num_neighbors)
+    found = []
+    for row in pick.with_neighbors(galleries):
+        near = zip(
+            mined.neighbors_NK[row, :K].tolist(),
+            mined.confidence_NK[row, :K].tolist(),
+            mined.distances_NK[row, :K].tolist(),
+            strict=True,
+        )
+        lines = [{"row": n, "confidence": s, "distance": d} for n, s, d in near]
+        found.append({"row": row, "near": lines})
+    return found
+
+
+def _health(facts: Facts) -> dict[str, dict[str, list[tuple[int, float | None]]]]:
+    """Of each stage, the figures that it has, by epoch counted from 1."""
+    return {
+        stage: {
+            name: [(line["epoch"] + 1, line.get(name)) for line in lines]
+            for name in FIGURES
+            if any(line.get(name) is not None for line in lines)
+        }
+        for stage, lines in facts.epochs.items()
+        if lines
+    }
+
+
+def _duplicates(mined: MinedNeighbors, digests: Sequence[bytes]) -> dict[str, Any]:
+    groups = pick.identical(digests)
+    pairs, near = pick.close_pairs(mined, digests)
+    return {
+        "identical": [
+            {"rows": group[:_IDENTICAL_EACH], "images": len(group)}
+            for group in groups[:_IDENTICAL_GROUPS]
+        ],
+        "identical_total": len(groups),
+        "pairs": [vars(pair) for pair in pairs],
+        "near_total": near,
+        "threshold": pick.NEAR,
+    }
+
+
+def _outliers(mined: MinedNeighbors) -> list[dict[str, Any]]:
+    rows, mean_N = pick.outliers(mined)
+    return [{"row": row, "distance": float(mean_N[row])} for row in rows]
+
+
+def _confusion(catalog: Catalog, clusters_N: Tensor) -> dict[str, Any] | None:
+    """Labels by clusters, each cluster under the label it is matched with."""
+    if catalog.labels is None:
+        return None
+    counts, matched = metrics.confusion(catalog.labels, clusters_N)
+    if max(counts.shape) > _CONFUSION:
+        # Too large to be read: of each label only its own cluster.
+        return {"clusters": None, "lines": _matches(counts, matched)}
+    order = [cluster for cluster in matched if cluster is not None]
+    order += [cluster for cluster in range(counts.shape[1]) if cluster not in order]
+    lines = [
+        {"label": label, "cluster": cluster, "counts": counts[label, order].tolist()}
+        for label, cluster in enumerate(matched)
+    ]
+    return {"clusters": order, "lines": lines}
+
+
+def _matches(counts: np.ndarray, matched: list[int | None]) -> list[dict[str, Any]]:
+    return [
+        {
+            "label": label,
+            "cluster": cluster,
+            "found": 0 if cluster is None else int(counts[label, cluster]),
+            "images": int(counts[label].sum()),
+        }
+        for label, cluster in enumerate(matched)
+    ]
+
+
+def _images(
+    catalog: Catalog, facts: Facts, p_NC: Tensor, rows: list[int]
+) -> dict[int, dict[str, Any]]:
+    """What is known of each image that is shown."""
+    index_N, second_N = pick.runners_up(p_NC, facts.clusters_N)
+    found = {}
+    for row in rows:
+        found[row] = {
+            "id": catalog.ids[row],
+            "cluster": int(facts.clusters_N[row]),
+            "confidence": round(float(facts.confidence_N[row]), 4),
+            "second": int(index_N[row]),
+            "second_confidence": round(float(second_N[row]), 4),
+        }
+        if catalog.labels is not None:
+            found[row]["label"] = int(catalog.labels[row])
+    return found

@@ -1,0 +1,133 @@
+"""What a run folder holds besides images and networks, read for a page."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import STAGES, StageName
+from snscc_ray.core import checkpoints, storage
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class NumberChosen(BaseModel):
+    """clusters.json: how the number of clusters was chosen."""
+
+    chosen: int
+    runner_up: int | None = None
+    tried: list[int] = Field(min_length=1)
+    criteria: dict[str, list[float | None]]
+    why: str = ""
+
+
+class _Figures(BaseModel):
+    """metrics.json: what the stages came to."""
+
+    stages: dict[StageName, dict[str, Any]] = Field(min_length=1)
+    notes: list[str] = []
+
+
+class _Choice(BaseModel):
+    what: str
+    value: str | int | float | bool
+    why: str = ""
+
+
+class Picked(BaseModel):
+    """fit.json: settings that were chosen for the person."""
+
+    picked: list[_Choice]
+
+
+@dataclass(frozen=True)
+class Facts:
+    stages: dict[StageName, dict[str, float]]  # the final figures of those there are
+    versions: dict[str, str]
+    epochs: dict[StageName, list[dict[str, Any]]]  # lines of metrics.jsonl
+    warnings: list[dict[str, Any]]
+    clusters_N: Tensor
+    confidence_N: Tensor
+    number: NumberChosen | None
+    picked: Picked | None
+    notes: list[str]  # what was left aside or assumed
+
+    def last_figures(self) -> dict[str, float]:
+        """Health of the last stage, what only Train notes, and what only a last epoch says."""
+        last = {"pretrain": "health/projection_spread", "boost": "health/selected_share"}
+        found = dict(list(self.stages.values())[-1])
+        forced = self.stages.get("train", {}).get("health/forced_balance")
+        if forced is not None:
+            found["health/forced_balance"] = forced
+        for stage in STAGES:
+            lines, name = self.epochs.get(stage), last.get(stage)
+            if lines and name and lines[-1].get(name) is not None:
+                found[name] = lines[-1][name]
+        return found
+
+
+def read_facts(folder: Path) -> Facts:
+    """Raises UserError for a file that cannot be read."""
+    figures = _read(folder / "metrics.json", _Figures)
+    if figures is None:
+        raise UserError(f"{folder} holds a run that is not finished")
+    held = figures.stages
+    lines = _lines(folder / "metrics.jsonl")
+    path = folder / "assignments.parquet"
+    table = checkpoints.read_columns(path, ["cluster", "confidence"])
+    return Facts(
+        {stage: held[stage] for stage in STAGES if stage in held},
+        storage.read_json(folder / "recipe.json").get("versions", {}),
+        {
+            stage: [line for line in lines if line["stage"] == stage and "warning" not in line]
+            for stage in STAGES
+            if stage in held
+        },
+        [line for line in lines if "warning" in line],
+        torch.from_numpy(table["cluster"].to_numpy().copy()).long(),
+        torch.from_numpy(table["confidence"].to_numpy().copy()).double(),
+        _read(folder / "clusters.json", NumberChosen),
+        _read(folder / "fit.json", Picked),
+        figures.notes,
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; figures that are no numbers are None."""
+    found = []
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # cut short by a kill
+        if not isinstance(line, dict) or not {"stage", "epoch"} <= line.keys():
+            continue
+        found.append({name: _finite(value) for name, value in line.items()})
+    return found
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(path: Path, model: type[Model]) -> Model | None:
+    if not path.exists():
+        return None
+    held = storage.read_json(path)
+    try:
+        return model.model_validate(held)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise UserError(
+            f"{path} is damaged ({place}{first['msg']}): bring back a copy of it, or run the "
+            "recipe again"
+        ) from error

@@ -1,0 +1,123 @@
+"""The content of a report as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from snscc_ray.answers.report.charts import HEIGHT, WIDTH, draw
+from snscc_ray.answers.report.sprites import Sprites
+from snscc_ray.answers.report.words import CRITERIA, FIGURES, STAGE_MEANING, STAGE_NAMES
+from snscc_ray.texts import shown
+
+_GOLDEN_ANGLE = 137.508
+
+
+def render(content: dict[str, Any], sprites: Sprites) -> str:
+    """`content` is what report.json holds; names and ids in it may be anything, and stay text.
+
+    What would turn the reading of a line is written as an escape here, and not in report.json.
+    """
+    content = _shown(content)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "percent": percent,
+        "fraction": fraction,
+        "number": number,
+        "duration": duration,
+    }
+    script = _text("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    clusters = content["summary"]["clusters"]
+    return environment.from_string(_text("page.html.j2")).render(
+        **content,
+        places=sprites.places,
+        sheets=[
+            {
+                "columns": sheet.columns,
+                "lines": sheet.lines,
+                "data": base64.b64encode(sheet.webp).decode(),
+            }
+            for sheet in sprites.sheets
+        ],
+        pixelated=sprites.size <= 48,
+        # Ours, as they stand; all else is escaped.
+        style=Markup(_text("page.css")),
+        script=Markup(script),
+        script_hash=digest,
+        recipe_text=json.dumps(content["summary"]["recipe"], indent=2),
+        data=_data(content, sprites, clusters),
+        draw=draw,
+        zip=zip,
+        chart_size=(WIDTH, HEIGHT),
+        figure_names=FIGURES,
+        criteria_names=CRITERIA,
+        stage_names=STAGE_NAMES,
+        stage_meaning=STAGE_MEANING,
+    )
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, dict):
+        return {name: _shown(part) for name, part in value.items()}
+    return [_shown(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _data(content: dict[str, Any], sprites: Sprites, clusters: int) -> dict[str, Any]:
+    """What the page's script reads."""
+    return {
+        "images": content["images"],
+        "places": {
+            row: [place.sheet, place.column, place.line] for row, place in sprites.places.items()
+        },
+        "scatter": content["scatter"],
+        "class_names": content["class_names"],
+        "colors": colors(max(clusters, len(content["class_names"] or ()))),
+    }
+
+
+def colors(count: int) -> list[str]:
+    """Colours as far apart as can be, of a lightness that is seen on white and on black."""
+    step = 360 / count if count <= 12 else _GOLDEN_ANGLE
+    return [
+        f"oklch({0.58 + 0.12 * (number % 2)} 0.16 {number * step % 360:.1f})"
+        for number in range(count)
+    ]
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share < 0.995 or share == 1 else "99%+"
+
+
+def fraction(share: float) -> str:
+    """A percentage to a tenth, which is 0 only where nothing is."""
+    return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
+
+
+def number(value: float) -> str:
+    """Whole numbers whole, others to three digits; very small ones short, to fit beside an axis."""
+    if float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.0e}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as a person would say it."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _text(name: str) -> str:
+    return resources.files("snscc_ray.answers.report").joinpath(name).read_text("utf-8")

@@ -1,0 +1,113 @@
+"""Names and settings in words, for who never read the paper."""
+
+from __future__ import annotations
+
+from snscc_ray.config.settings import (
+    BoostSettings,
+    EncoderSettings,
+    PretrainSettings,
+    Recipe,
+    TrainSettings,
+)
+
+STAGE_NAMES = {"pretrain": "Pretrain", "train": "Train", "boost": "Boost"}
+
+STAGE_MEANING = {
+    "pretrain": "learns, without any clusters, which images look alike",
+    "train": "puts images and their look-alikes into the same cluster",
+    "boost": "sharpens the clusters with the answers it is surest of",
+}
+
+# Figures that are shown over time: title, what it means, and whether its scale begins at 0.
+FIGURES = {
+    "loss/total": ("Loss", "What training makes smaller; only its course means anything.", False),
+    "health/score": ("Score", "Neighbour agreement times balance; higher is better.", True),
+    "health/neighbor_agreement": (
+        "Neighbour agreement",
+        "How many of an image's ten closest look-alikes share its cluster.",
+        True,
+    ),
+    "health/balance": ("Balance", "1: clusters of equal size. 0: all in one cluster.", True),
+    "health/clusters_in_use": ("Clusters in use", "Clusters that are not all but empty.", True),
+    "health/confidence": ("Mean confidence", "How sure the answers are on average.", True),
+    "health/confident_share": ("Confident share", "Images placed with 99% confidence.", True),
+    "health/selected_share": ("Selected share", "Images that Boost learns from.", True),
+    "health/projection_spread": (
+        "Spread",
+        "How far apart images are projected; near 0, all look the same to the network.",
+        True,
+    ),
+    "health/effective_rank": (
+        "Effective rank",
+        "How many directions the network tells images apart by.",
+        True,
+    ),
+}
+
+CRITERIA = {
+    "stability": ("Stability", "How alike the clusters are when the images are drawn again."),
+    "silhouette": ("Silhouette", "How much closer images are to their own cluster than to others."),
+    "eigengap": ("Eigengap", "How clearly the graph of look-alikes falls into that many parts."),
+}
+
+_ENCODERS = {
+    "convnet": "a small ConvNet",
+    "resnet18": "a ResNet-18",
+    "resnet34": "a ResNet-34",
+    "resnet50": "a ResNet-50",
+}
+_METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
+
+
+def in_words(recipe: Recipe, images: int) -> list[str]:
+    """The settings of a run in a few sentences."""
+    data = recipe.data
+    colour = "in colour" if data.channels == 3 else "in grey"
+    return [
+        f"{images:,} images, looked at {colour} at {data.image_size}×{data.image_size} pixels, "
+        f"in {data.num_clusters} clusters.",
+        _encoder(recipe.encoder),
+        _pretrain(recipe.pretrain),
+        _train(recipe.train),
+        _boost(recipe.boost),
+        f"Everything random follows from the seed {recipe.seed}.",
+    ]
+
+
+def _encoder(encoder: EncoderSettings) -> str:
+    width = f" of width {encoder.width}" if encoder.name == "convnet" else ""
+    known = _ENCODERS.get(encoder.name, encoder.name)
+    start = "trained from scratch" if encoder.weights is None else "which came trained"
+    return f"The network is {known}{width}, {start}."
+
+
+def _pretrain(pretrain: PretrainSettings) -> str:
+    if pretrain.epochs == 0:
+        return "Pretrain was left out: the network is taken as it came."
+    method = _METHODS.get(pretrain.method, pretrain.method)
+    return (
+        f"Pretrain: {_epochs(pretrain.epochs)} by {method}, "
+        f"{pretrain.batch_size} images at a time: two altered copies of an image are to look alike."
+    )
+
+
+def _train(train: TrainSettings) -> str:
+    uneven = f"; sizes may differ {train.max_imbalance:g} times" if train.max_imbalance > 1 else ""
+    return (
+        f"Train: {_epochs(train.epochs)}: an image and its {train.num_neighbors} nearest "
+        "look-alikes are to share a cluster, the closest counting most, while clusters are kept "
+        f"from being empty (with weight {train.entropy_weight:g}){uneven}."
+    )
+
+
+def _boost(boost: BoostSettings) -> str:
+    if boost.epochs == 0:
+        return "Boost was left out."
+    return (
+        f"Boost: {_epochs(boost.epochs)}, learning from images that it "
+        f"places with {boost.confidence_threshold:.0%} confidence or more."
+    )
+
+
+def _epochs(count: int) -> str:
+    return "1 pass over the images" if count == 1 else f"{count} passes over the images"

@@ -1,0 +1,222 @@
+"""A group of Ray Train workers that run a recipe's stages, with retries."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from snscc_ray.cluster.nodes import bundle_of
+from snscc_ray.cluster.relay import Relay, RelayScreen, show
+from snscc_ray.cluster.scale import Scale, why_failed
+from snscc_ray.config.errors import TrainingError, UserError
+from snscc_ray.config.paths import arrow_storage, as_path
+from snscc_ray.config.settings import Recipe, StageName
+from snscc_ray.core import checkpoints, distributed
+from snscc_ray.core.display import Screen
+from snscc_ray.data.loading.ray_stream import Load
+from snscc_ray.runs.folder import remove_tree
+from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
+from snscc_ray.runs.run import execute
+from snscc_ray.training.engine import Interrupted
+
+# Ray Train's own folder within the run folder; it is removed once the run is finished.
+RAY_FOLDER = "ray"
+_POLL_SECONDS = 0.2
+# How often a worker group is put together again when nodes are missing: Ray tries once a minute.
+_START_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Job:
+    """All a worker needs to know; goes to it pickled."""
+
+    recipe: Recipe
+    folder: str
+    stages: tuple[StageName, ...]
+    overwrite: bool
+    catalog: Any  # reference to a Catalog
+    load: Load
+    store: str | None = None  # of stages, see `execute`
+
+
+def train_group(job: Job, scale: Scale, screen: Screen) -> None:
+    """Train a job's stages by a group of workers, retries and all; returns once it is finished.
+
+    Raises UserError, TrainingError, or Interrupted.
+    """
+    folder = as_path(job.folder)
+    # On this node, as the others may be lost: Ray would put an actor that takes nothing anywhere.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    relay = (
+        ray.remote(Relay).options(num_cpus=0, max_concurrency=16, scheduling_strategy=here).remote()
+    )
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": job, "relay": relay},
+        torch_config=_Torch(),
+        scaling_config=_scaling(scale),
+        run_config=_run_config(folder, job.recipe, scale),
+    )
+    _fit(trainer, relay, screen)
+    remove_tree(folder / RAY_FOLDER)
+
+
+def _fit(trainer: TorchTrainer, relay: Any, screen: Screen) -> None:
+    """Run the trainer in a thread, and show here what its first worker tells.
+
+    In a thread, because Ray would else take Ctrl-C for itself and end without a word.
+    """
+    failed: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+            show(ray.get(relay.drain.remote()), screen)
+        show(ray.get(relay.drain.remote()), screen)
+        fault = ray.get(relay.fault.remote())
+    except KeyboardInterrupt as stop:
+        raise Interrupted from stop
+    finally:
+        screen.finish()
+    if fault is not None:
+        kind, message = fault
+        raise (UserError if kind == "user" else TrainingError)(message)
+    if failed:
+        raise TrainingError(why_failed(failed[0])) from failed[0]
+
+
+def _scaling(scale: Scale) -> ScalingConfig:
+    fewest, most = scale.workers
+    return ScalingConfig(
+        num_workers=fewest if fewest == most else (fewest, most),
+        use_gpu=scale.gpu,
+        resources_per_worker=bundle_of(scale),
+        placement_strategy="PACK",
+    )
+
+
+def _run_config(folder: Path, recipe: Recipe, scale: Scale) -> RunConfig:
+    storage, filesystem = arrow_storage(folder)
+    return RunConfig(
+        name=RAY_FOLDER,
+        storage_path=storage,
+        storage_filesystem=filesystem,
+        failure_config=FailureConfig(
+            max_failures=recipe.runtime.max_failures,
+            # Nodes that do not come back must not be waited for for ever.
+            controller_failure_limit=max(1, math.ceil(scale.wait / _START_SECONDS)),
+        ),
+        checkpoint_config=CheckpointConfig(num_to_keep=2),
+    )
+
+
+# ------------------------------------------------------------------------------ in the workers
+
+
+def _name_interface() -> None:
+    """Tell gloo which network to use: that of Ray.
+
+    By itself it takes the address that the host's name stands for, which on many a machine is its
+    own loopback, where no other host can reach it.
+    """
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+class _OwnInterface(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_name_interface)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class _Torch(TorchConfig):  # type: ignore[misc]
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _OwnInterface
+
+
+class RayWorker:
+    """One of the workers of a Ray Train group; checkpoints go through Ray's own report."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank = distributed.rank()
+        self.world_size = distributed.world_size()
+
+    def report(
+        self, stage: str, metrics: dict[str, Any], checkpoint: dict[str, Any] | None
+    ) -> None:
+        """Every worker must call it; the first one's metrics and checkpoint count."""
+        if checkpoint is None:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints.save(Path(folder) / f"{stage}.pt", checkpoint)
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+    def latest_checkpoint(self, stage: str) -> dict[str, Any] | None:
+        latest = ray.train.get_checkpoint()
+        if latest is None:
+            return None
+        with latest.as_directory() as folder:
+            path = Path(folder) / f"{stage}.pt"
+            return checkpoints.load(path, self.device) if path.exists() else None
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each worker runs, from its start or from where the group was lost."""
+    job: Job = config["job"]
+    relay = config["relay"]
+    if ray.get(relay.fault.remote()) is not None:
+        return  # a mistake is not mended by trying again
+    device = get_device()
+    first = distributed.rank() == 0
+    # Started again, the workers go on with what they have done, and replace it no more.
+    start = ray.get(relay.started.remote()) if first else 0
+    monitor: RunMonitor | NullMonitor = NullMonitor()
+    folder = as_path(job.folder)
+    try:
+        if first:
+            monitor = RunMonitor(Journal(folder), RelayScreen(relay.tell.remote))
+        execute(
+            job.recipe,
+            ray.get(job.catalog),
+            job.load(device),
+            folder,
+            RayWorker(device),
+            monitor,
+            job.stages,
+            overwrite=job.overwrite and start == 1,
+            store=as_path(job.store) if job.store else None,
+        )
+    except (UserError, TrainingError) as error:
+        kind = "user" if isinstance(error, UserError) else "training"
+        ray.get(relay.give_up.remote(kind, str(error)))
+        raise
+    finally:
+        monitor.finish()

@@ -1,0 +1,175 @@
+"""The nodes of a Ray cluster: joining them, room for workers, and what each can see."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from snscc_ray.cluster.scale import (
+    Probe,
+    Scale,
+    amounts,
+    check_fits,
+    check_reachable,
+    free_of,
+    probe_node,
+    stderr_into,
+    too_small,
+    unseen,
+    why_not_joined,
+)
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import is_url
+from snscc_ray.core.storage import write_whole
+from snscc_ray.runs.folder import SEEN
+from snscc_ray.runs.local import terminated_like_interrupted
+
+_LINE_SECONDS = 10.0
+
+
+@contextmanager
+def connected(scale: Scale) -> Iterator[None]:
+    """Join the cluster, or start Ray on this machine. Raises UserError when that fails, or when
+    the memory and the disk of Ray are full in the end."""
+    address = scale.address or os.environ.get("RAY_ADDRESS") or "local"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    check_reachable(address)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        quiet["include_dashboard"] = False
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            with stderr_into(said):
+                ray.init(address=address, **quiet)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            said.seek(0)
+            raise UserError(why_not_joined(address, error, said.read())) from error
+    try:
+        # Ray has put its own handler of SIGTERM in place, which aborts with a dump of the stack.
+        with terminated_like_interrupted():
+            yield
+    except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
+        raise UserError(
+            "Ray's object store is full, and so is the disk that takes what it cannot hold (Ray "
+            "keeps 5 % of it free): free some space on it, on every node, and run the same "
+            "command again"
+        ) from error
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def reserved(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
+    """Reserve the fewest workers asked for, probe where they stand, and let go of them after.
+
+    Raises UserError when they cannot be placed: at once on this machine alone, which does not
+    grow, and after `scale.wait` seconds on a cluster, saying what is free.
+    """
+    bundle, fewest = bundle_of(scale), scale.workers[0]
+    if scale.alone:
+        check_fits(bundle, fewest, ray.available_resources(), ray.cluster_resources())
+    group = placement_group([bundle] * fewest, strategy="PACK")
+    try:
+        give_up, shown = time.monotonic() + scale.wait, time.monotonic()
+        while not group.wait(1):
+            small = too_small(bundle, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+            why = small or _free()
+            if time.monotonic() > give_up:
+                raise UserError(
+                    f"{fewest} workers of {amounts(bundle)} could not be placed within "
+                    f"{scale.wait:g} s: {why}; {scale.smaller if small else scale.fewer}, "
+                    "or see why nodes do not come with `ray status`"
+                )
+            if time.monotonic() - shown > _LINE_SECONDS:
+                shown = time.monotonic()
+                left = give_up - shown
+                say(
+                    f"waiting for {fewest} workers of {amounts(bundle)} each: {why}; "
+                    f"giving up in {left:.0f} s"
+                )
+        yield _probe(group, bundle, fewest)
+    finally:
+        remove_placement_group(group)
+
+
+def bundle_of(scale: Scale) -> dict[str, float]:
+    """What each worker holds of the cluster."""
+    return scale.bundle(ray.cluster_resources().get("CPU", 1))
+
+
+def _free() -> str:
+    return free_of(ray.available_resources(), ray.cluster_resources())
+
+
+def _probe(group: Any, bundle: dict[str, float], workers: int) -> list[Probe]:
+    """What each worker's place offers, looked at from there."""
+    task = ray.remote(lambda: probe_node(ray.util.get_node_ip_address()))
+    results = [
+        task.options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_retries=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=index
+            ),
+        ).remote()
+        for index in range(workers)
+    ]
+    try:
+        return list(ray.get(results))
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        if isinstance(cause, ImportError):
+            raise UserError(
+                f"a node of the cluster lacks a package ({cause}): install snscc_ray on every "
+                "node, as cluster.yaml does in its setup_commands"
+            ) from error
+        raise
+
+
+def check_visible(folder: Path, files: Sequence[str]) -> None:
+    """Refuse a run folder or shards that some node cannot see. Raises UserError naming both."""
+    marker, token = folder / f"{SEEN}{secrets.token_hex(8)}", secrets.token_hex(8)
+    made = [] if is_url(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
+    write_whole(marker, lambda file: file.write(token.encode()))
+    try:
+        ask_every_node(unseen, str(marker), token, list(files))
+    finally:
+        with suppress(OSError):
+            marker.unlink()
+            for place in made:  # what is refused leaves no folder behind
+                place.rmdir()
+
+
+def ask_every_node(problem_of: Callable[..., str | None], *arguments: object) -> None:
+    """Raises UserError for the first node that has a problem with what it is asked.
+
+    One task on every node that is up, wherever workers will be placed: after a loss they may be
+    placed anywhere.
+    """
+    task = ray.remote(lambda *what: problem_of(ray.util.get_node_ip_address(), *what))
+    checks = [
+        task.options(
+            num_cpus=0,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        ).remote(*arguments)
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    for problem in ray.get(checks):
+        if problem is not None:
+            raise UserError(problem)

@@ -1,0 +1,90 @@
+"""What the first worker of a group tells, on its way to where the person looks; needs no Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from snscc_ray.core.display import Screen
+
+# Progress is told this often: a call per step would cost more than small steps themselves.
+_TELL_SECONDS = 0.5
+
+# A method of `Screen`, and what it is called with.
+Event = tuple[str, tuple[Any, ...]]
+
+
+def show(events: list[Event], screen: Screen) -> None:
+    for name, arguments in events:
+        getattr(screen, name)(*arguments)
+
+
+class Relay:
+    """An actor that carries what the first worker tells to the process the person looks at."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._fault: tuple[str, str] | None = None
+        self._starts = 0
+
+    def tell(self, events: list[Event]) -> None:
+        self._events += events
+
+    def drain(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def started(self) -> int:
+        """Count the times the workers were started, this one included."""
+        self._starts += 1
+        if self._starts > 1:
+            self._events.append(("finish", ()))
+            self._events.append(
+                ("line", ("workers were lost and have been started again: going on from the last "
+                          "checkpoint",))
+            )  # fmt: skip
+        return self._starts
+
+    def give_up(self, kind: str, message: str) -> None:
+        if self._fault is None:
+            self._fault = (kind, message)
+
+    def fault(self) -> tuple[str, str] | None:
+        return self._fault
+
+
+class RelayScreen:
+    """A `Screen` that is elsewhere; progress is told now and then, the rest at once."""
+
+    def __init__(self, tell: Callable[[list[Event]], object]) -> None:
+        self._send = tell
+        self._steps = 0
+        self._told = 0.0
+
+    def start(self, stage: str, epochs: int, steps: int, done: int) -> None:
+        self._tell("start", stage, epochs, steps, done)
+
+    def advance(self, steps: int = 1) -> None:
+        self._steps += steps
+        if time.monotonic() - self._told > _TELL_SECONDS:
+            self._tell()
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        self._tell("epoch", stage, epoch, figures)
+
+    def line(self, text: str) -> None:
+        self._tell("line", text)
+
+    def finish(self) -> None:
+        self._tell("finish")
+
+    def _tell(self, name: str | None = None, *arguments: Any) -> None:
+        events: list[Event] = []
+        if self._steps:
+            events.append(("advance", (self._steps,)))
+            self._steps = 0
+        if name is not None:
+            events.append((name, arguments))
+        self._told = time.monotonic()
+        self._send(events)

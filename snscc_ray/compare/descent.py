@@ -1,0 +1,62 @@
+"""A stage of the engine made of parts: a network, what makes its views, and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from snscc_ray.config.settings import StageName, StageSettings, View
+from snscc_ray.core.views import make_views
+from snscc_ray.data.loading.resident import Batch, Viewer
+from snscc_ray.training.context import Context
+
+
+@dataclass
+class Descent:
+    """For methods with no state besides their network."""
+
+    network: nn.Module
+    settings: StageSettings
+    views: Callable[[int], Viewer]  # of an epoch
+    terms: Callable[[nn.Module, tuple[Tensor, ...], Batch], dict[str, Tensor]]
+    name: StageName = "train"  # whose settings it trains by
+
+    def viewer(self, epoch: int) -> Viewer:
+        return self.views(epoch)
+
+    def begin_epoch(self, epoch: int) -> None:
+        pass
+
+    def step(
+        self, forward: nn.Module, views: tuple[Tensor, ...], batch: Batch
+    ) -> dict[str, Tensor]:
+        return self.terms(forward, views, batch)
+
+    def after_step(self) -> None:
+        pass
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        return {}
+
+    def finish(self) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def views_of(context: Context, part: str, *views: View | None) -> Callable[[int], Viewer]:
+    """What makes the given views of a batch (None: the clean images), drawn anew each epoch."""
+    return lambda epoch: partial(
+        make_views,
+        views=views,
+        keys=tuple(context.key(part, epoch, index) for index in range(len(views))),
+        normalize=context.normalize,
+    )

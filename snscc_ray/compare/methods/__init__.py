@@ -1,0 +1,69 @@
+"""The methods of a comparison: a file each, and a line here.
+
+A method is a function from a `Study` to a `MethodResult`. Importing this needs no torch, so that
+`snscc compare --help` is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+from snscc_ray.config.errors import UserError
+
+if TYPE_CHECKING:
+    from snscc_ray.compare.study import MethodResult, Study
+
+
+class Method(NamedTuple):
+    title: str  # in the table
+    file: str  # in this folder, without .py
+    function: str = "cluster"
+
+
+# In the order of the table.
+METHODS = {
+    "kmeans": Method("K-Means on pixels", "kmeans"),
+    "sc": Method("Spectral on pixels", "sc"),
+    "ac": Method("Agglomerative on pixels", "ac"),
+    "nmf": Method("NMF on pixels", "nmf"),
+    "ae": Method("AE + K-Means", "ae"),
+    "dae": Method("DAE + K-Means", "dae"),
+    "vae": Method("VAE + K-Means", "vae"),
+    "dec": Method("DEC", "dec"),
+    "iic": Method("IIC", "iic"),
+    "pica": Method("PICA", "pica"),
+    "cc": Method("CC", "cc"),
+    "pretext": Method("Pretrain + K-Means", "ours", "pretext_kmeans"),
+    "scan": Method("SCAN", "scan"),
+    "snscc": Method("SNSCC (ours)", "ours"),
+}
+
+
+def load(name: str) -> Callable[[Study], MethodResult]:
+    """The function that is the method of that name."""
+    method = METHODS[name]
+    module = import_module(f"{__name__}.{method.file}")
+    function: Callable[[Study], MethodResult] = getattr(module, method.function)
+    return function
+
+
+def chosen(text: str) -> tuple[str, ...]:
+    """The methods that `all` or `name,…` means, in the table's order, each once.
+
+    Raises UserError for a name that is none.
+    """
+    if text.strip() == "all":
+        return tuple(METHODS)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in METHODS:
+            near = difflib.get_close_matches(name, METHODS, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(
+                f"--methods {text}: there is no method {name!r}; {hint}"
+                f"use all, or some of {', '.join(METHODS)}"
+            )
+    return tuple(name for name in METHODS if name in names)

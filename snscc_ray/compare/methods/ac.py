@@ -1,0 +1,14 @@
+"""Agglomerative clustering on raw pixels (Gowda & Krishna, 1978, is what the paper cites), with
+Ward's criterion (Ward, 1963), by scikit-learn."""
+
+from __future__ import annotations
+
+from sklearn.cluster import AgglomerativeClustering
+
+from snscc_ray.compare.study import MethodResult, Study
+from snscc_ray.compare.subsample import cluster_some
+
+
+def cluster(study: Study) -> MethodResult:
+    model = AgglomerativeClustering(study.clusters, linkage="ward")
+    return cluster_some(study, "ac", model.fit_predict)

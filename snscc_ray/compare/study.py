@@ -1,0 +1,117 @@
+"""What a method of a comparison is given, what it gives back, and how its network is trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from snscc_ray.core import checkpoints
+from snscc_ray.core.display import Display
+from snscc_ray.data.imageset import Catalog
+from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.runs.identity import stage_identity
+from snscc_ray.runs.monitor import Journal, RunMonitor
+from snscc_ray.training.context import Context, Stage
+from snscc_ray.training.engine import fit
+from snscc_ray.training.workers import LocalWorker
+
+T = TypeVar("T")
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """A method's answer."""
+
+    clusters_N: Tensor  # int64, on the CPU
+    epochs: str = ""  # of each of its networks, as in "100 + 30"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The images, the recipe and the folder of one method's part in a comparison."""
+
+    context: Context
+    catalog: Catalog
+    folder: Path  # of the comparison
+    display: Display
+    seconds: list[float] = field(default_factory=list)
+    """Of each part of the method; those that another method trained before count as well."""
+
+    @property
+    def clusters(self) -> int:
+        return self.context.recipe.data.num_clusters
+
+    @property
+    def data(self) -> ResidentData:
+        data = self.context.data
+        assert isinstance(data, ResidentData)
+        return data
+
+    def pixels(self) -> Tensor:
+        """The images as rows of numbers in [0, 1], (N, channels · H · W) float32, on the CPU."""
+        return self.data.images_NCHW.cpu().flatten(1).float().div_(255)
+
+    def key(self, *parts: int | str) -> int:
+        return self.context.key(*parts)
+
+    def identity(self) -> str:
+        """Of all that determines what any method finds here."""
+        recipe, data = self.context.recipe, self.context.data
+        return stage_identity(recipe, "boost", self.catalog.fingerprint, data.order_name)
+
+    def timed(self, compute: Callable[[], T]) -> T:
+        began = time.monotonic()
+        result = compute()
+        self.seconds.append(time.monotonic() - began)
+        return result
+
+    def build(self, part: str, make: Callable[[], Network]) -> Network:
+        """A network with first weights that depend on the seed and the part alone, placed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.key(part, "init"))
+            return self.context.to_device(make())
+
+
+def method_folder(folder: Path, part: str) -> Path:
+    """Where a comparison in `folder` keeps what belongs to one part."""
+    return folder / "methods" / part
+
+
+def train(study: Study, part: str, stage: Stage) -> None:
+    """Train the stage's network, go on training it, or take it as an earlier run left it.
+
+    Raises TrainingError on a NaN loss, Interrupted on SIGTERM or Ctrl-C.
+    """
+    place, device, identity = (
+        method_folder(study.folder, part),
+        study.context.device,
+        study.identity(),
+    )
+    path = place / "final.pt"
+    if path.exists():
+        saved = checkpoints.load(path, device)
+        if saved["identity"] == identity:
+            checkpoints.load_weights(stage.network, saved["network"], path)
+            study.seconds.append(saved["seconds"])
+            return
+    worker = LocalWorker(place, device)
+    monitor = RunMonitor(Journal(place), study.display)
+    try:
+        study.timed(lambda: fit(stage, study.context, worker, monitor, identity))
+    finally:
+        monitor.finish()
+    state = {
+        "identity": identity,
+        "network": stage.network.state_dict(),
+        "seconds": study.seconds[-1],
+    }
+    checkpoints.save(path, state)
+    (place / stage.name / "latest.pt").unlink(missing_ok=True)

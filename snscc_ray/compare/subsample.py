@@ -1,0 +1,53 @@
+"""Methods that need a number for every pair of rows run on as many rows as that allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from snscc_ray.compare.study import MethodResult, Study
+from snscc_ray.core import rng
+
+# N × N distances of so many rows take 200 MB.
+ROWS = 5000
+
+
+def cluster_some(
+    study: Study, method: str, assign: Callable[[np.ndarray], np.ndarray]
+) -> MethodResult:
+    """The clusters `assign` finds in the pixels of at most `ROWS` rows, drawn by the seed.
+
+    Every other row joins the cluster with the nearest centroid, which the note then says.
+    """
+    pixels_ND, N = study.pixels(), len(study.catalog)
+    drawn = torch.randperm(N, generator=rng.generator(study.key(method, "rows")))
+    rows_R = drawn[:ROWS].sort().values
+
+    def everything() -> Tensor:
+        # Sums over threads differ in their last bits from run to run.
+        with threadpool_limits(1):
+            found_R = torch.from_numpy(assign(pixels_ND[rows_R].numpy())).long()
+        if N <= ROWS:
+            return found_R
+        clusters_N = nearest_centroid(pixels_ND, pixels_ND[rows_R], found_R, study.clusters)
+        clusters_N[rows_R] = found_R
+        return clusters_N
+
+    clusters_N = study.timed(everything)
+    if N <= ROWS:
+        return MethodResult(clusters_N)
+    note = f"needs N × N: found on {ROWS:,} of {N:,} rows, the rest by nearest centroid"
+    return MethodResult(clusters_N, note=note)
+
+
+def nearest_centroid(
+    rows_ND: Tensor, known_RD: Tensor, clusters_R: Tensor, clusters: int
+) -> Tensor:
+    """For each row the cluster, of those that occur, whose known rows' mean is nearest, (N,)."""
+    used = [cluster for cluster in range(clusters) if (clusters_R == cluster).any()]
+    centroids = torch.stack([known_RD[clusters_R == cluster].mean(0) for cluster in used])
+    return torch.tensor(used)[torch.cdist(rows_ND, centroids).argmin(1)]

@@ -1,0 +1,140 @@
+"""The table of a comparison: its rows, as CSV for programs and as Markdown for people."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from snscc_ray.compare.methods import METHODS
+from snscc_ray.compare.paper import DATA_SETS, SOURCE, printed
+from snscc_ray.config.settings import Recipe
+from snscc_ray.core.clustering import metrics
+from snscc_ray.core.storage import write_whole
+from snscc_ray.texts import in_markdown
+
+ORACLE = {"oracle/acc": "ACC", "oracle/nmi": "NMI", "oracle/ari": "ARI"}
+HEALTH = {
+    "health/score": "score",
+    "health/neighbor_agreement": "agreement",
+    "health/balance": "balance",
+}
+_USED = "health/clusters_in_use"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method; without figures where it failed."""
+
+    method: str
+    figures: dict[str, float] = field(default_factory=dict)
+    epochs: str = ""
+    seconds: float | None = None
+    note: str = ""
+
+
+def figures_of(
+    clusters_N: Tensor, labels_N: Tensor | None, neighbors_NK: Tensor | None, clusters: int
+) -> dict[str, float]:
+    """Oracle figures where there are labels, the label-free ones where there are none.
+
+    Without mined neighbours (Pretrain has not run) agreement and score are left out.
+    """
+    alone = neighbors_NK is None
+    nearest_NK = clusters_N.new_empty(len(clusters_N), 0) if neighbors_NK is None else neighbors_NK
+    health = metrics.health(clusters_N, nearest_NK, clusters)
+    if labels_N is not None:
+        return metrics.oracle(labels_N, clusters_N) | {_USED: health[_USED]}
+    return {
+        name: value
+        for name, value in health.items()
+        if not alone or name in ("health/balance", _USED)
+    }
+
+
+def columns(rows: list[Row]) -> dict[str, str]:
+    """The measured figures' names and headings: all rows' are of one kind."""
+    labelled = any("oracle/acc" in row.figures for row in rows)
+    return ORACLE if labelled else HEALTH
+
+
+def cells(row: Row, shown: dict[str, str]) -> list[str]:
+    """Title, measured figures, clusters used, epochs and seconds; a dash for what is not there."""
+    figures = [f"{row.figures[name]:.3f}" if name in row.figures else "-" for name in shown]
+    used = f"{int(row.figures[_USED])}" if _USED in row.figures else "-"
+    seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
+    return [METHODS[row.method].title, *figures, used, row.epochs or "-", seconds]
+
+
+def line(row: Row) -> str:
+    """What a person is told when a method has ended."""
+    if row.seconds is None:
+        return row.note
+    shown = {**ORACLE, **HEALTH}
+    figures = [f"{shown[name]} {value:.3f}" for name, value in row.figures.items() if name in shown]
+    return f"{' '.join(figures)}, {row.seconds:.1f} s"
+
+
+def write_table(folder: Path, recipe: Recipe, rows: list[Row], images: int) -> None:
+    """Write compare.csv and compare.md, whole or not at all."""
+    for name, text in (
+        ("compare.csv", as_csv(recipe, rows)),
+        ("compare.md", as_markdown(recipe, rows, images)),
+    ):
+        content = text.encode()
+        write_whole(folder / name, lambda file, content=content: file.write(content))  # type: ignore[misc]
+
+
+def as_csv(recipe: Recipe, rows: list[Row]) -> str:
+    """A line per method; an empty cell for what is not there."""
+    shown = columns(rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    beside = [f"paper_{heading.lower()}" for heading in ORACLE.values()]
+    headings = [heading.lower() for heading in shown.values()]
+    writer.writerow(["method", *headings, "clusters", "epochs", "seconds", "note", *beside])
+    for row in rows:
+        figures = [row.figures.get(name, "") for name in (*shown, _USED)]
+        theirs = printed(row.method, recipe.name) or (None,) * 3
+        seconds = "" if row.seconds is None else row.seconds
+        rest = ["" if value is None else value for value in theirs]
+        writer.writerow([row.method, *figures, row.epochs, seconds, row.note, *rest])
+    return text.getvalue()
+
+
+def as_markdown(recipe: Recipe, rows: list[Row], images: int) -> str:
+    """The table with what a reader has to know to judge it."""
+    shown = columns(rows)
+    beside = recipe.name.startswith(DATA_SETS)
+    headings = ["method", *shown.values(), "clusters", "epochs", "seconds"]
+    headings += ["paper ACC", "NMI", "ARI"] * beside + ["note"]
+    lines = [headings, ["---"] * len(headings)]
+    for row in rows:
+        theirs = printed(row.method, recipe.name) or (None,) * 3
+        paper = ["-" if value is None else f"{value:.3f}" for value in theirs] * beside
+        lines.append([*cells(row, shown), *paper, in_markdown(row.note)])
+    train = recipe.train
+    ours = recipe.pretrain.epochs + train.epochs + recipe.boost.epochs
+    text = [
+        f"# {recipe.name}: {images:,} images, {recipe.data.num_clusters} clusters, "
+        f"seed {recipe.seed}",
+        "",
+        *("| " + " | ".join(parts) + " |" for parts in lines),
+        "",
+        f"Encoder of every deep method: {recipe.encoder.name}. Each network trains as the recipe's "
+        f"Train stage does (batch size {train.batch_size}, epochs {train.epochs}, "
+        f"{train.optimizer} at {train.learning_rate:g}), Pretrain and Boost by their own settings, "
+        "SCAN's self-labelling by those of Boost; `epochs` lists the networks trained one after "
+        "the other. `seconds` holds all parts of a method, also those it shares with another. "
+        "`clusters` counts those with a tenth of an equal share or more.",
+        "",
+        f"A method from scratch has the {train.epochs} epochs alone, SNSCC {ours} in all: "
+        f"`--set train.epochs={ours} --methods iic,pica,cc`, in another folder, gives them as "
+        "many.",
+    ]
+    if beside:
+        text += ["", f"Beside them: {SOURCE}; by other encoders and settings, on the whole set."]
+    return "\n".join(text) + "\n"

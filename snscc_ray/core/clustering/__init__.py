@@ -1,0 +1,1 @@
+"""Neighbours, k-means, pseudo-labels, and the metrics of an assignment."""

@@ -1,0 +1,150 @@
+"""What a command shows as it goes: a progress bar with its ETA, and lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from snscc_ray.core.eta import Eta
+from snscc_ray.texts import say
+
+# Seconds between lines where there is no terminal to draw a bar on.
+_LINE_SECONDS = 10.0
+
+
+class Screen(Protocol):
+    """Where a person looks: a `Display`, or what leads to one elsewhere."""
+
+    def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
+
+    def advance(self, steps: int = 1) -> None: ...
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Display:
+    """A progress bar on a terminal or in a notebook, and a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Progress | None = None
+        self._stage = self._note = self._unit = ""
+        self._done = self._total = 0
+        self._shown = 0.0
+        self._eta = Eta(0, 0, 0.0)
+
+    def start(self, stage: str, epochs: int, steps: int, done: int, unit: str = "steps") -> None:
+        self.finish()
+        self._stage, self._total, self._unit = stage, epochs * steps, unit
+        self._done = done
+        self._shown = time.monotonic()
+        self._eta = Eta(self._total, done, self._shown)
+        self._note = ""
+        if _draws(self.console):
+            self._progress = Progress(
+                TextColumn("[bold]{task.description:8}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeElapsedColumn(),
+                TextColumn("ETA {task.fields[eta]}"),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+            )
+            self._progress.add_task(stage, total=self._total, completed=done, note="", eta="-")
+            self._progress.start()
+
+    def advance(self, steps: int = 1) -> None:
+        self._done += steps
+        self._eta.advance(steps)
+        now = time.monotonic()
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, advance=steps, eta=_clock(self._eta.seconds(now)))
+        elif now - self._shown > _LINE_SECONDS:
+            self._shown = now
+            self.console.print(
+                f"{self._stage:8} {self._done}/{self._total} {self._unit}  "
+                f"ETA {_clock(self._eta.seconds(now))}  {self._note}",
+                highlight=False,
+            )
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        self._note = _summary(figures)
+        self._eta.epoch_ended(time.monotonic())
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], note=self._note)
+
+    def counting(self, task: str, unit: str) -> Callable[[int, int], None]:
+        """A function that is told (done, total) of a task, now and then."""
+
+        def tell(done: int, total: int) -> None:
+            if self._stage != task:
+                self.start(task, 1, total, 0, unit)
+            self.advance(done - self._done)
+
+        return tell
+
+    def line(self, text: str) -> None:
+        say(self.console, text)
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _draws(console: Console) -> bool:
+    """Whether a bar can be drawn: on a terminal, and in a notebook that has widgets."""
+    return console.is_terminal or (
+        console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    )
+
+
+class NullScreen:
+    """A `Screen` nobody looks at."""
+
+    def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
+
+    def advance(self, steps: int = 1) -> None: ...
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(int(seconds), 60)
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        if minutes >= 60
+        else f"{minutes}:{rest:02d}"
+    )
+
+
+def _summary(figures: dict[str, float]) -> str:
+    shown = {
+        "loss": figures.get("loss/total"),
+        "score": figures.get("health/score"),
+        "ACC": figures.get("oracle/acc"),
+    }
+    return "  ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)

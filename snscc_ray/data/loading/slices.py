@@ -1,0 +1,187 @@
+"""Rows of a set that are read together, and how they are cut, read and decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import as_path, is_url
+from snscc_ray.config.settings import DataSettings
+from snscc_ray.data.decode import OWN_RANGE, Reading, Source, UnreadableImage, decode_into
+from snscc_ray.data.imageset import digests, value_counts
+from snscc_ray.data.loading.order import LANES
+from snscc_ray.data.rows import Rows
+from snscc_ray.data.shards import image_batches
+
+# Decoded bytes of a slice: enough to make the hand-over cheap, and no more, since the slices that
+# are begun and not yet used up stay in memory.
+_SLICE_BYTES = 4 << 20
+# Slices a lane has at least in an epoch, and windows: a first batch waits for one slice of each
+# lane, so that it comes after an eighth of the reading at the latest.
+_PER_LANE = 8
+# Bytes held of an image for each of its own where its views are made with it: up to three in
+# float32.
+VIEWS_BYTES = 12
+# Where a set is so small that the rule above would read a row at a time.
+_FEW_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive rows of a set that are read together; small, and the same on any machine."""
+
+    first: int  # the number of its first row, counting only rows that are kept
+    rows: int  # to read, corrupt ones included
+    files: tuple[str, ...]  # paths or URLs: of an image each, or of the one Parquet file
+    group: int | None = None  # the row group of the Parquet file; None: the files are images
+    offset: int = 0  # of the first row in that group
+    skip: tuple[int, ...] = ()  # which of its rows, counted from 0, are corrupt and left out
+    reading: Reading = OWN_RANGE
+
+    def __len__(self) -> int:
+        return self.rows - len(self.skip)
+
+    def name(self, row: int) -> str:
+        """What to call one of its rows in a message."""
+        if self.group is None:
+            return self.files[row]
+        return f"row {self.offset + row} of row group {self.group} of {self.files[0]}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the parts of a streamed set are; the number of workers has no say in it."""
+
+    slice_rows: int  # at most
+    window: int  # rows that are shuffled among each other
+
+    @staticmethod
+    def of(rows: int, data: DataSettings) -> Sizes:
+        """For `rows` rows within `data.memory_mb`.
+
+        A quarter of it is for a window, and no more than that for the slices that are begun.
+        """
+        quarter = data.memory_mb << 18
+        row_bytes = image_bytes(data) * (VIEWS_BYTES if data.augment_in == "data" else 1)
+        small = max(_FEW_ROWS, rows // (LANES * _PER_LANE))
+        slice_rows = min(_SLICE_BYTES, quarter // LANES) // row_bytes
+        window = min(quarter // row_bytes, rows // _PER_LANE)
+        return Sizes(max(1, min(slice_rows, small)), max(LANES, window))
+
+
+def image_bytes(data: DataSettings) -> int:
+    """Of one decoded image."""
+    return data.channels * data.image_size**2
+
+
+def cut(rows: Rows, slice_rows: int) -> list[Slice]:
+    """The slices of a source, of at most `slice_rows` rows each and of one row group at most.
+
+    Raises UserError for a source whose images are no files of their own and no shards.
+    """
+    if rows.files is not None:
+        files = [_address(file) for file in rows.files]
+        return [
+            Slice(
+                first,
+                min(slice_rows, len(files) - first),
+                tuple(files[first : first + slice_rows]),
+                reading=rows.reading,
+            )
+            for first in range(0, len(files), slice_rows)
+        ]
+    if rows.shards is None:
+        raise UserError(
+            f"{rows.place} can only be held in memory, and data.mode=stream was asked for: write "
+            "its images as files and those as shards with `snscc pack`, or set data.mode=resident"
+        )
+    slices: list[Slice] = []
+    row = 0
+    for shard in rows.shards:
+        left = shard.rows
+        for group, held in enumerate(shard.groups):
+            held = min(held, left)
+            # Parts of one size, rather than whole ones and a rest.
+            parts = -(-held // slice_rows)
+            edges = [held * part // parts for part in range(parts + 1)] if held else []
+            for begin, end in pairwise(edges):
+                place = (_address(shard.file),)
+                slices.append(Slice(row, end - begin, place, group, begin, reading=rows.reading))
+                row += end - begin
+            left -= held
+    return slices
+
+
+def _address(file: Path) -> str:
+    """Good on any machine and in any working folder."""
+    return str(file if is_url(file) else file.absolute())
+
+
+def read_slice(piece: Slice, channels: int, size: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """The kept rows, uint8 (len(piece), C, S, S), and (row, reason) of those that are unreadable.
+
+    Such rows hold anything, and are numbered from 0, those of `piece.skip` included.
+    Raises UserError if the file cannot be read, or no longer holds the rows.
+    """
+    pixels = np.empty((len(piece), channels, size, size), np.uint8)
+    failures: list[tuple[int, str]] = []
+    row = seen = 0
+    for seen, source in enumerate(_sources(piece), 1):
+        if seen - 1 in piece.skip:
+            continue
+        try:
+            decode_into(source, pixels[row], piece.reading)
+        except UnreadableImage as error:
+            failures.append((seen - 1, str(error)))
+        row += 1
+    if seen != piece.rows:
+        raise UserError(f"{piece.files[0]} changed while it was read: run again when it is at rest")
+    return pixels, failures
+
+
+def decode_slice(piece: Slice, channels: int, size: int) -> np.ndarray:
+    """The kept rows, uint8 (len(piece), C, S, S), all of which could be read at the start.
+
+    Raises UserError naming the file if one can no longer be.
+    """
+    pixels, failures = read_slice(piece, channels, size)
+    for row, reason in failures:
+        raise UserError(
+            f"{piece.name(row)} can no longer be read ({reason}): put the image back as it was, "
+            "and continue the run"
+        )
+    return pixels
+
+
+def _sources(piece: Slice) -> Iterator[Source]:
+    if piece.group is None:
+        yield from (as_path(file) for file in piece.files)
+        return
+    place, left = -piece.offset, piece.rows
+    for batch in image_batches(as_path(piece.files[0]), piece.group, piece.offset + piece.rows):
+        wanted = batch[max(0, -place) :][:left] if place + len(batch) > 0 else []
+        place += len(batch)
+        left -= len(wanted)
+        yield from wanted
+
+
+class Findings(NamedTuple):
+    """What a survey keeps of a slice."""
+
+    digests: bytes  # of the readable rows
+    values: np.ndarray  # int64 (C, 256), over the readable rows
+    failures: list[tuple[int, str]]
+
+
+def examine(piece: Slice, channels: int, size: int) -> tuple[Findings, np.ndarray]:
+    """What a survey keeps of a slice, and the pixels of its readable rows."""
+    pixels, failures = read_slice(piece, channels, size)
+    if failures:
+        pixels = np.delete(pixels, [row for row, _ in failures], axis=0)
+    return Findings(digests(pixels), value_counts(pixels), failures), pixels

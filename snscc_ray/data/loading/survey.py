@@ -1,0 +1,146 @@
+"""Whether a set is held or streamed, and the one reading of a set that is streamed.
+
+What is unreadable, the fingerprint and the values' histogram are known before the first epoch;
+pixels are not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import DataSettings, Recipe
+from snscc_ray.data.decode import available_cores
+from snscc_ray.data.imageset import Catalog, describe
+from snscc_ray.data.loading.slices import Findings, Sizes, Slice, cut, examine, image_bytes
+from snscc_ray.data.loading.threads import in_threads
+from snscc_ray.data.rows import Rows, all_corrupt, check_ids, corrupt
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedSet:
+    """A set on disk or in an object store that was read once: every row of it is readable."""
+
+    catalog: Catalog
+    slices: tuple[Slice, ...]  # all rows of the catalog in its order; some may have none left
+    channels: int
+    size: int  # of an image, decoded
+    window: int  # rows that are shuffled among each other
+
+    def __len__(self) -> int:
+        return len(self.catalog)
+
+
+def choose_mode(
+    data: DataSettings, rows: int, free_bytes: int, streamable: bool
+) -> tuple[Literal["resident", "stream"], str]:
+    """Whether a set of that many rows is to be held in memory, and why, in a sentence.
+
+    free_bytes: of the memory that would hold it. streamable: see `Rows`.
+    Raises UserError if `data.mode=stream` is asked for and cannot be had.
+    """
+    needed = rows * image_bytes(data)
+    sizes = f"{rows:,} images take {_gigabytes(needed)} and {_gigabytes(free_bytes)} are free"
+    if data.mode != "auto":
+        if data.mode == "stream" and not streamable:
+            raise UserError(
+                "data.mode=stream needs image files or Parquet shards: write the images as files "
+                "and those as shards with `snscc pack`, or set data.mode=resident"
+            )
+        return data.mode, f"data.mode={data.mode} was asked for: {sizes}"
+    if not streamable:
+        return "resident", f"such a set can only be held in memory: {sizes}"
+    if needed <= free_bytes // 2:
+        return "resident", f"it fits into half of the memory: {sizes}"
+    return "stream", f"it does not fit into half of the memory: {sizes}"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def check_streamed(recipe: Recipe) -> None:
+    """Refuse what needs images at random. Raises UserError naming the field."""
+    train = recipe.train
+    if train.mined_from == "images" and train.mined_weight and train.objective != "paper":
+        raise UserError(
+            "train.mined_from=images reads single images at random, which a streamed set cannot "
+            "give; use --set train.mined_from=predictions, or data.mode=resident"
+        )
+
+
+def survey(
+    rows: Rows,
+    data: DataSettings,
+    *,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> StreamedSet:
+    """Read a whole set once, in `workers` threads (0: one per core), and keep no pixels of it.
+
+    Its catalog equals that of the same set in memory.
+
+    Raises:
+        UserError: as `assemble` does, and for a source that cannot be streamed.
+    """
+
+    def look(piece: Slice) -> Findings:
+        return examine(piece, data.channels, data.image_size)[0]
+
+    slices = plan(rows, data)
+    workers = workers or available_cores()
+    with closing(in_threads(look, slices, workers, 2 * workers)) as findings:
+        return conclude(rows, data, slices, findings, progress)
+
+
+def plan(rows: Rows, data: DataSettings) -> list[Slice]:
+    """The slices a survey reads. Raises UserError for rows that cannot be streamed."""
+    check_ids(rows)
+    return cut(rows, Sizes.of(len(rows.ids), data).slice_rows)
+
+
+def conclude(
+    rows: Rows,
+    data: DataSettings,
+    slices: Sequence[Slice],
+    findings: Iterable[Findings],
+    progress: Callable[[int, int], None] | None = None,
+) -> StreamedSet:
+    """Put the findings in all slices together, which come in order.
+
+    Raises UserError for a corrupt image (with `skip_corrupt`: only if no other is left).
+    """
+    total = len(rows.ids)
+    failed: list[tuple[int, str]] = []
+    digests: list[bytes] = []
+    values = np.zeros((data.channels, 256), np.int64)
+    kept: list[Slice] = []
+    done = 0
+    for piece, found in zip(slices, findings, strict=True):
+        failures = [(piece.first + row, reason) for row, reason in found.failures]
+        if failures and not data.skip_corrupt:
+            raise corrupt(rows, *failures[0])
+        skip = tuple(row for row, _ in found.failures)
+        kept.append(replace(piece, first=piece.first - len(failed), skip=skip))
+        failed += failures
+        digests.append(found.digests)
+        values += found.values
+        done += piece.rows
+        if progress is not None:
+            progress(done, total)
+    if len(failed) == total:
+        raise all_corrupt(rows, *failed[0])
+    left = np.setdiff1d(np.arange(total), [row for row, _ in failed])
+    shape = (data.channels, data.image_size, data.image_size)
+    return StreamedSet(
+        describe(rows, left, failed, b"".join(digests), values, shape),
+        tuple(kept),
+        data.channels,
+        data.image_size,
+        Sizes.of(total, data).window,
+    )

@@ -1,0 +1,188 @@
+"""What a set of images looks like, from a sample of it: size, colour, values, transparency."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+
+import numpy as np
+from PIL import Image
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import DataSettings
+from snscc_ray.data.decode import (
+    Reading,
+    Source,
+    content_of,
+    deep_range,
+    is_deep,
+    open_image,
+    to_mode,
+    why_unreadable,
+    without_limits,
+)
+from snscc_ray.data.rows import Rows
+from snscc_ray.data.shards import sample_images
+
+_SAMPLE = 200
+# Grey images saved as JPEG differ by a little between their channels.
+_GREY_WITHIN = 8
+# What differs less from the grey it is laid over, on average, is hardly seen.
+_VANISHES = 24
+_WHITE, _BLACK, _BETWEEN = 255, 0, 128
+
+
+@dataclass(frozen=True)
+class ImageStats:
+    """What a sample of a dataset shows."""
+
+    rows: int  # of the whole dataset
+    side: int  # median of the shorter sides, in pixels
+    grey: bool  # (nearly) all of them
+    value_range: tuple[float, float] | None = None  # of those of more than 8 bits
+    background: int | None = None  # another grey than white, if transparent ones vanish on that
+    sampled: int = 0  # images that could be read
+    deep: int = 0  # of them, with more than 8 bits
+    frames: int = 0  # of them, with several frames or pages
+    unreadable: str = ""  # why the first one that cannot be read cannot
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Of one image."""
+
+    side: int
+    grey: bool
+    value_range: tuple[float, float] | None
+    vanishes: frozenset[int]  # on which of white and black
+    frames: int
+
+
+def inspect_images(rows: Rows) -> ImageStats:
+    """Open up to 200 of the images, spread over the whole dataset."""
+    seen, unreadable = [], ""
+    for source in _sample(rows):
+        try:
+            with without_limits():
+                seen.append(_one(source, rows.reading))
+        except UserError:
+            raise
+        except Exception as error:  # what Pillow raises on broken files is open-ended
+            unreadable = unreadable or why_unreadable(error)
+    return ImageStats(
+        rows=len(rows.ids),
+        side=int(np.median([one.side for one in seen])) if seen else 0,
+        # A few coloured stamps among scans do not make a colour set; a tenth does.
+        grey=bool(seen and np.mean([one.grey for one in seen]) > 0.9),
+        value_range=_range(seen),
+        background=_background(seen),
+        sampled=len(seen),
+        deep=sum(one.value_range is not None for one in seen),
+        frames=sum(one.frames > 1 for one in seen),
+        unreadable=unreadable,
+    )
+
+
+def resolve_reading(
+    data: DataSettings, rows: Rows, seen: ImageStats | None = None
+) -> tuple[DataSettings, Rows]:
+    """How all images of a dataset are brought to 8 bits, where the settings leave it open.
+
+    seen: what `inspect_images` has found; None: it is looked at now.
+    """
+    if rows.files is None and rows.shards is None:
+        return data, rows  # arrays: of 8 bits, and nothing of them is transparent
+    seen = seen or inspect_images(rows)
+    found = {
+        "value_range": data.value_range or seen.value_range,
+        "background": seen.background if data.background is None else data.background,
+    }
+    data = data.model_copy(update=found)
+    notes = (*rows.notes, *_notes(seen, data.value_range, data.background))
+    return data, replace(rows, reading=Reading.of(data), notes=notes)
+
+
+def _sample(rows: Rows) -> Iterable[Source]:
+    step = max(1, -(-len(rows.ids) // _SAMPLE))
+    if rows.files is not None:
+        return [rows.files[i] for i in range(0, len(rows.files), step)]
+    if rows.shards is not None:
+        return sample_images(rows.shards, step)
+    return islice(_each(rows), 0, None, step)
+
+
+def _each(rows: Rows) -> Iterator[Source]:
+    return chain.from_iterable(rows.batches)
+
+
+def _one(source: Source, reading: Reading) -> _Seen:
+    content = content_of(source)
+    if isinstance(content, np.ndarray):
+        image = Image.fromarray(content)
+    else:
+        image = open_image(content, reading)
+    side, mode = min(image.size), image.mode
+    frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "TIFF", "WEBP") else 1
+    value_range, vanishes = None, frozenset[int]()
+    if is_deep(image):
+        value_range = deep_range(image)
+    elif image.has_transparency_data:
+        vanishes = _vanishing(image)
+    if is_deep(image) or mode in ("L", "LA", "1"):
+        return _Seen(side, True, value_range, vanishes, frames)
+    small = np.asarray(to_mode(image, "RGB", reading).resize((16, 16)), np.int16)
+    grey = bool(np.ptp(small, axis=2).max() <= _GREY_WITHIN)
+    return _Seen(side, grey, value_range, vanishes, frames)
+
+
+def _vanishing(image: Image.Image) -> frozenset[int]:
+    """On which of white and black nothing of a partly transparent image is seen."""
+    pixels = np.asarray(image.convert("RGBA"), np.float64)
+    alpha = pixels[..., 3] / 255
+    if alpha.min() == 1 or not alpha.any():
+        return frozenset()
+    found = []
+    for behind in (_WHITE, _BLACK):
+        away = np.abs(pixels[..., :3] - behind).max(axis=2)
+        if (away * alpha).sum() / alpha.sum() < _VANISHES:
+            found.append(behind)
+    return frozenset(found)
+
+
+def _range(seen: list[_Seen]) -> tuple[float, float] | None:
+    ranges = [one.value_range for one in seen if one.value_range is not None]
+    if not ranges:
+        return None
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    return (low, high) if low < high else (low, low + 1)
+
+
+def _background(seen: list[_Seen]) -> int | None:
+    vanish = {behind for one in seen for behind in one.vanishes}
+    if _WHITE not in vanish:
+        return None
+    return _BETWEEN if _BLACK in vanish else _BLACK
+
+
+def _notes(
+    seen: ImageStats, value_range: tuple[float, float] | None, background: int | None
+) -> tuple[str, ...]:
+    notes = []
+    sample = f"of {seen.sampled:,} that were looked at"
+    if seen.value_range is not None and value_range is not None:
+        low, high = value_range
+        own = seen.value_range
+        other = "" if own == value_range else f"; those here go from {own[0]:g} to {own[1]:g}"
+        notes.append(
+            f"values of more than 8 bits ({seen.deep:,} {sample}): {low:g} is black and {high:g} "
+            f"white{other}"
+        )
+    if background is not None:
+        notes.append(f"what is transparent is laid over a grey of {background} (white is 255)")
+    if seen.frames:
+        notes.append(
+            f"images of several frames or pages ({seen.frames:,} {sample}): the first of each "
+            "counts"
+        )
+    return tuple(notes)

@@ -1,0 +1,175 @@
+"""The folder that shards go to: whose it is, the manifest in it, what is kept and what removed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import is_url
+from snscc_ray.core.storage import read_json, write_json, write_whole
+from snscc_ray.data.pack.plan import FORMAT
+from snscc_ray.data.pack.shard import keeps_shards
+from snscc_ray.data.shards import MANIFEST
+
+SKIPPED = "skipped.csv"
+_SHARD = re.compile(r"part-\d{5,}\.parquet")
+_LEFTOVER = re.compile(rf"\.({_SHARD.pattern}|pack\.json|skipped\.csv)\..+")
+
+
+def check_folders(folder: Path, out: Path) -> None:
+    """Raises UserError if `folder` cannot hold the images, or `out` lies in it."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}: give the folder that holds the images")
+    if not is_url(out) and out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{out} lies in {folder}: give a folder outside of the images for the shards"
+        )
+
+
+def prepare(out: Path, planned: dict[str, Any], ids: Sequence[str], overwrite: bool) -> None:
+    """Write the manifest `planned`, into which goes what it says there of the shards that are kept.
+
+    ids: of the images that it is of.
+
+    With `overwrite` none is: what an earlier command left is removed.
+
+    Raises:
+        UserError: `out` cannot be used, holds Parquet files of others, or another plan.
+    """
+    names = _names_in(out)
+    begun = MANIFEST in names
+    own = {name for name in names if begun and _SHARD.fullmatch(name)}
+    former = {*own, SKIPPED} if begun and overwrite else set()
+    if begun and not overwrite:
+        held = _read_manifest(out)
+        _refuse_other_plan(out, held, planned, ids)
+        own = {entry["file"] for entry in planned["shards"]}
+        for entry, old in zip(planned["shards"], held["shards"], strict=True):
+            if entry["file"] in names and (out / entry["file"]).stat().st_size == old.get("bytes"):
+                entry.update(old)
+    _refuse_foreign(out, names, own)
+    try:
+        # The former shards go before their manifest does, or a kill would leave them nobody's.
+        for name in names:
+            if name in former or _LEFTOVER.fullmatch(name):
+                (out / name).unlink()
+        out.mkdir(parents=True, exist_ok=True)
+        write_manifest(out, planned)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {out} ({error.strerror}): give another folder for the shards"
+        ) from error
+
+
+def finished_shards(out: Path) -> list[dict[str, Any]]:
+    """The manifest's entries. Raises UserError if `out` does not hold a finished pack alone."""
+    names = _names_in(out)
+    if MANIFEST not in names:
+        raise UserError(f"{out} holds no {MANIFEST}: there is nothing of `snscc pack` to verify")
+    entries: list[dict[str, Any]] = _read_manifest(out)["shards"]
+    _refuse_foreign(out, names, {entry["file"] for entry in entries})
+    finished = sum("sha256" in entry for entry in entries)
+    if finished < len(entries):
+        raise UserError(
+            f"{out} is not finished ({finished} of {len(entries)} shards): give the same "
+            "command without --verify to finish it"
+        )
+    return entries
+
+
+def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    with keeps_shards(out / MANIFEST):
+        write_json(out / MANIFEST, manifest)
+
+
+def write_skipped(out: Path, skipped: list[tuple[str, str]]) -> None:
+    """List the (id, reason) of what was left out."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("id", "reason"), *skipped])
+    with keeps_shards(out / SKIPPED):
+        write_whole(out / SKIPPED, lambda file: file.write(text.getvalue().encode()))
+
+
+def _names_in(out: Path) -> list[str]:
+    """Names of what `out` holds, sorted; none if it is not there yet."""
+    try:
+        return sorted(path.name for path in out.iterdir()) if out.exists() else []
+    except NotADirectoryError:
+        raise UserError(f"{out} is a file: give a folder for the shards") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot list {out} ({error.strerror}): give another folder for the shards"
+        ) from error
+
+
+def _refuse_foreign(out: Path, names: list[str], own: set[str]) -> None:
+    for name in names:
+        if name.endswith(".parquet") and not name.startswith(".") and name not in own:
+            raise UserError(
+                f"{out} holds {name}, which is not of this pack and would be read with it: "
+                "move it away, or give another folder for the shards"
+            )
+
+
+def _read_manifest(out: Path) -> dict[str, Any]:
+    manifest = read_json(out / MANIFEST)
+    held = manifest.get("shards") if isinstance(manifest, dict) else None
+    if (
+        not isinstance(held, list)
+        or manifest.get("format") != FORMAT
+        or not isinstance(manifest.get("options"), dict)
+        or not all(isinstance(entry, dict) for entry in held)
+    ):
+        raise UserError(
+            f"{out / MANIFEST} is not of this version of `snscc pack`: start afresh with "
+            "--overwrite, or give another folder for the shards"
+        )
+    return dict(manifest)
+
+
+def _refuse_other_plan(
+    out: Path, there: dict[str, Any], here: dict[str, Any], ids: Sequence[str]
+) -> None:
+    remedy = "or start afresh with --overwrite"
+    for name, value in here["options"].items():
+        if there["options"].get(name) != value:
+            raise UserError(
+                f"{out} was begun with {name} {there['options'].get(name)}, not {value}: give the "
+                f"same options, {remedy}"
+            )
+    for old, new in zip_longest(there["shards"], here["shards"]):
+        if not (old and new) or not new.items() <= old.items():
+            entry = old or new
+            raise UserError(
+                f"images have changed since {out} was begun ({_came_and_went(out, there, ids)}"
+                f"{there.get('files')} files then, {here['files']} now; the first between "
+                f"{entry['first']!r} and {entry['last']!r}): put them back as they were, give "
+                f"another folder for the shards, {remedy}"
+            )
+
+
+def _came_and_went(out: Path, there: dict[str, Any], ids: Sequence[str]) -> str:
+    """In words, where the shards that are there tell it: not all may be finished."""
+    then: set[str] = set()
+    for entry in there["shards"]:
+        file = out / str(entry.get("file"))
+        if "sha256" not in entry or not file.exists():
+            return ""
+        try:
+            with file.open("rb") as opened:
+                then.update(pq.read_table(opened, columns=["id"])["id"].to_pylist())
+        except (pa.ArrowException, OSError):
+            return ""  # `--verify` says more of it
+        then.update(name for name, _ in entry["skipped"])
+    came, went = len(set(ids) - then), len(then - set(ids))
+    return f"{came:,} came and {went:,} went, " if came or went else "of the same names, "

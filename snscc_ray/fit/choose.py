@@ -1,0 +1,288 @@
+"""A recipe for a person's own images, from what they look like and what the machine is.
+
+Every choice comes with its reason, in words. Only settings are chosen here; the number of
+clusters is given, or estimated later from the features (`cluster_count`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import (
+    BoostSettings,
+    DataSettings,
+    EncoderSettings,
+    PretrainSettings,
+    Recipe,
+    SimclrView,
+    StrongView,
+    TrainSettings,
+    View,
+)
+from snscc_ray.data.look import ImageStats
+from snscc_ray.models.encoders import activation_bytes
+
+FEWEST = 20  # images: with fewer there is nothing for a network to learn from
+# Steps, not epochs, are what a network needs: a small set is gone over more often. What digits,
+# whole and cut down to 710 rows, came out well with (docs/log.md).
+_CPU_STEPS = (750, 200, 120)
+_GPU_STEPS = (20_000, 10_000, 4_000)
+# Of kinds that are rare there is less to learn from, which takes longer (docs/log.md).
+_UNEVEN = 2
+_GPU_SIZES = (32, 64, 96)  # of images, in pixels; larger ones only for encoders that know them
+_SMALLEST = 8  # the ConvNet halves twice
+# Of the device's free memory, what the activations of one step may take. The rest is for weights,
+# the optimizer, gradients, and the images themselves.
+_ACTIVATIONS_SHARE = 0.5
+_VIEWS = 2  # of each image in a step, in every stage of the recipes made here
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One thing that was chosen, and why."""
+
+    what: str
+    value: str
+    why: str
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """What a person said; None: choose."""
+
+    clusters: int | None
+    image_size: int | None = None
+    max_imbalance: float = 1.0
+    encoder: EncoderSettings | None = None
+
+
+def choose(
+    name: str,
+    data: dict[str, Any],
+    seen: ImageStats,
+    *,
+    gpu: bool,
+    free_bytes: int,
+    wishes: Preferences,
+) -> tuple[Recipe, list[Pick]]:
+    """The recipe, and what was picked for it.
+
+    data: the fields of DataSettings that say where the images are. free_bytes: memory of the
+    device that trains. Raises UserError for too few images, or for too little memory.
+    """
+    if seen.unreadable and not seen.sampled:
+        raise UserError(
+            f"none of a sample of the images can be read (the first: {seen.unreadable}): give "
+            "images in a known format"
+        )
+    if seen.rows < FEWEST:
+        raise UserError(f"{seen.rows} images are too few to learn from; give {FEWEST} or more")
+    picks: list[Pick] = []
+
+    def pick(what: str, value: object, why: str) -> None:
+        picks.append(Pick(what, str(value), why))
+
+    encoder = wishes.encoder
+    known = encoder is not None and encoder.weights is not None
+    size = wishes.image_size or _size(seen.side, gpu=gpu, known=known)
+    if wishes.image_size is None:
+        pick("image size", f"{size} px", _why_size(seen.side, size, gpu=gpu, known=known))
+    channels = 1 if seen.grey and not known else 3
+    pick("colours", "grey" if channels == 1 else "RGB", "what a sample of the images has")
+    if encoder is None:
+        encoder, why = _encoder(size, gpu=gpu)
+        pick("encoder", _named(encoder), why)
+    most = 512 if gpu else 256
+    fits = _batch_that_fits(encoder, channels, size, gpu=gpu, free_bytes=free_bytes)
+    batch = _batch(seen.rows, most=min(most, fits))
+    pick(
+        "batch",
+        batch,
+        f"what the {free_bytes / 2**30:.0f} GiB of free memory hold"
+        if batch == fits < most
+        else f"large enough to tell images apart by, out of {seen.rows:,}",
+    )
+    uneven = wishes.max_imbalance > 1
+    first, *later = _GPU_STEPS if gpu else _CPU_STEPS
+    steps = (first * _UNEVEN if uneven else first, *later)
+    counts = [math.ceil(s / math.ceil(seen.rows / batch)) for s in steps]
+    if known:
+        counts[0] = 0  # what it knows is more than these images could teach it
+    pick(
+        "epochs",
+        " + ".join(map(str, counts)),
+        "the encoder comes trained: no Pretrain"
+        if known
+        else f"about {steps[0]:,} steps first" + (", more for rare kinds" if uneven else ""),
+    )
+    weak, strong = _views(size, channels, gpu=gpu)
+    pick(
+        "augmentation",
+        "crops, turns, brightness" if channels == 1 else "crops, flips, colours",
+        "grey images are often signs or scans, which a flip would change"
+        if channels == 1
+        else "photographs keep their meaning under these",
+    )
+    neighbors = max(1, min(10, seen.rows // 20))
+    common: dict[str, Any] = {"batch_size": batch, "schedule": "cosine"}
+    return Recipe(
+        name=name,
+        data=DataSettings(
+            num_clusters=wishes.clusters or 2,
+            image_size=size,
+            channels=channels,
+            mean=recipes.IMAGENET_MEAN if known else None,
+            std=recipes.IMAGENET_STD if known else None,
+            value_range=seen.value_range,
+            background=seen.background,
+            **data,
+        ),
+        encoder=encoder,
+        pretrain=PretrainSettings(
+            epochs=counts[0],
+            optimizer="adam",
+            learning_rate=1e-3,
+            # A part of an epoch, where there are few: without any, training may collapse.
+            warmup_epochs=min(5, counts[0] / 20),
+            temperature=0.5,
+            projection_dim=64 if encoder.name == "convnet" else 128,
+            projection_hidden=128 if encoder.name == "convnet" else 512,
+            mined_neighbors=2 * neighbors,
+            view=weak,
+            **common,
+        ),
+        train=TrainSettings(
+            epochs=counts[1],
+            learning_rate=1e-4 if known else 1e-3,
+            entropy_weight=10,
+            max_imbalance=wishes.max_imbalance,
+            num_neighbors=neighbors,
+            mined_from="predictions",
+            view=strong,
+            **common,
+        ),
+        boost=BoostSettings(epochs=counts[2], num_neighbors=neighbors, view=strong, **common),
+    ), picks
+
+
+def data_settings(where: dict[str, Any], overrides: Sequence[str]) -> DataSettings:
+    """The settings that say which images there are: where they are, and overrides (a limit, say).
+
+    Raises UserError.
+    """
+    recipe = recipes.get("images")
+    data = recipe.data.model_copy(update=where)
+    changed = [text for text in overrides if text.startswith("data.")]
+    return override(recipe.model_copy(update={"data": data}), changed).data
+
+
+# What of a recipe each pick is about.
+_PICKED = {
+    "image size": ("data.image_size",),
+    "colours": ("data.channels",),
+    "encoder": ("encoder",),
+    "batch": ("pretrain.batch_size", "train.batch_size", "boost.batch_size"),
+    "epochs": ("pretrain.epochs", "train.epochs", "boost.epochs"),
+    "augmentation": ("pretrain.view", "train.view", "boost.view"),
+}
+
+
+def as_set(picks: list[Pick], recipe: Recipe, assignments: Iterable[str]) -> list[Pick]:
+    """The picks, with what a person's `FIELD=VALUE` made of them in the recipe."""
+    fields = [assignment.partition("=")[0].strip() for assignment in assignments]
+
+    def overruled(pick: Pick) -> bool:
+        return any(
+            f"{field}.".startswith(f"{own}.") or f"{own}.".startswith(f"{field}.")
+            for field in fields
+            for own in _PICKED[pick.what]
+        )
+
+    return [
+        Pick(pick.what, used(pick.what, recipe), "as you set it") if overruled(pick) else pick
+        for pick in picks
+    ]
+
+
+def used(what: str, recipe: Recipe) -> str:
+    """What a recipe has of one of the things that are picked."""
+    stages = (recipe.pretrain, recipe.train, recipe.boost)
+    if what == "image size":
+        return f"{recipe.data.image_size} px"
+    if what == "colours":
+        return "grey" if recipe.data.channels == 1 else "RGB"
+    if what == "encoder":
+        return _named(recipe.encoder)
+    if what == "batch":
+        sizes = [str(stage.batch_size) for stage in stages]
+        return " / ".join(sizes if len(set(sizes)) > 1 else sizes[:1])
+    if what == "epochs":
+        return " + ".join(str(stage.epochs) for stage in stages)
+    return "of your own"
+
+
+def _size(side: int, *, gpu: bool, known: bool) -> int:
+    if known:
+        return 224 if gpu else 128
+    most = max([s for s in _GPU_SIZES if s <= side], default=side) if gpu else min(32, side)
+    return max(_SMALLEST, most)
+
+
+def _why_size(side: int, size: int, *, gpu: bool, known: bool) -> str:
+    has = f"the images' shorter side is {side} px"
+    if known:
+        return f"what the encoder was trained at, or near it; {has}"
+    if side <= size:
+        return has
+    return f"{has}; more " + ("is rarely worth its time" if gpu else "takes hours without a GPU")
+
+
+def _encoder(size: int, *, gpu: bool) -> tuple[EncoderSettings, str]:
+    if not gpu:
+        return EncoderSettings(name="convnet", width=32 if size > 16 else 24), "small: no GPU here"
+    stem = "small" if size <= 64 else "standard"
+    return EncoderSettings(name="resnet18", stem=stem), f"there is a GPU; its stem suits {size} px"
+
+
+def _named(encoder: EncoderSettings) -> str:
+    width = f", width {encoder.width}" if encoder.name == "convnet" else ""
+    return f"{encoder.name}{width}"
+
+
+def _batch(rows: int, most: int) -> int:
+    """The largest power of two that is at most half of the rows."""
+    return min(most, 1 << int(math.log2(rows // 2)))
+
+
+def _batch_that_fits(
+    encoder: EncoderSettings, channels: int, size: int, *, gpu: bool, free_bytes: int
+) -> int:
+    """The largest power of two of images whose activations fit. Raises UserError below 8."""
+    one = _VIEWS * activation_bytes(encoder, channels, size) // (2 if gpu else 1)  # bfloat16 there
+    fits = int(_ACTIVATIONS_SHARE * free_bytes) // one
+    if fits < 8:
+        raise UserError(
+            f"{encoder.name} at {size} px needs {8 * one / 2**30:.1f} GiB for 8 images at a time, "
+            f"and {free_bytes / 2**30:.1f} GiB are free; use a smaller image size or encoder"
+        )
+    return 1 << int(math.log2(fits))
+
+
+def _views(size: int, channels: int, *, gpu: bool) -> tuple[View, View]:
+    """For Pretrain, and for Train and Boost."""
+    if channels == 1:
+        grey = SimclrView(
+            crop_scale=(0.4, 1.0), flip=0, saturation=0, hue=0, grayscale=0, rotate_degrees=18
+        )
+        return grey, grey
+    weak = SimclrView()
+    return weak, StrongView(cutout=size // 2) if gpu else SimclrView(crop_scale=(0.4, 1.0))

@@ -1,0 +1,154 @@
+"""How many clusters there are, estimated from pretext features by three criteria.
+
+stability    mean adjusted Rand index of k-means on pairs of subsamples (Ben-Hur, Elisseeff &
+             Guyon, "A stability based method for discovering structure in clustered data", 2002)
+silhouette   mean silhouette of k-means (Rousseeuw 1987)
+eigengap     λ(k+1) - λ(k) of the normalised Laplacian, affinities scaled locally (Zelnik-Manor &
+             Perona, "Self-tuning spectral clustering", NIPS 2004; von Luxburg 2007)
+
+The number with the highest product of stability and silhouette is chosen: a product, because
+each of the two alone has a favourite of its own (few clusters, and many). The eigengap, which
+sees no sizes, is shown beside them.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_rand_score, silhouette_score
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from snscc_ray.config.errors import UserError
+
+_ROWS = 2000  # a sample that is enough for a few dozen clusters, and bounds what is N×N
+_MOST = 30
+_PAIRS = 8
+_SHARE = 0.8  # of the rows in each subsample
+
+
+def expected_seconds(rows: int, features: int) -> float:
+    """How long `estimate` will take here: one k-means of its size is timed."""
+    sample = np.random.default_rng(0).normal(size=(min(rows, _ROWS), features)).astype(np.float32)
+    count = len(_numbers(len(sample)))
+    began = time.monotonic()
+    with threadpool_limits(1):
+        _kmeans(sample, 2 + count // 2, 0)
+    return (time.monotonic() - began) * count * (2 * _PAIRS * _SHARE + 1)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The number chosen, the next best one, and what each criterion said of each number."""
+
+    chosen: int
+    runner_up: int
+    tried: list[int]
+    criteria: dict[str, list[float]]
+    why: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(
+    features_ND: Tensor, seed: int, progress: Callable[[int, int], None] | None = None
+) -> Estimate:
+    """Try 2 to 30 clusters (fewer where there are not ten images for each).
+
+    Raises UserError where the features are all the same.
+    """
+    rows_ND = _sample(features_ND, seed)
+    tried = _numbers(len(rows_ND))
+    stability, silhouette = [], []
+    with threadpool_limits(1):  # the same sums in the same order, on any machine
+        for done, k in enumerate(tried, 1):
+            stability.append(_stability(rows_ND, k, seed))
+            found_N = _kmeans(rows_ND, k, seed).labels_
+            apart = 2 <= len(np.unique(found_N)) < len(rows_ND)
+            silhouette.append(float(silhouette_score(rows_ND, found_N)) if apart else -1.0)
+            if progress is not None:
+                progress(done, len(tried))
+        gaps = _eigengaps(rows_ND, tried)
+    if max(silhouette) == -1:
+        raise UserError(
+            "after Pretrain the network sees no difference between the images: there is nothing to "
+            "count; look at the images, or give a number with --clusters"
+        )
+    merit = np.array(stability) * np.maximum(silhouette, 0)
+    best, second = (tried[place] for place in np.argsort(-merit, kind="stable")[:2])
+    return Estimate(
+        chosen=best,
+        runner_up=second,
+        tried=tried,
+        criteria={"stability": stability, "silhouette": silhouette, "eigengap": gaps},
+        why=_why(best, second, tried, merit, gaps),
+    )
+
+
+def _numbers(rows: int) -> list[int]:
+    return list(range(2, max(3, min(_MOST, rows // 10)) + 1))
+
+
+def _sample(features_ND: Tensor, seed: int) -> np.ndarray:
+    rows = features_ND.detach().cpu().float().numpy()
+    if len(rows) <= _ROWS:
+        return rows
+    drawing = np.random.default_rng(seed % 2**32)
+    return rows[np.sort(drawing.choice(len(rows), _ROWS, replace=False))]
+
+
+def _kmeans(rows_ND: np.ndarray, k: int, seed: int) -> KMeans:
+    with warnings.catch_warnings():
+        # Of fewer different rows than k, which the silhouette takes into account.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return KMeans(k, n_init=3, random_state=seed % 2**32).fit(rows_ND)
+
+
+def _stability(rows_ND: np.ndarray, k: int, seed: int) -> float:
+    drawing = np.random.default_rng((seed + k) % 2**32)
+    agreed = []
+    for _ in range(_PAIRS):
+        parts = [
+            drawing.choice(len(rows_ND), int(_SHARE * len(rows_ND)), replace=False) for _ in "ab"
+        ]
+        one, two = (
+            _kmeans(rows_ND[part], k, int(drawing.integers(2**31))).predict(rows_ND)
+            for part in parts
+        )
+        agreed.append(adjusted_rand_score(one, two))
+    return float(np.mean(agreed))
+
+
+def _eigengaps(rows_ND: np.ndarray, tried: list[int]) -> list[float]:
+    rows = torch.from_numpy(rows_ND).double()
+    distance_NN = torch.cdist(rows, rows).numpy()
+    near = min(len(rows_ND) - 1, round(len(rows_ND) ** 0.5))
+    scale_N = np.partition(distance_NN, near, axis=1)[:, near].clip(1e-12)
+    weight_NN = np.exp(-(distance_NN**2) / np.outer(scale_N, scale_N))
+    np.fill_diagonal(weight_NN, 0)
+    degree_N = weight_NN.sum(1).clip(1e-12) ** -0.5
+    falling = np.linalg.eigvalsh(weight_NN * np.outer(degree_N, degree_N))[::-1]
+    return [float(falling[k - 1] - falling[k]) for k in tried]
+
+
+def _why(best: int, second: int, tried: list[int], merit: np.ndarray, gaps: list[float]) -> str:
+    ratio = merit[tried.index(second)] / max(merit[tried.index(best)], 1e-12)
+    by_gap = tried[int(np.argmax(gaps))]
+    sure = (
+        "clearly ahead of"
+        if ratio < 0.9
+        else "a little ahead of"
+        if ratio < 0.98
+        else "hardly better than"
+    )
+    agrees = "which the eigengap says too" if by_gap == best else f"the eigengap says {by_gap}"
+    return f"{best} clusters are the most stable and best separated, {sure} {second}; {agrees}"

@@ -1,0 +1,147 @@
+"""Checkpoints that others wrote: on this machine, on the web or in an object store.
+
+Nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import as_path, is_url
+from snscc_ray.core.checkpoints import check_bytes
+
+_COPY = "copy or download it again, or give another"
+
+
+def read_checkpoint(place: str) -> Any:
+    """The tensors, numbers, texts and containers of them in a file of torch or safetensors.
+
+    Objects of any other class become empty. Raises UserError.
+    """
+    content = _bytes(place)
+    if not content:
+        raise UserError(f"{place} is empty; {_COPY}")
+    if place.endswith(".safetensors"):
+        return _read_safetensors(content, place)
+    try:
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            check_bytes(io.BytesIO(content))
+        # What the file calls a class or a function, whichever it is, makes an empty container.
+        stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+            (_Nothing, name) for name in _foreign(content)
+        ]
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how the file is made, which is nobody's fault here
+            held = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, AttributeError, TypeError, RuntimeError, EOFError,
+            ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:  # fmt: skip
+        if isinstance(error, pickle.UnpicklingError) and content[:1] in (b"P", b"\x80"):
+            raise UserError(
+                f"{place} holds objects that only its own program can read, and pickles are not "
+                "executed here; extract the weights where it was written: torch.save(torch.load("
+                "FILE, weights_only=False)['state_dict'], 'weights.pth')"
+            ) from error
+        if _is_script(content):
+            raise UserError(
+                f"{place} is TorchScript, a program and its weights; extract the weights: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+            ) from error
+        raise UserError(f"{place} is damaged or no checkpoint of torch; {_COPY}") from error
+    if "_modules" in getattr(held, "__dict__", ()):  # of an object that became empty
+        raise UserError(
+            f"{place} is a whole model, which only its own program can read; save its weights "
+            "where it was written: torch.save(model.state_dict(), 'weights.pth')"
+        )
+    return held
+
+
+def digest(place: str) -> str:
+    """A hash of what the file holds. Raises UserError."""
+    local = None if is_url(place) else as_path(place)
+    there = local.stat() if local is not None and local.exists() else None
+    return _digest(place, there.st_mtime_ns if there else 0, there.st_size if there else 0)
+
+
+@lru_cache(maxsize=16)
+def _digest(place: str, changed: int, size: int) -> str:
+    return hashlib.blake2b(_bytes(place), digest_size=16).hexdigest()
+
+
+def _is_script(content: bytes) -> bool:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            return any(name.endswith("/constants.pkl") for name in parts.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+class _Nothing:
+    """Stands for every class that a checkpoint names and torch does not know."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return OrderedDict()  # the one container whose items and whose state torch will set
+
+
+def _foreign(content: bytes) -> Iterable[str]:
+    """The classes and functions that a file names, torch's own left out."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        return []  # a file of torch before 1.6, which is read with the same care
+    return torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+
+
+def _read_safetensors(content: bytes, place: str) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+    except ImportError as error:
+        raise UserError(f"{place} needs safetensors; pip install safetensors") from error
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise UserError(f"{place} is damaged or no safetensors file; {_COPY}") from error
+
+
+def _bytes(place: str) -> bytes:
+    try:
+        return _reached(place).read_bytes()
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(
+            f"encoder.weights={place}: there is no such file; give one that is there"
+        ) from error
+    except IsADirectoryError as error:
+        raise UserError(
+            f"encoder.weights={place} is a folder; give the file in it, of a run of ours such as "
+            "boost/final.pt"
+        ) from error
+    except Exception as error:  # what a store's client raises is open-ended
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"encoder.weights={place} cannot be read ({reason}); check the address and the rights"
+        ) from error
+
+
+def _reached(place: str) -> Path:
+    """The file itself, or of one on the web, which does not change, a copy among torch's."""
+    if not place.startswith(("http://", "https://")):
+        return as_path(place)
+    name = place.partition("?")[0].rpartition("/")[2]
+    mark = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()
+    copy = Path(torch.hub.get_dir(), "checkpoints", f"snscc-{mark}-{name}")
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(place, str(copy), progress=False)
+    return copy

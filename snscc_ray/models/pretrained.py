@@ -1,0 +1,163 @@
+"""`encoder.weights`: what it names, and how it comes into an encoder."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import as_path, is_url
+from snscc_ray.config.settings import BUILT_IN, LIBRARIES, DataSettings, EncoderSettings, Recipe
+from snscc_ray.models import libraries
+from snscc_ray.models.encoders import build_encoder, out_features
+from snscc_ray.models.foreign import digest, read_checkpoint
+from snscc_ray.models.importers import Imported, Unusable, import_weights, infer_encoder
+
+_ENDINGS = (".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors")
+
+
+def encoder_settings(text: str) -> EncoderSettings:
+    """What a person calls an encoder: `resnet18`, `torchvision:NAME`, `timm:NAME`, or a checkpoint.
+
+    A library's model comes with the library's weights, and a checkpoint says by its shapes which
+    of the built-in encoders it is of. Raises UserError, naming the encoders of similar names.
+    """
+    if text in BUILT_IN:
+        return EncoderSettings(name=text)
+    if text.partition(":")[0] in LIBRARIES:
+        libraries.default_name(text)
+        return EncoderSettings(name=text, weights="default")
+    if is_url(text) or text.endswith(_ENDINGS) or as_path(text).exists():
+        held = read_checkpoint(text)
+        try:
+            found = infer_encoder(held)
+        except Unusable as error:
+            raise UserError(f"{text}: {error}; give another file") from error
+        except UserError as error:
+            raise UserError(
+                f"{text}: {error}; name its encoder, with --set encoder.name=… and "
+                f"--set encoder.weights={text}"
+            ) from error
+        return EncoderSettings.model_validate(found.model_dump() | {"weights": text})
+    known = {name: name for name in BUILT_IN}
+    known |= {
+        name: f"torchvision:{name}" for name in libraries.LIBRARIES["torchvision"].models()
+    } | known
+    near = [known[name] for name in difflib.get_close_matches(text, known, 3)]
+    hint = "use resnet18, torchvision:NAME, timm:NAME or the path of a checkpoint"
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    raise UserError(f"there is no encoder and no file {text!r}; {hint}")
+
+
+def start_encoder(settings: EncoderSettings, encoder: nn.Module) -> Imported:
+    """Give a new encoder the weights that `settings` names. Raises UserError."""
+    found = _fitting(settings, _held(settings), encoder)
+    encoder.load_state_dict(found.weights, strict=False)
+    return found
+
+
+def check_encoder(recipe: Recipe, world_size: int) -> None:
+    """Refuse an encoder that cannot be built, cannot take the images, or does not fit its weights.
+
+    Raises UserError, before anything is written. Default weights are not downloaded for it.
+    """
+    settings, data = recipe.encoder, recipe.data
+    if settings.name in BUILT_IN and settings.weights is None:
+        return
+    with torch.random.fork_rng(devices=[]):
+        encoder = build_encoder(settings, data.channels)
+        if settings.name not in BUILT_IN:
+            _try(settings.name, encoder, data)
+            if world_size > 1:
+                _refuse_fused_norms(settings.name, encoder)
+        if settings.weights == "default":
+            libraries.default_name(settings.name)
+            _fitting(settings, libraries.like_default(settings.name), encoder)
+        elif settings.weights is not None:
+            _fitting(settings, _held(settings), encoder)
+
+
+def weights_identity(settings: EncoderSettings) -> str:
+    """What the weights are, wherever they lie. Raises UserError when they cannot be read."""
+    assert settings.weights is not None
+    if settings.weights == "default":
+        return libraries.default_name(settings.name)
+    return digest(settings.weights)
+
+
+# ----------------------------------------------------------------------------------- the weights
+
+
+def _held(settings: EncoderSettings) -> Any:
+    if settings.weights == "default":
+        return libraries.default_state(settings.name)
+    assert settings.weights is not None
+    return read_checkpoint(settings.weights)
+
+
+def _fitting(settings: EncoderSettings, held: Any, encoder: nn.Module) -> Imported:
+    default = settings.weights == "default"
+    origin = libraries.default_name(settings.name) if default else str(settings.weights)
+    try:
+        return import_weights(held, encoder, origin)
+    except UserError as error:
+        raise UserError(f"encoder.weights: {error}; {_remedy(settings, held)}") from error
+
+
+def _remedy(settings: EncoderSettings, held: Any) -> str:
+    try:
+        right = infer_encoder(held)
+    except Unusable:
+        return "give another file"
+    except UserError:
+        return "set encoder.name to the encoder that it is of"
+    changes = [
+        f"--set encoder.{field}={getattr(right, field)}"
+        for field in ("name", "stem", "width")
+        if getattr(right, field) != getattr(settings, field)
+        and (field != "stem" or right.name != "convnet")
+        and (field != "width" or right.name == "convnet")
+    ]
+    if changes:
+        return f"use {' '.join(changes)}"
+    with torch.device("meta"):
+        grey = build_encoder(settings, channels=1)
+    try:
+        import_weights(held, grey, "it")
+    except UserError:
+        return "use another checkpoint"
+    return (
+        "it is of grey images: use --set data.channels=1 --set data.mean=null --set data.std=null"
+    )
+
+
+def _try(name: str, encoder: nn.Module, data: DataSettings) -> None:
+    """Two images through the encoder as in training. Raises UserError if it does not take them."""
+    size = f"{data.image_size}×{data.image_size}"
+    try:
+        with torch.no_grad():
+            h_BD = encoder.train()(torch.zeros(2, data.channels, data.image_size, data.image_size))
+    except Exception as error:  # each architecture has its own way to object
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"encoder.name={name} does not take images of {size} ({reason}); use the size it is "
+            "made for, as in --set data.image_size=224"
+        ) from error
+    if not isinstance(h_BD, torch.Tensor) or h_BD.shape != (2, out_features(encoder)):
+        raise UserError(
+            f"encoder.name={name} does not give one vector for each image of {size}; use another"
+        )
+
+
+def _refuse_fused_norms(name: str, encoder: nn.Module) -> None:
+    known = (nn.BatchNorm1d, nn.BatchNorm2d)
+    for part in encoder.modules():
+        if isinstance(part, known) and type(part) not in known:
+            raise UserError(
+                f"encoder.name={name} has batch norms of its own kind ({type(part).__name__}), "
+                "which several workers cannot share; use one worker, or another encoder"
+            )

@@ -1,0 +1,63 @@
+"""A stage's identity: a hash of what determines it, by which a finished stage is found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from snscc_ray.config.settings import STAGES, EncoderSettings, Recipe, StageName
+from snscc_ray.models.pretrained import weights_identity
+
+# Raised whenever a change of this package changes what the same settings train.
+_VERSION = 2
+# Fields that came after it, and the value that does what was done before them: at that value they
+# do not count, so that the stages finished before them are found again.
+_LATER: dict[StageName, dict[str, Any]] = {
+    "train": {"max_imbalance": 1.0},
+    "boost": {"score_tolerance": 1e-3},
+}
+
+
+def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: str) -> str:
+    """Of the stage's settings, the data's fingerprint and order, the seed, and the parent's.
+
+    Pretrain does not depend on the number of clusters, and nothing on `runtime` or on the path
+    the images were read from. Raises UserError when `encoder.weights` cannot be read.
+    """
+    parent = STAGES.index(stage) - 1
+    data = recipe.data
+    determines: dict[str, Any] = {
+        "version": _VERSION,
+        "stage": stage,
+        "order": order,
+        "settings": _settings(recipe, stage),
+        "parent": stage_identity(recipe, STAGES[parent], fingerprint, order)
+        if parent >= 0
+        else None,
+    }
+    if parent < 0:
+        determines |= {
+            "fingerprint": fingerprint,
+            "seed": recipe.seed,
+            "precision": recipe.precision,
+            "encoder": _encoder(recipe.encoder),
+            "normalize": [data.mean, data.std],
+        }
+    else:
+        determines["num_clusters"] = data.num_clusters
+    text = json.dumps(determines, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _encoder(settings: EncoderSettings) -> dict[str, Any]:
+    """The weights count by what they are and not by where they lie, and only where there are any:
+    runs from before there could be are found again."""
+    values = settings.model_dump(mode="json", exclude={"weights"})
+    return values if settings.weights is None else values | {"weights": weights_identity(settings)}
+
+
+def _settings(recipe: Recipe, stage: StageName) -> dict[str, Any]:
+    later = _LATER.get(stage, {})
+    values: dict[str, Any] = getattr(recipe, stage).model_dump(mode="json")
+    return {k: v for k, v in values.items() if k not in later or v != later[k]}

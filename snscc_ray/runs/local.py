@@ -1,0 +1,203 @@
+"""A run in this process, or in one of several that torchrun started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import DataSettings, Recipe
+from snscc_ray.core import distributed
+from snscc_ray.core.claim import claimed
+from snscc_ray.core.display import Display
+from snscc_ray.data.imageset import Catalog, assemble
+from snscc_ray.data.loading.resident import Images, ResidentData
+from snscc_ray.data.loading.streamed import StreamedData, threads_reader
+from snscc_ray.data.loading.survey import check_streamed, choose_mode, survey
+from snscc_ray.data.rows import Rows
+from snscc_ray.runs.folder import check_apart, prepare_folder
+from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
+from snscc_ray.runs.pace import describe, measure, within
+from snscc_ray.runs.plan import Plan, check, make_plan
+from snscc_ray.runs.run import Request, Result, execute, final_figures
+from snscc_ray.training.engine import Interrupted
+from snscc_ray.training.workers import LocalWorker, Worker, choose_device, join_group, leave_group
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, wherever the loop is not waiting."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@terminated_like_interrupted()
+def run_here(
+    request: Request,
+    console: Console,
+    make_worker: Callable[[Path, torch.device], Worker] = LocalWorker,
+) -> Result | None:
+    """Run what is asked for; None on ranks other than the first.
+
+    make_worker: from the run folder and the device, who keeps the checkpoints.
+    Everything that can be refused is refused before the folder is touched.
+    Raises UserError, or TrainingError from the loop, or Interrupted once there is a run to resume.
+    """
+    check_apart(request.folder, request.recipe().data.path)
+    # Of the processes that torchrun started, the first one has the folder for all.
+    first = os.environ.get("RANK", "0") == "0"
+    with claimed(request.folder, Display(console).line) if first else nullcontext():
+        return _run_here(request, console, make_worker)
+
+
+def _run_here(
+    request: Request, console: Console, make_worker: Callable[[Path, torch.device], Worker]
+) -> Result | None:
+    began = time.monotonic()
+    if request.budget is not None and request.resume:
+        raise UserError("--budget chose the epochs when the run began; leave it out of --resume")
+    recipe, folder = request.recipe(), request.folder
+    device = choose_device(recipe.runtime.device)
+    prepare_folder(folder, recipe, resume=request.resume, overwrite=request.overwrite)
+    join_group(device)
+    try:
+        first = distributed.rank() == 0
+        display = Display(console if first else Console(quiet=True))
+        plan = make_plan(recipe, (distributed.world_size(),))
+        recipe = plan.recipe
+        catalog, data = load(plan, device, display)
+        display.line(
+            f"{recipe.name}: {len(catalog):,} images of {recipe.data.image_size} px, "
+            f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
+        )
+        report_skipped(catalog, display)
+        if request.budget is not None:
+            left = request.budget - (time.monotonic() - began)
+            recipe = _within_budget(request, recipe, catalog, data, left, display)
+        worker = make_worker(folder, device)
+        monitor: RunMonitor | NullMonitor = (
+            RunMonitor(Journal(folder), display) if first else NullMonitor()
+        )
+        try:
+            result = execute(
+                recipe,
+                catalog,
+                data,
+                folder,
+                worker,
+                monitor,
+                request.stages,
+                overwrite=request.overwrite,
+            )
+            if isinstance(monitor, RunMonitor):
+                final = final_figures(result.figures)
+                monitor.journal.hyperparameters(recipe.model_dump(mode="json"), final)
+        except KeyboardInterrupt as stop:  # between two stages' loops, or a second Ctrl-C
+            raise Interrupted from stop
+        finally:
+            monitor.finish()
+        return result if first else None
+    finally:
+        leave_group()
+
+
+def _within_budget(
+    request: Request,
+    recipe: Recipe,
+    catalog: Catalog,
+    data: Images,
+    seconds: float,
+    display: Display,
+) -> Recipe:
+    """The recipe with the epochs that fit into `seconds`, measured now. Raises UserError."""
+    if distributed.world_size() > 1:
+        raise UserError("--budget measures a single process; leave it out under torchrun")
+    if not isinstance(data, ResidentData):
+        raise UserError("--budget measures images held in memory; use --set data.mode=resident")
+    began = time.monotonic()
+    display.line("measuring a few steps of each stage")
+    images = data.images_NCHW
+    try:
+        pace = measure(recipe, catalog, images, images.device)
+    except Interrupted as stop:
+        raise KeyboardInterrupt from stop  # nothing is written yet: there is no run to resume
+    spent = time.monotonic() - began
+    fitting = within(recipe, pace, seconds - spent, request.stages)
+    display.line(f"{describe(fitting, pace, request.stages)} (measured in {spent:.0f} s)")
+    return fitting
+
+
+def report_skipped(catalog: Catalog, display: Display) -> None:
+    """Say what was left aside or assumed, and name every image that is left out, and why."""
+    for note in catalog.notes:
+        display.line(note)
+    for identifier, reason in catalog.skipped:
+        display.line(f"left out {identifier}: {reason}")
+
+
+def load(plan: Plan, device: torch.device, display: Display) -> tuple[Catalog, Images]:
+    """The images of a run. Raises UserError where they cannot be trained on."""
+    recipe = plan.recipe
+    mode = mode_for(recipe.data, plan.rows, device, display)
+    if mode == "stream":
+        check_streamed(recipe)
+    workers = recipe.runtime.decode_workers
+    catalog, data = bring(recipe.data, plan.rows, mode, device, display, workers)
+    if catalog.skipped:  # fewer than were checked
+        check(recipe, len(catalog), distributed.world_size())
+    return catalog.for_clusters(recipe.data.num_clusters), data
+
+
+def mode_for(data: DataSettings, rows: Rows, device: torch.device, display: Display) -> str:
+    """resident or stream, by the memory of this machine; said only where it is stream."""
+    mode, why = choose_mode(data, len(rows.ids), free_bytes(device), rows.streamable)
+    if mode == "stream":
+        display.line(f"images streamed: {why}")
+    return mode
+
+
+def bring(
+    data: DataSettings,
+    rows: Rows,
+    mode: str,
+    device: torch.device,
+    display: Display,
+    workers: int = 0,
+) -> tuple[Catalog, Images]:
+    """A set in memory, or read as it is needed. Raises UserError."""
+    progress = display.counting("reading", "images")
+    if mode == "stream":
+        streamed = survey(rows, data, workers=workers, progress=progress)
+        display.finish()
+        reader = threads_reader(streamed, data.memory_mb, workers)
+        return streamed.catalog, StreamedData(streamed, device, reader)
+    images = assemble(rows, data, workers, progress)
+    display.finish()
+    return images.catalog, ResidentData(images.images, device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the memory that would hold a set: this process's share, and the GPU's where it has one."""
+    return min(device_bytes(torch.device("cpu")), device_bytes(device))
+
+
+def device_bytes(device: torch.device) -> int:
+    """Free memory of the device itself; on a CPU this process's share of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available) // distributed.world_size()

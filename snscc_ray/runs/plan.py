@@ -1,0 +1,79 @@
+"""What a command will train: a recipe and its listed images, checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import STAGES, Recipe
+from snscc_ray.data.loading.order import smallest_batch
+from snscc_ray.data.look import ImageStats, resolve_reading
+from snscc_ray.data.rows import Rows
+from snscc_ray.data.sources import list_rows
+from snscc_ray.models.pretrained import check_encoder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe whose images are listed and can be trained on."""
+
+    recipe: Recipe
+    rows: Rows
+
+
+def make_plan(
+    recipe: Recipe,
+    workers: Sequence[int] = (1,),
+    rows: Rows | None = None,
+    seen: ImageStats | None = None,
+) -> Plan:
+    """List the images and look at them, where that is not done yet, and check the recipe.
+
+    workers: every number of workers that may train. Raises UserError naming the field.
+    """
+    rows = list_rows(recipe.data) if rows is None else rows
+    data, rows = resolve_reading(recipe.data, rows, seen)
+    recipe = recipe.model_copy(update={"data": data})
+    for count in workers:
+        check(recipe, len(rows.ids), count)
+    check_encoder(recipe, max(workers))
+    return Plan(recipe, rows)
+
+
+def check(recipe: Recipe, rows: int, world_size: int) -> None:
+    """Refuse what cannot train, before anything is written. Raises UserError naming the field."""
+    clusters = recipe.data.num_clusters
+    if rows < clusters:
+        raise UserError(
+            f"data.num_clusters={clusters}, but there are only {rows} images: use fewer clusters"
+        )
+    batches = {f"{stage}.batch_size": getattr(recipe, stage).batch_size for stage in STAGES}
+    large = [field for field, batch in batches.items() if batch > rows]
+    if large:
+        smaller = max(2, rows // 4)
+        mend = " ".join(f"--set {field}={smaller}" for field in large)
+        raise UserError(
+            f"{large[0]}={batches[large[0]]} is more than the {rows} images there are; use {mend}"
+        )
+    for field, batch in batches.items():
+        if batch % world_size:
+            raise UserError(
+                f"{field}={batch} is global and does not divide among {world_size} workers; "
+                f"use --set {field}={batch - batch % world_size or world_size}"
+            )
+        # An epoch's batches are as even as can be, and so may be smaller than asked for.
+        least = smallest_batch(rows, batch)
+        if least < 2 * world_size:
+            raise UserError(
+                f"{field}={batch} leaves a batch of {least} of the {rows} images to {world_size} "
+                f"workers; use --set {field}={4 * world_size} or more"
+            )
+    neighbors = {
+        "pretrain.mined_neighbors": recipe.pretrain.mined_neighbors,
+        "train.num_neighbors": recipe.train.num_neighbors,
+        "boost.num_neighbors": recipe.boost.num_neighbors,
+    }
+    for field, count in neighbors.items():
+        if count >= rows:
+            raise UserError(f"{field}={count} must be below the {rows} images there are")

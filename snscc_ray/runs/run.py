@@ -1,0 +1,385 @@
+"""A run: the stages of one recipe, one after the other, into one folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from snscc_ray.config import recipes
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import STAGES, Recipe, StageName
+from snscc_ray.core import checkpoints, distributed, storage
+from snscc_ray.core.clustering.imbalance import forced_balance, forced_warning
+from snscc_ray.core.clustering.kmeans import kmeans
+from snscc_ray.core.clustering.metrics import oracle
+from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.views import Normalize
+from snscc_ray.data.imageset import Catalog
+from snscc_ray.data.loading.resident import Images, ResidentData
+from snscc_ray.models.encoders import (
+    ClusterHeads,
+    ClusterNet,
+    PretextNet,
+    build_encoder,
+    out_features,
+)
+from snscc_ray.models.pretrained import start_encoder
+from snscc_ray.runs.folder import (
+    check_images,
+    note_images,
+    read_recipe,
+    remove_leftovers,
+    remove_run,
+    write_recipe,
+)
+from snscc_ray.runs.identity import stage_identity
+from snscc_ray.training.context import Context
+from snscc_ray.training.engine import Monitor, fit
+from snscc_ray.training.stages.boost import Boost
+from snscc_ray.training.stages.pretrain import Pretrain
+from snscc_ray.training.stages.train import Train, probabilities
+from snscc_ray.training.workers import Worker
+
+# Rows on which a bfloat16 run is compared with itself in float32.
+_COMPARED = 2048
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asks for: a recipe by its name (None: the one in the folder), and where."""
+
+    recipe_name: str | None
+    overrides: list[str]
+    folder: Path
+    stages: tuple[StageName, ...] = STAGES
+    resume: bool = False
+    overwrite: bool = False
+    budget: float | None = None  # seconds that all of it may take; None: the recipe's epochs
+
+    def recipe(self) -> Recipe:
+        """The recipe asked for, overrides applied. Raises UserError."""
+        name = self.recipe_name
+        return override(recipes.get(name) if name else read_recipe(self.folder), self.overrides)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found; `figures` is what metrics.json holds."""
+
+    folder: Path
+    figures: dict[str, Any]
+
+
+def execute(
+    recipe: Recipe,
+    catalog: Catalog,
+    data: Images,
+    folder: Path,
+    worker: Worker,
+    monitor: Monitor,
+    stages: tuple[StageName, ...] = STAGES,
+    *,
+    overwrite: bool = False,
+    store: Path | None = None,
+) -> Result:
+    """Run the stages, reusing those of the same identity that `folder` holds finished.
+
+    With a `store`, which several runs share, each stage has a folder there (see `stage_folder`).
+    Raises UserError when a stage's parent is neither in `stages` nor finished in the folder.
+    """
+    normalize = normalisation(recipe, catalog)
+    context = Context(recipe, data, catalog.labels, normalize, worker.device)
+    run = _Run(recipe, catalog, context, folder, worker, monitor, store)
+    run.check_parents(stages, afresh=overwrite)
+    if not overwrite:
+        check_images(folder, catalog)
+        distributed.barrier()
+    if worker.rank == 0:
+        remove_leftovers(folder)
+        if overwrite:
+            remove_run(folder)
+        write_recipe(folder, recipe)
+        note_images(folder, catalog)
+    distributed.barrier()
+    # First: after the stages, a kill here would leave a finished run without its figures.
+    baselines = run.baselines()
+    figures: dict[str, Any] = {}
+    for stage in STAGES:
+        if stage in stages:
+            figures[stage] = run.stage(stage)
+        elif finished := run.finished(stage):
+            figures[stage] = finished
+    result = {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "rows": len(catalog),
+        "skipped": len(catalog.skipped),
+        "notes": list(catalog.notes),
+        "baselines": baselines,
+        "stages": figures,
+    }
+    if worker.rank == 0:
+        storage.write_json(folder / "metrics.json", result)
+    return Result(folder, result)
+
+
+@dataclass(frozen=True)
+class _Run:
+    recipe: Recipe
+    catalog: Catalog
+    context: Context
+    folder: Path
+    worker: Worker
+    monitor: Monitor
+    store: Path | None
+
+    def identity(self, stage: StageName) -> str:
+        return stage_identity(
+            self.recipe, stage, self.catalog.fingerprint, self.context.data.order_name
+        )
+
+    def stage_folder(self, stage: StageName) -> Path:
+        """Where the stage's files are."""
+        if self.store is None:
+            return self.folder / stage
+        return stage_folder(self.store, stage, self.identity(stage)) / stage
+
+    def finished(self, stage: StageName) -> dict[str, Any] | None:
+        """The stage's figures when it lies finished in its place under this identity."""
+        return finished(self.stage_folder(stage), stage, self.identity(stage))
+
+    def check_parents(self, stages: tuple[StageName, ...], *, afresh: bool) -> None:
+        """Raises UserError for a stage whose parent is neither asked for nor finished."""
+        for parent, stage in pairwise(STAGES):
+            if stage not in stages or parent in stages:
+                continue
+            if afresh or (self.finished(stage) is None and self.finished(parent) is None):
+                raise self._unfinished(parent, stage)
+
+    def _unfinished(self, parent: StageName, wanted_by: StageName) -> UserError:
+        return UserError(
+            f"{wanted_by} needs a finished {parent} stage of these settings in {self.folder}; "
+            f"add {parent} to --stages"
+        )
+
+    def stage(self, name: StageName) -> dict[str, Any]:
+        # One process looks, for all: on a shared file system some may see a file late.
+        figures = distributed.from_first(lambda: self.finished(name))
+        if figures is None:
+            began = time.monotonic()
+            figures = {"pretrain": self._pretrain, "train": self._train, "boost": self._boost}[
+                name
+            ]()
+            # Of this process: a resumed stage counts what was left of it.
+            figures["seconds"] = round(time.monotonic() - began, 3)
+            if self.worker.rank == 0:
+                record = {"identity": self.identity(name), "figures": figures}
+                storage.write_json(self.stage_folder(name) / "stage.json", record)
+                (self.stage_folder(name) / "latest.pt").unlink(missing_ok=True)
+            distributed.barrier()
+        return figures
+
+    def _pretrain(self) -> dict[str, Any]:
+        settings = self.recipe.encoder
+        with _seeded(self.context.key("pretrain", "init")):
+            encoder = build_encoder(settings, self.recipe.data.channels)
+            if settings.weights is not None and not self._can_continue("pretrain"):
+                self.monitor.line(str(start_encoder(settings, encoder)))
+            stage = Pretrain(self.context, encoder)
+        fit(stage, self.context, self.worker, self.monitor, self.identity("pretrain"))
+        figures: dict[str, Any] = stage.finish()
+        if self.worker.rank == 0:
+            assert stage.mined is not None
+            stage.mined.save(self.stage_folder("pretrain") / "neighbors.parquet")
+            self._save_final("pretrain", stage.network, {})
+        return figures
+
+    def _train(self) -> dict[str, Any]:
+        pretext, mined = self._pretext(), self._mined()
+        with _seeded(self.context.key("train", "init")):
+            stage = Train(self.context, pretext, mined)
+        if not self._can_continue("train"):
+            stage.prepare()
+        fit(stage, self.context, self.worker, self.monitor, self.identity("train"))
+        figures: dict[str, Any] = stage.finish()
+        self._note_forced_balance(figures)
+        p_NC = probabilities(self.context, stage.network)[:, 0]
+        self._save_clusters("train", stage.network, p_NC)
+        return figures
+
+    def _boost(self) -> dict[str, Any]:
+        network, mined = self._clusters(), self._mined()
+        stage = Boost(self.context, network, mined)
+        fit(stage, self.context, self.worker, self.monitor, self.identity("boost"))
+        figures: dict[str, Any] = stage.finish()
+        if stage.restored:
+            self.monitor.warn(
+                "boost",
+                stage.settings.epochs,
+                "boost-worse: the label-free score fell below that of Train, so the best state "
+                "was restored; a higher boost.confidence_threshold may help",
+            )
+        assert stage.p_NC is not None
+        self._save_clusters("boost", stage.network, stage.p_NC)
+        return figures
+
+    def _note_forced_balance(self, figures: dict[str, Any]) -> None:
+        pretrain = distributed.from_first(lambda: self.finished("pretrain"))
+        free = (pretrain or {}).get("health/free_balance")
+        if free is None:
+            return  # a Pretrain stage from before it was measured
+        forced = forced_balance(figures["health/balance"], free)
+        figures["health/forced_balance"] = forced
+        if warning := forced_warning(forced):
+            self.monitor.warn("train", self.recipe.train.epochs, warning)
+
+    def _can_continue(self, stage: StageName) -> bool:
+        saved = self.worker.latest_checkpoint(stage)
+        return saved is not None and saved["identity"] == self.identity(stage)
+
+    def _save_clusters(self, stage: StageName, network: ClusterNet, p_NC: Tensor) -> None:
+        in_float32 = self._in_float32(network, p_NC)
+        if self.worker.rank == 0:
+            self._save_final(stage, network, in_float32)
+            self._save_assignments(p_NC)
+
+    def _in_float32(self, network: ClusterNet, p_NC: Tensor) -> dict[str, float]:
+        """How far the first images' answers in float32 are from those of this run's precision.
+
+        A CPU that later answers for a bfloat16 run computes in float32, and says this.
+        """
+        if not self.context.mixed:
+            return {}
+        recipe = self.recipe.model_copy(update={"precision": "float32"})
+        exact_NC = probabilities(replace(self.context, recipe=recipe), network, _COMPARED)[:, 0]
+        own_NC = p_NC[: len(exact_NC)]
+        same = (exact_NC.argmax(1) == own_NC.argmax(1)).double().mean()
+        return {
+            "rows": len(exact_NC),
+            "same_cluster": float(same),
+            "largest_difference": float((exact_NC - own_NC).abs().max()),
+        }
+
+    def _save_final(
+        self, stage: StageName, network: torch.nn.Module, in_float32: dict[str, float]
+    ) -> None:
+        normalize = self.context.normalize  # who predicts has not the images it was measured on
+        checkpoints.save(
+            self.stage_folder(stage) / "final.pt",
+            {
+                "identity": self.identity(stage),
+                "network": network.state_dict(),
+                "normalize": {"mean": list(normalize.mean), "std": list(normalize.std)},
+                "precision": "bfloat16" if self.context.mixed else "float32",
+                "in_float32": in_float32,
+            },
+        )
+
+    def _load_final(self, stage: StageName, wanted_by: StageName, into: torch.nn.Module) -> None:
+        path = self.stage_folder(stage) / "final.pt"
+        if distributed.from_first(lambda: self.finished(stage)) is None:
+            raise self._unfinished(stage, wanted_by)
+        checkpoints.load_weights(into, checkpoints.load(path, self.worker.device)["network"], path)
+
+    def _pretext(self) -> PretextNet:
+        encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
+        network = PretextNet(encoder, self.recipe.pretrain).to(self.worker.device)
+        self._load_final("pretrain", "train", network)
+        return network
+
+    def _mined(self) -> MinedNeighbors:
+        return MinedNeighbors.load(self.stage_folder("pretrain") / "neighbors.parquet")
+
+    def _clusters(self) -> ClusterNet:
+        encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
+        heads = ClusterHeads(
+            self.recipe.train, out_features(encoder), self.recipe.data.num_clusters, heads=1
+        )
+        network = ClusterNet(encoder, heads)
+        network.to(self.worker.device)
+        self._load_final("train", "boost", network)
+        return self.context.to_device(network)
+
+    def _save_assignments(self, p_NC: Tensor) -> None:
+        confidence_N, clusters_N = p_NC.max(1)
+        columns = {
+            "id": pa.array(self.catalog.ids),
+            "cluster": pa.array(clusters_N.int().numpy()),
+            "confidence": pa.array(confidence_N.numpy()),
+        }
+        if self.catalog.labels is not None:
+            columns["label"] = pa.array(self.catalog.labels.int().numpy())
+        table = pa.table(columns)
+        storage.write_whole(
+            self.folder / "assignments.parquet", lambda file: pq.write_table(table, file)
+        )
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """k-means on the raw pixels, where there are labels to measure it by and all are held."""
+        data = self.context.data
+        if self.catalog.labels is None or self.store or not isinstance(data, ResidentData):
+            return {}
+        path = self.folder / "baselines.json"
+        if path.exists():
+            return dict(storage.read_json(path))
+        began = time.monotonic()
+        _, clusters_N = kmeans(
+            data.images_NCHW.flatten(1).float(),
+            self.recipe.data.num_clusters,
+            self.context.key("kmeans", "pixels"),
+        )
+        figures = oracle(self.catalog.labels, clusters_N)
+        figures["seconds"] = round(time.monotonic() - began, 3)
+        if self.worker.rank == 0:
+            storage.write_json(path, {"kmeans_pixels": figures})
+        return {"kmeans_pixels": figures}
+
+
+def stage_folder(store: Path, stage: StageName, identity: str) -> Path:
+    """The run folder of one stage in a store of stages, found again by what determines it."""
+    return store / f"{stage}-{identity[:16]}"
+
+
+def finished(place: Path, stage: StageName, identity: str) -> dict[str, Any] | None:
+    """The figures of the stage that lies in `place`, if it is finished and of that identity."""
+    path = place / "stage.json"
+    needed = ["final.pt", "neighbors.parquet"] if stage == "pretrain" else ["final.pt"]
+    if not path.exists() or not all((place / name).exists() for name in needed):
+        return None
+    record = storage.read_json(path)
+    return dict(record["figures"]) if record["identity"] == identity else None
+
+
+def final_figures(figures: dict[str, Any]) -> dict[str, float]:
+    """Those of the last stage there is."""
+    stages = list(figures["stages"].values())
+    return {name: float(value) for name, value in stages[-1].items()} if stages else {}
+
+
+def normalisation(recipe: Recipe, catalog: Catalog) -> Normalize:
+    """The recipe's mean and deviation, or those of the images."""
+    data = recipe.data
+    share = catalog.values.double() / catalog.values.sum(1, keepdim=True)
+    value = torch.arange(256, dtype=torch.float64) / 255
+    mean = (share * value).sum(1)
+    std = (share * (value - mean[:, None]).square()).sum(1).clamp_min(1e-6).sqrt()
+    return Normalize(data.mean or tuple(mean.tolist()), data.std or tuple(std.tolist()))
+
+
+@contextmanager
+def _seeded(key: int) -> Iterator[None]:
+    """Seed torch's global generators for a network's first weights, and put them back after."""
+    with torch.random.fork_rng():
+        torch.manual_seed(key)
+        yield

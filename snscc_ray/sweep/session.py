@@ -1,0 +1,390 @@
+"""Sweeps on Ray Tune: each distinct stage is one trial of Tune, trained once for all who need it.
+
+Nothing but the folder of stages says what has been done: the same command finds what is finished
+by its identity, continues what was begun, and trains the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import ray
+import torch
+from ray import tune
+from ray.tune.logger import TBXLoggerCallback
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+from rich.console import Console
+
+from snscc_ray.cluster.group import Job as GroupJob
+from snscc_ray.cluster.group import train_group
+from snscc_ray.cluster.nodes import check_visible, reserved
+from snscc_ray.cluster.scale import (
+    Probe,
+    Scale,
+    amounts,
+    check_alike,
+    free_object_store,
+    free_of,
+    probe_node,
+)
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import arrow_storage, is_url
+from snscc_ray.config.settings import Recipe, StageName
+from snscc_ray.core.claim import claimed
+from snscc_ray.core.display import Display, NullScreen
+from snscc_ray.data.loading.ray_stream import Shared, share_images
+from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.runs.local import report_skipped
+from snscc_ray.runs.monitor import Journal, RunMonitor
+from snscc_ray.runs.pace import Seconds, measure
+from snscc_ray.runs.plan import make_plan
+from snscc_ray.runs.run import execute
+from snscc_ray.sweep.plan import Job, Ledger, searched
+from snscc_ray.training.engine import Interrupted
+from snscc_ray.training.workers import LocalWorker, choose_device
+
+# Tune's own reports on every trial; ours are a bar and a table.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+# It prints pages of every trial that fails; ours is a line.
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+
+Scheduler = Literal["none", "asha", "median"]
+Searcher = Literal["random", "optuna"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a sweep is searched, and what each of its trials takes."""
+
+    searcher: Searcher = "random"
+    scheduler: Scheduler = "none"
+    metric: str = "health/score"
+    grace: int = 1  # epochs before ASHA may stop a trial
+    reduction: float = 3.0  # ASHA keeps one in so many at each rung
+    workers_per_trial: int = 1
+    cpus_per_trial: float = 1.0  # of each worker
+    gpus_per_trial: float = 0.0
+    max_concurrent: int | None = None
+    address: str | None = None
+
+    def scale(self) -> Scale:
+        """What the workers of one trial are asked of a cluster as."""
+        workers = (self.workers_per_trial, self.workers_per_trial)
+        return Scale(
+            workers,
+            self.gpus_per_trial > 0,
+            self.cpus_per_trial,
+            self.address,
+            fewer="use fewer --workers-per-trial",
+            smaller="lower --cpus-per-trial or --gpus-per-trial",
+        )
+
+    def needs(self) -> dict[str, float]:
+        """What one trial takes in all."""
+        each = {"CPU": self.cpus_per_trial, "GPU": self.gpus_per_trial}
+        return {kind: amount * self.workers_per_trial for kind, amount in each.items() if amount}
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What every trial needs; lies in the object store."""
+
+    images: Shared
+    ledger: Ledger
+    options: Options
+
+
+class Session:
+    """Ray and the images of a sweep, ready for its trials."""
+
+    def __init__(self, recipe: Recipe, folder: Path, options: Options, console: Console) -> None:
+        self.options, self.display = options, Display(console)
+        self.folder = folder if is_url(folder) else folder.absolute()
+        # Beside the sweep: what one has trained, the next one finds.
+        self.ledger = Ledger(self.folder.parent / "stages", self.folder)
+        plan = make_plan(recipe, (options.workers_per_trial,))
+        self.recipe, rows = plan.recipe, plan.rows
+        probes = _probed(options, self.display.line)
+        check_visible(self.folder, rows.some_files)
+        self.concurrent = _concurrent(options)
+        # Each trial holds the set, and the object store holds it once.
+        free = free_object_store(probes) // (self.concurrent + 1)
+        self.images = share_images(self.recipe, rows, free, self.display)
+        report_skipped(self.images.catalog, self.display)
+        self._shared = ray.put(_Shared(self.images, self.ledger, options))
+
+    def train(self, stage: StageName, jobs: Sequence[Job]) -> None:
+        """Train a level of stages whose parents are finished. Raises Interrupted on Ctrl-C.
+
+        A job that fails is tried again once, and then recorded in its home with the reason.
+        """
+        open_jobs = [job for job in jobs if not self.ledger.ended(job)]
+        if not open_jobs:
+            return
+        for job in open_jobs:
+            self.ledger.forget("failed", job.identity)
+        epochs = {job.identity: getattr(job.recipe, stage).epochs for job in open_jobs}
+        began = [len(self.ledger.lines(stage, job.identity)) for job in open_jobs]
+        self.display.start(stage, 1, sum(epochs.values()), sum(began), "epochs")
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(_trainable, given=self._shared, jobs=list(open_jobs)),
+                self._resources(),
+            ),
+            param_space={
+                "trial": tune.grid_search(
+                    [
+                        {"job": number, "seed": job.seed, **job.overrides}
+                        for number, job in enumerate(open_jobs)
+                    ]
+                )
+            },
+            tune_config=tune.TuneConfig(
+                scheduler=self._scheduler(stage, jobs, open_jobs),
+                max_concurrent_trials=self.concurrent,
+                reuse_actors=self.options.workers_per_trial == 1,
+            ),
+            run_config=self._run_config(stage),
+        )
+        results = tuner.fit()
+        self.display.finish()
+        errors = {
+            open_jobs[result.config["trial"]["job"]].identity: result.error
+            for result in results
+            if result.error is not None and result.config
+        }
+        left = []
+        for job in open_jobs:
+            if self.ledger.ended(job):
+                continue
+            if job.identity in errors:
+                reason = _reason(errors[job.identity])
+                self.ledger.write("failed", job.identity, {"reason": reason})
+                self.display.line(f"failed: {stage} of {job.overrides}, seed {job.seed}: {reason}")
+            else:
+                left.append(job)
+        if left:
+            raise Interrupted
+
+    def measure(self) -> Seconds:
+        """`pace.measure`, where a trial would run. Empty for a streamed set."""
+        if self.images.order_name != ResidentData.order_name:
+            return {}
+        task = ray.remote(_measure).options(
+            num_cpus=self.options.cpus_per_trial, num_gpus=self.options.gpus_per_trial
+        )
+        return dict(ray.get(task.remote(self._shared, self.recipe)))
+
+    def _resources(self) -> dict[str, float]:
+        if self.options.workers_per_trial > 1:
+            # A trial only waits for its workers: on the head, which no cloud takes back.
+            return {"node:__internal_head__": 0.001}
+        return self.options.needs()
+
+    def _scheduler(
+        self, stage: StageName, jobs: Sequence[Job], open_jobs: Sequence[Job]
+    ) -> TrialScheduler:
+        options = self.options
+        epochs = max(getattr(job.recipe, stage).epochs for job in jobs)
+        makers: dict[str, Callable[[], TrialScheduler]] = {
+            "asha": lambda: AsyncHyperBandScheduler(
+                time_attr="epoch",
+                metric=options.metric,
+                mode="max",
+                max_t=max(epochs, 1),
+                grace_period=min(options.grace, max(epochs, 1)),
+                reduction_factor=options.reduction,
+                stop_last_trials=False,  # the last epoch is not the end: the stage is finished then
+            ),
+            "median": lambda: MedianStoppingRule(
+                time_attr="epoch", metric=options.metric, mode="max", grace_period=options.grace
+            ),
+        }
+        make = makers.get(options.scheduler)
+        if make is None or not searched(jobs):
+            return FIFOScheduler()
+        return _PerSeed(make, jobs, open_jobs, self.ledger)
+
+    def _run_config(self, stage: StageName) -> tune.RunConfig:
+        storage, filesystem = arrow_storage(self.folder / "tune")
+        return tune.RunConfig(
+            name=f"{stage}-{int(time.time())}",
+            storage_path=storage,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=[TBXLoggerCallback(), _Progress(self.display)],
+            verbose=0,
+        )
+
+
+class _PerSeed(FIFOScheduler):  # type: ignore[misc]
+    """One scheduler for each seed: a trial is compared with those of its own start only.
+
+    Writes each decision to stop down at once; it is final, also for a sweep that is continued.
+    What ended before the sweep was continued is told to the schedulers first.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], TrialScheduler],
+        jobs: Sequence[Job],
+        open_jobs: Sequence[Job],
+        ledger: Ledger,
+    ) -> None:
+        super().__init__()
+        self._schedulers = {job.seed: make() for job in jobs}
+        self._jobs, self._ledger = open_jobs, ledger
+        for job in jobs:
+            if job not in open_jobs:
+                self._replay(job)
+
+    def _replay(self, job: Job) -> None:
+        trial: Any = SimpleNamespace(trial_id=job.identity)
+        scheduler = self._schedulers[job.seed]
+        scheduler.on_trial_add(None, trial)
+        for line in self._ledger.lines(job.stage, job.identity):
+            scheduler.on_trial_result(None, trial, line | {"epoch": line["epoch"] + 1})
+
+    def _of(self, trial: Any) -> TrialScheduler:
+        return self._schedulers[trial.config["trial"]["seed"]]
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = self._of(trial).on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            job = self._jobs[trial.config["trial"]["job"]]
+            figures = {name: result[name] for name in result if name.startswith(_KEPT)}
+            record = {"epoch": result["epoch"], "figures": figures}
+            self._ledger.write("stopped", job.identity, record)
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
+        self._of(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_error(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_remove(tune_controller, trial)
+
+
+_KEPT = ("health/", "oracle/", "loss/")
+
+
+class _Progress(tune.Callback):  # type: ignore[misc]
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes down its callbacks to restore them, which we never do
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._display.advance()
+
+
+def _probed(options: Options, say: Callable[[str], None]) -> list[Probe]:
+    """See where one trial finds its place, for which a cluster may have to grow first.
+
+    Raises UserError when there is none, or when nodes differ from this machine.
+    """
+    scale = options.scale()
+    if scale.alone:
+        if not _fitting(options):
+            there = free_of(ray.available_resources(), ray.cluster_resources())
+            raise UserError(
+                f"a trial takes {amounts(options.needs())} and there are {there}: lower "
+                "--workers-per-trial, --cpus-per-trial or --gpus-per-trial"
+            )
+        return [probe_node(ray.util.get_node_ip_address())]
+    with reserved(scale, say) as probes:
+        check_alike(probes, scale.gpu)
+        return probes
+
+
+def _fitting(options: Options) -> int:
+    """How many trials all nodes that are up could hold."""
+    there = ray.cluster_resources()
+    return min(int(there.get(kind, 0) / need + 1e-6) for kind, need in options.needs().items())
+
+
+def _concurrent(options: Options) -> int:
+    """How many trials may be under way: on a cluster, which can grow, as many as are asked for."""
+    if options.max_concurrent and not options.scale().alone:
+        return options.max_concurrent
+    fitting = max(1, _fitting(options))
+    return min(fitting, options.max_concurrent or fitting)
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of a trial's error, which says what happened."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return said[-1][:300] if said else type(error).__name__
+
+
+# -------------------------------------------------------------------------------- in the trials
+
+
+def _measure(shared: _Shared, recipe: Recipe) -> Seconds:
+    device = choose_device("cuda" if shared.options.gpus_per_trial else "cpu")
+    held = shared.images.load(torch.device("cpu"))
+    assert isinstance(held, ResidentData)
+    return measure(recipe, shared.images.catalog, held.images_NCHW, device)
+
+
+class _TuneScreen(NullScreen):
+    """A `Screen` whose figures go to Tune, which may stop the trial for them."""
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        tune.report({**figures, "epoch": epoch + 1})
+
+
+def _trainable(config: dict[str, Any], given: _Shared, jobs: Sequence[Job]) -> None:
+    """Train one stage, from its beginning or from where it was left."""
+    job = jobs[config["trial"]["job"]]
+    # Two sweeps may want the same stage at a time: the one who comes second finds it finished.
+    with claimed(given.ledger.stage_folder(job), lambda _: None, patient=True):
+        if not given.ledger.finished(job):
+            _train(job, given)
+
+
+def _train(job: Job, given: _Shared) -> None:
+    store, folder, options = given.ledger.store, given.ledger.stage_folder(job), given.options
+    if options.workers_per_trial > 1:
+        catalog, load = ray.put(given.images.catalog), given.images.load
+        group = GroupJob(
+            job.recipe, str(folder), (job.stage,), False, catalog, load, str(store)
+        )  # fmt: skip
+        train_group(group, options.scale(), _TuneScreen())
+        return
+    device = choose_device("cuda" if options.gpus_per_trial else "cpu")
+    monitor = RunMonitor(Journal(folder), _TuneScreen())
+    try:
+        execute(
+            job.recipe,
+            given.images.catalog,
+            given.images.load(device),
+            folder,
+            LocalWorker(folder, device),
+            monitor,
+            (job.stage,),
+            store=store,
+        )
+    finally:
+        monitor.finish()

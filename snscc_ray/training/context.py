@@ -1,0 +1,156 @@
+"""What every stage is given, and the clean pass over the whole set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from snscc_ray.config.settings import Recipe, StageName, StageSettings
+from snscc_ray.core import distributed, rng
+from snscc_ray.core.clustering import metrics
+from snscc_ray.core.views import Normalize, clean_view
+from snscc_ray.data.loading.resident import Batch, Images, Viewer
+
+Network = TypeVar("Network", bound=nn.Module)
+
+# Rows of a clean pass at a time: large enough for speed, and nothing is kept for a backward pass.
+_PASS_ROWS = 1024
+# At least, on a CPU: a smaller batch takes other kernels there.
+_LEAST_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Context:
+    """The recipe, the data and the machine; labels are for measuring only."""
+
+    recipe: Recipe
+    data: Images
+    labels_N: Tensor | None
+    normalize: Normalize
+    device: torch.device
+
+    def key(self, *parts: int | str) -> int:
+        return rng.fold(self.recipe.seed, *parts)
+
+    def to_device(self, network: Network) -> Network:
+        """The network on the device, laid out for convolutions, its batch norms synchronised."""
+        network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        distributed.synchronise_batch_norm(network)
+        return network
+
+    @property
+    def mixed(self) -> bool:
+        choice = self.recipe.precision
+        return choice == "bfloat16" or (choice == "auto" and self.device.type == "cuda")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
+
+    @contextmanager
+    def float32_as_asked(self) -> Iterator[None]:
+        """With precision float32, GPU convolutions and products in full float32.
+
+        By default cuDNN rounds the factors of float32 convolutions to TF32 (10 bits).
+        """
+        if self.mixed or self.device.type != "cuda":
+            yield
+            return
+        # torch's type stubs do not know `conv` yet.
+        settings: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+        former = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for setting, value in zip(settings, former, strict=True):
+                setting.fp32_precision = value
+
+    @torch.no_grad()
+    def clean_pass(
+        self, network: nn.Module, output: Callable[[Tensor], Tensor], rows: int | None = None
+    ) -> Tensor:
+        """`output` of every clean image in row order, (N, ...) float32, in eval mode.
+
+        Each worker computes its share of the rows; all of them get the whole. An image gets the
+        same output in whatever batch it comes. rows: only the first so many.
+        """
+        total = len(self.data) if rows is None else min(rows, len(self.data))
+        first, last = distributed.own_share(total)
+        # GPU kernels are chosen by the batch size, and with them the last bits.
+        size = _PASS_ROWS if self.device.type == "cuda" else _LEAST_ROWS
+        network.eval()
+        with self.autocast(), self.float32_as_asked():
+            parts = [
+                _filled_up(output, clean_view(images, self.normalize), size).float()
+                for images in self.data.slices(first, last, _PASS_ROWS)
+            ]
+        network.train()
+        return distributed.gather(torch.cat(parts), total)
+
+    def measure(
+        self, clusters_N: Tensor, neighbors_NK: Tensor, confidence_N: Tensor | None = None
+    ) -> dict[str, float]:
+        """Health of an assignment and, where there are labels, its oracle figures."""
+        figures = metrics.health(
+            clusters_N,
+            neighbors_NK,
+            self.recipe.data.num_clusters,
+            confidence_N,
+            self.recipe.train.max_imbalance,
+        )
+        if self.labels_N is not None:
+            figures |= metrics.oracle(self.labels_N, clusters_N)
+        return figures
+
+
+def _filled_up(output: Callable[[Tensor], Tensor], x_BCHW: Tensor, size: int) -> Tensor:
+    """`output` of a batch, which is filled up to at least `size` rows by repeating its own."""
+    B = len(x_BCHW)
+    copies = -(-size // B)
+    return output(x_BCHW if copies == 1 else x_BCHW.repeat(copies, 1, 1, 1)[:size])[:B]
+
+
+class Stage(Protocol):
+    """What the engine asks of a stage. The loop, the optimiser and the checkpoints are its own."""
+
+    name: StageName
+
+    @property
+    def settings(self) -> StageSettings: ...
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    def viewer(self, epoch: int) -> Viewer:
+        """What makes the views that the steps of an epoch look at."""
+        ...
+
+    def begin_epoch(self, epoch: int) -> None: ...
+
+    def step(
+        self, forward: nn.Module, views: tuple[Tensor, ...], batch: Batch
+    ) -> dict[str, Tensor]:
+        """Named loss terms whose sum is the objective; `forward` is the network, wrapped."""
+        ...
+
+    def after_step(self) -> None: ...
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """Health, and oracle figures where there are labels."""
+        ...
+
+    def finish(self) -> dict[str, float]:
+        """Bring the network to its final form after the last epoch; the stage's final figures."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the network."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
