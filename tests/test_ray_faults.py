@@ -134,17 +134,18 @@ def test_lost_nodes_change_nothing(ray: Ray, whole: Path, tmp_path: Path) -> Non
 
 FULL = """
 import ray
-from snscc_ray import cli, {module}
+import snscc_ray.{module} as module
+from snscc_ray import cli
 def full(*_):
     raise ray.exceptions.OutOfDiskError("Local disk is full")
-{module}.share_images = lambda *_: ray.get(ray.remote(full).remote())
+module.share_images = lambda *_: ray.get(ray.remote(full).remote())
 cli.main()
 """
 
 
 @pytest.mark.parametrize(
     ("module", "words"),
-    [("launch", ["run", "digits", *ONE]), ("sweep", ["sweep", "gamma"])],
+    [("cluster.run", ["run", "digits", *ONE]), ("sweep.session", ["sweep", "gamma"])],
     ids=["run", "sweep"],
 )
 def test_a_full_store_over_a_full_disk_is_one_line(
