@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from snscc_ray.claim import CLAIM
+from snscc_ray.core.claim import CLAIM
 from tests.ray_tools import FEW_CHECKPOINTS, Ray, own_ray, refused, sets, until
 
 SPACE = '''
