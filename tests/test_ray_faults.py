@@ -134,26 +134,27 @@ def test_lost_nodes_change_nothing(ray: Ray, whole: Path, tmp_path: Path) -> Non
 
 FULL = """
 import ray
-import snscc_ray.{module} as module
 from snscc_ray import cli
+from snscc_ray.{package} import {module}
 def full(*_):
     raise ray.exceptions.OutOfDiskError("Local disk is full")
-module.share_images = lambda *_: ray.get(ray.remote(full).remote())
+{module}.share_images = lambda *_: ray.get(ray.remote(full).remote())
 cli.main()
 """
 
 
 @pytest.mark.parametrize(
-    ("module", "words"),
-    [("cluster.run", ["run", "digits", *ONE]), ("sweep.session", ["sweep", "gamma"])],
+    ("package", "module", "words"),
+    [("cluster", "run", ["run", "digits", *ONE]), ("sweep", "session", ["sweep", "gamma"])],
     ids=["run", "sweep"],
 )
 def test_a_full_store_over_a_full_disk_is_one_line(
-    module: str, words: list[object], ray: Ray, tmp_path: Path
+    package: str, module: str, words: list[object], ray: Ray, tmp_path: Path
 ) -> None:
     """As the task of Ray Data that reads images ends where Ray cannot make room in time."""
     asked = [*words, *sets(*FEW_CHECKPOINTS), "--out", tmp_path / "out"]
-    running = ray.start(sys.executable, "-c", FULL.format(module=module), *asked).wait(2)
+    code = FULL.format(package=package, module=module)
+    running = ray.start(sys.executable, "-c", code, *asked).wait(2)
     refused(running, "Ray's object store is full, and so is the disk", "free some space")
     assert not (tmp_path / "out").exists()
 
