@@ -437,5 +437,7 @@ def test_durations_are_said_as_a_person_would(seconds: float, words: str) -> Non
 def test_an_encoder_that_came_trained_is_called_that() -> None:
     trained = ["encoder.name=torchvision:resnet18", "encoder.weights=default", "pretrain.epochs=0"]
     said = " ".join(in_words(override(recipes.get("images"), trained), 100))
-    assert "torchvision:resnet18, which came trained" in said and "Pretrain was left out" in said
+    assert (
+        "torchvision:resnet18, with pretrained weights" in said and "Pretrain was skipped" in said
+    )
     assert "trained from scratch" in " ".join(in_words(recipes.get("images"), 100))

@@ -72,7 +72,7 @@ def main() -> None:
     except _UsageError as error:
         if not error.format_message():  # no arguments: the help has been printed
             sys.exit(0)
-        fail(f"{error.format_message()} (snscc --help teaches)", 2)
+        fail(f"{error.format_message()} (see snscc --help)", 2)
     except (typer.Abort, KeyboardInterrupt):
         fail("stopped", 130)
     except BrokenPipeError:

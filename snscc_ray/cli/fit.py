@@ -150,5 +150,5 @@ def _show(fitted: FitResult, folder: Path) -> None:
         say(f"By the labels, which only measure: {shown}.")
     if figures["skipped"]:
         say(f"Left out as unreadable: {figures['skipped']}; the report names them.")
-    told = "" if fitted.told_seconds is None else f" (told: {fitted.told_seconds / 60:.1f})"
+    told = "" if fitted.told_seconds is None else f" (predicted: {fitted.told_seconds / 60:.1f})"
     say(f"It took {fitted.took_seconds / 60:.1f} minutes{told}.")

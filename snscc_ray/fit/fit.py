@@ -176,7 +176,9 @@ def _paced(
     if not isinstance(data, ResidentData):
         if request.budget is not None:
             raise UserError("--budget measures images held in memory; leave it out here")
-        display.line("the images are streamed: how long it takes is told as it goes")
+        display.line(
+            "the images are streamed, so the time is not predicted; the ETA shows it later"
+        )
         return recipe, None
     display.line("measuring a few steps of each stage")
     pace = measure(recipe, catalog, data.images_NCHW, device)

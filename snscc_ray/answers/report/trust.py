@@ -42,11 +42,11 @@ class Trust:
 
 
 _SUMMARIES = {
-    "likely good": "The figures agree with each other and none of them warns. "
-    "Look at the doubtful images below, and use the clusters.",
-    "mixed": "Some figures are good and some call for care. "
+    "likely good": "All metrics agree, and none gives a warning. "
+    "Look at the doubtful images below, then use the clusters.",
+    "mixed": "Some metrics are good, and some give a warning. "
     "Look at the images of each cluster before you rely on it.",
-    "doubtful": "At least one figure says that these clusters are not what a person would make. "
+    "doubtful": "At least one metric says that these clusters are not useful. "
     "Follow the advice below and run again before you rely on them.",
 }
 

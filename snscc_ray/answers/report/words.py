@@ -64,48 +64,48 @@ def in_words(recipe: Recipe, images: int) -> list[str]:
     data = recipe.data
     colour = "in colour" if data.channels == 3 else "in grey"
     return [
-        f"{images:,} images, looked at {colour} at {data.image_size}×{data.image_size} pixels, "
-        f"in {data.num_clusters} clusters.",
+        f"{images:,} images, resized to {data.image_size}×{data.image_size} pixels {colour}, in "
+        f"{data.num_clusters} clusters.",
         _encoder(recipe.encoder),
         _pretrain(recipe.pretrain),
         _train(recipe.train),
         _boost(recipe.boost),
-        f"Everything random follows from the seed {recipe.seed}.",
+        f"All random numbers come from the seed {recipe.seed}.",
     ]
 
 
 def _encoder(encoder: EncoderSettings) -> str:
     width = f" of width {encoder.width}" if encoder.name == "convnet" else ""
     known = _ENCODERS.get(encoder.name, encoder.name)
-    start = "trained from scratch" if encoder.weights is None else "which came trained"
-    return f"The network is {known}{width}, {start}."
+    start = "trained from scratch" if encoder.weights is None else "with pretrained weights"
+    return f"The encoder is {known}{width}, {start}."
 
 
 def _pretrain(pretrain: PretrainSettings) -> str:
     if pretrain.epochs == 0:
-        return "Pretrain was left out: the network is taken as it came."
+        return "Pretrain was skipped: the encoder keeps its weights."
     method = _METHODS.get(pretrain.method, pretrain.method)
     return (
-        f"Pretrain: {_epochs(pretrain.epochs)} by {method}, "
-        f"{pretrain.batch_size} images at a time: two altered copies of an image are to look alike."
+        f"Pretrain: {_epochs(pretrain.epochs)} by {method}, in batches of {pretrain.batch_size}. "
+        "It learns similar features for two augmented views of the same image."
     )
 
 
 def _train(train: TrainSettings) -> str:
     uneven = f"; sizes may differ {train.max_imbalance:g} times" if train.max_imbalance > 1 else ""
     return (
-        f"Train: {_epochs(train.epochs)}: an image and its {train.num_neighbors} nearest "
-        "look-alikes are to share a cluster, the closest counting most, while clusters are kept "
-        f"from being empty (with weight {train.entropy_weight:g}){uneven}."
+        f"Train: {_epochs(train.epochs)}. It puts each image into the cluster of its "
+        f"{train.num_neighbors} nearest neighbours; closer ones count more. An entropy term (weight "
+        f"{train.entropy_weight:g}) keeps clusters from becoming empty{uneven}."
     )
 
 
 def _boost(boost: BoostSettings) -> str:
     if boost.epochs == 0:
-        return "Boost was left out."
+        return "Boost was skipped."
     return (
-        f"Boost: {_epochs(boost.epochs)}, learning from images that it "
-        f"places with {boost.confidence_threshold:.0%} confidence or more."
+        f"Boost: {_epochs(boost.epochs)}, on the clusters of images with a confidence of at least "
+        f"{boost.confidence_threshold:.0%}."
     )
 
 

@@ -52,7 +52,7 @@ def choose_mode(
                 "data.mode=stream needs image files or Parquet shards: write the images as files "
                 "and those as shards with `snscc pack`, or set data.mode=resident"
             )
-        return data.mode, f"data.mode={data.mode} was asked for: {sizes}"
+        return data.mode, f"data.mode={data.mode} is set: {sizes}"
     if not streamable:
         return "resident", f"such a set can only be held in memory: {sizes}"
     if needed <= free_bytes // 2:
