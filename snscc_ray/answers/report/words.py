@@ -95,8 +95,8 @@ def _train(train: TrainSettings) -> str:
     uneven = f"; sizes may differ {train.max_imbalance:g} times" if train.max_imbalance > 1 else ""
     return (
         f"Train: {_epochs(train.epochs)}. It puts each image into the cluster of its "
-        f"{train.num_neighbors} nearest neighbours; closer ones count more. An entropy term (weight "
-        f"{train.entropy_weight:g}) keeps clusters from becoming empty{uneven}."
+        f"{train.num_neighbors} nearest neighbours; closer ones count more. An entropy term "
+        f"(weight {train.entropy_weight:g}) keeps clusters from becoming empty{uneven}."
     )
 
 
