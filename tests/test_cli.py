@@ -568,7 +568,7 @@ def test_damaged_neighbours_are_named_and_the_advice_works(snscc: Snscc, finishe
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     done = unchanged(snscc, finished, "--resume")
-    refused(done, str(path), "damaged or not a Parquet file", "delete it")
+    refused(done, str(path), "damaged or not a Parquet file", "remove it")
     path.unlink()
     assert snscc("run", "--resume", "--out", finished).status == 0
     assert path.read_bytes() == whole
@@ -584,7 +584,7 @@ def test_a_checkpoint_of_another_architecture_is_named(snscc: Snscc, finished: P
     }
     checkpoints.save(path, {**saved, "network": network})
     done = unchanged(snscc, finished, "--resume", "--stages", "boost")
-    refused(done, str(path), "another architecture", "there and", "another --out")
+    refused(done, str(path), "another architecture", "there and", "another folder")
 
 
 def test_settings_of_another_run_do_not_serve_as_parents(

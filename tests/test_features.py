@@ -35,9 +35,9 @@ def own(finished: Path) -> RunImages:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_features_are_those_of_the_stage_and_are_kept(own: RunImages, stage: StageName) -> None:
-    assert kept_features(own.folder, stage) is None
+    assert kept_features(own.folder, stage, len(own.catalog)) is None
     features_ND = stage_features(own, stage)
-    kept = kept_features(own.folder, stage)
+    kept = kept_features(own.folder, stage, len(own.catalog))
     assert kept is not None and torch.allclose(features_ND, kept)
     torch.testing.assert_close(
         features_ND.norm(dim=1), torch.ones(len(own.data)), atol=1e-3, rtol=0
@@ -57,7 +57,7 @@ def test_a_stage_trained_again_has_other_features(own: RunImages) -> None:
     before = path.read_text()
     try:
         path.write_text(before.replace('"identity": "', '"identity": "0'))
-        assert kept_features(own.folder, "boost") is None
+        assert kept_features(own.folder, "boost", len(own.catalog)) is None
     finally:
         path.write_text(before)
 
