@@ -1,4 +1,4 @@
-"""The whole method as a scikit-learn estimator: Pretrain → Train → Boost in `fit`."""
+"""The whole method as a scikit-learn estimator. `fit` runs Pretrain → Train → Boost."""
 
 from __future__ import annotations
 
@@ -61,45 +61,45 @@ from snscc_ray.training.workers import LocalWorker, choose_device
 
 @dataclass(frozen=True)
 class _Images:
-    """Images as they were handed over, in rows, and where they are read from again."""
+    """The images of X, as rows or as a path."""
 
-    rows: Rows | None  # None: what lies at the path
+    rows: Rows | None  # None: the images are at the path
     path: str | None
 
 
 class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
-    """Clusters unlabelled images by Soft Neighbors Supported Contrastive Clustering.
+    """Cluster unlabelled images by Soft Neighbors Supported Contrastive Clustering.
 
-    In `fit` and after it, X is one of these:
+    In all methods X is one of:
 
-    - an array or a torch tensor of images, (N, H, W), (N, H, W, C) or (N, C, H, W), or a table with
+    - an array or torch tensor of images, (N, H, W), (N, H, W, C) or (N, C, H, W), or a table with
       one image per row; integers from 0 to 255 or floats from 0 to 1
-    - a list of paths or URLs, one image each
-    - one path or URL: a folder of images, or Parquet shards
+    - a list of paths or URLs of images
+    - the path or URL of a folder of images or of Parquet shards
     - a Ray Dataset with a column `image`
 
     Parameters
     ----------
     n_clusters : int, default 8
-        How many clusters to find.
+        The number of clusters.
     recipe : str, default "auto"
         A name from `snscc recipes`. "auto" chooses the settings from the images and the machine, as
         `snscc fit` does.
     settings : sequence of str
-        Changes to the recipe, each `FIELD=VALUE` as after `--set`.
+        Changes to the recipe, each `FIELD=VALUE`, as with `--set`.
     image_size : int, optional
-        Side in pixels that images are resized to; None: the recipe's.
+        Side in pixels to which images are resized. None: the recipe's.
     image_shape : tuple of int, optional
-        (H, W), (H, W, C) or (C, H, W) of the rows of a table; None: square and grey.
+        Shape of the rows of a table: (H, W), (H, W, C) or (C, H, W). None: square and grey.
     random_state : int, RandomState or None
-        A seed; None: the recipe's, so that a fit can be repeated.
+        The seed. None: the recipe's seed, so that a fit can be repeated.
     device : {"auto", "cpu", "cuda"}
         Where to train and predict.
     folder : str or Path, optional
-        Where to keep the run folder; None: it is not kept. A fit that was stopped there continues,
-        and one that is finished is found again.
+        The run folder. None: the run is not kept. `fit` continues an interrupted run in this
+        folder, and reuses a finished one.
     verbose : int, default 0
-        1 shows what `snscc run` shows.
+        1 prints what `snscc run` prints.
 
     Attributes
     ----------
@@ -108,12 +108,12 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
     probabilities_ : ndarray of float32, (N, n_clusters)
         The probability of each cluster for each image.
     ids_ : ndarray of str, (N,)
-        The name of each image: its number, or the file.
+        The id of each image: its number or its file.
     n_features_in_ : int
         The length of a row, if X was a table.
     """
 
-    _fit_shape: tuple[int, ...] | None = None  # of the array of a fit; None: it was on files
+    _fit_shape: tuple[int, ...] | None = None  # shape of X in `fit`; None: X was not an array
 
     def __init__(
         self,
@@ -139,10 +139,10 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any = None) -> SNSCC:
-        """Train on images; y is ignored.
+        """Train on images. y is ignored.
 
-        Raises ValueError for a wrong parameter or wrong images, before anything is trained, and
-        TrainingError for a run that cannot go on.
+        Raises ValueError for wrong parameters or images, before training starts, and TrainingError
+        for a run that cannot continue.
         """
         with _value_errors():
             self._check_parameters()
@@ -171,7 +171,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             monitor.finish()
         model = load_model(folder, device.type)
         z_ND, p_NC = model.infer(data)
-        # It goes where the estimator is copied to, which may have no GPU.
+        # On the CPU: the estimator may be copied to a machine without a GPU.
         self.model_ = model.on(torch.device("cpu"))
         self.probabilities_ = p_NC.cpu().numpy()
         self.labels_ = self.probabilities_.argmax(axis=1)
@@ -179,15 +179,15 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         self._n_features_out = z_ND.shape[1]
 
     def predict(self, X: Any) -> np.ndarray:
-        """The cluster of each image, int (N,)."""
+        """Return the cluster of each image, int (N,)."""
         return np.asarray(self.predict_proba(X).argmax(axis=1))
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The probability of each cluster for each image, float32 (N, n_clusters)."""
+        """Return the probability of each cluster for each image, float32 (N, n_clusters)."""
         return self._look(X)[1].cpu().numpy()
 
     def transform(self, X: Any) -> np.ndarray:
-        """Features of the images, each of length 1, float32 (N, D)."""
+        """Return the features of the images, float32 (N, D), of Euclidean length 1."""
         return self._look(X)[0].cpu().numpy()
 
     def _look(self, X: Any) -> tuple[Tensor, Tensor]:
@@ -225,7 +225,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             raise ValueError(f"device={self.device!r}: use auto, cpu or cuda")
 
     def _plan(self, given: _Images, device: torch.device) -> Plan:
-        """What to train, by all that the parameters say, and a warning for what is left aside.
+        """Return what to train, from all parameters. Warns of what is left out or assumed.
 
         Raises UserError or ValueError.
         """
@@ -244,7 +244,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         return plan
 
     def _adapted(self, recipe: Recipe, given: _Images) -> Recipe:
-        """The recipe with the changes that the parameters ask for."""
+        """Return the recipe with the changes from the parameters."""
         recipe = override(recipe, self.settings)
         data: dict[str, Any] = {"num_clusters": int(self.n_clusters)}
         if self.image_size is not None:
@@ -276,7 +276,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         fewest = 2 if reset else 1
         shape = tuple(X.shape) if hasattr(X, "shape") else np.asarray(X).shape
         axes = len(shape)
-        if axes != 1:  # scikit-learn says what is wrong with that
+        if axes != 1:  # scikit-learn reports what is wrong with one axis
             self._check_form(shape, reset)
         if axes <= 2:
             table = validate_data(self, X, reset=reset, ensure_min_samples=fewest)
@@ -286,7 +286,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         return _Images(rows_of_array(images), None)
 
     def _check_form(self, shape: tuple[int, ...], reset: bool) -> None:
-        """Refuse what may be one image: its rows would be taken for images."""
+        """Refuse X that may be a single image, whose rows would be taken for images."""
         if reset:
             self._fit_shape = shape
         fit = self._fit_shape
@@ -303,7 +303,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             raise ValueError(f"{one}(N, H, W, 1) for grey images")
 
     def _images(self, table: np.ndarray) -> np.ndarray:
-        """The image in each row of a table. Raises ValueError where its shape is not known."""
+        """Reshape the rows of a table to images. Raises ValueError if the shape is unknown."""
         length = table.shape[1]
         side = round(length**0.5)
         shape = (side, side) if self.image_shape is None else tuple(self.image_shape)
@@ -318,7 +318,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
 
 
 def _data_settings(data: DataSettings, given: _Images) -> DataSettings:
-    """The settings of a set for other images of its form."""
+    """Return the data settings for other images of the same kind."""
     place = {"source": "auto", "path": given.path, "classes": (), "download": False}
     return data.model_copy(update=place)
 
@@ -335,7 +335,7 @@ def _seed(random_state: Any) -> int:
 
 
 def _check_folder(folder: Path, recipe: Recipe) -> None:
-    """Raises ValueError for a folder that holds something else than this run."""
+    """Raise ValueError if the folder holds anything but this run."""
     if not holds_something(folder):
         return
     if not (folder / "recipe.json").exists():
@@ -366,7 +366,7 @@ _HERE = (
 
 @contextmanager
 def _value_errors() -> Iterator[None]:
-    """A mistake as scikit-learn reports it."""
+    """Turn a UserError into a ValueError, as in scikit-learn."""
     try:
         yield
     except UserError as error:
@@ -374,7 +374,7 @@ def _value_errors() -> Iterator[None]:
 
 
 def _in_python(text: str) -> str:
-    """What the command line would be told, in what the estimator has."""
+    """Translate a message for the command line into terms of the estimator."""
     for pattern, here in _HERE:
         text = re.sub(pattern, here, text)
     return text

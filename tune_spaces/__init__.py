@@ -25,10 +25,10 @@ SPACES: dict[str, Callable[[Recipe], Space]] = {
 
 
 def load(name: str) -> Callable[[Recipe], Space]:
-    """The space of that name, or the function of `FILE.py:function`.
+    """Return the function that builds the space `name`, or the function in `FILE.py:function`.
 
-    Raises UserError: for an unknown name, with the nearest one; for a file or a function that is
-    not there; and, when the function is called, for one that returns no Space.
+    Raises UserError for an unknown name, with the nearest one, and for a missing file or function.
+    Calling the result raises UserError if it does not return a Space.
     """
     if name in SPACES:
         return SPACES[name]
@@ -66,7 +66,7 @@ def _module(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # a dataclass in the file looks its module up there
+    sys.modules[name] = module  # dataclasses in the file look up their module there
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The paper's ablations (Section IV-D) and its comparison of pretexts (Section IV-E-4)."""
+"""The paper's ablations (Section IV-D) and its comparison of pretext methods (Section IV-E-4)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from snscc_ray.config.settings import Recipe
 from tune_spaces.paper import TABLE_IV, TABLE_V, TABLE_VII
 from tune_spaces.space import Claim, Point, Space
 
-# Soft neighbours of every kind that our objectives know: of the batch, of its views, of the set.
+# Every kind of soft neighbours in our objectives: from the batch, its views and the dataset.
 NO_SOFT_NEIGHBORS = {
     "train.local_weight": 0.0,
     "train.global_weight": 0.0,
@@ -18,11 +18,11 @@ NO_SOFT_NEIGHBORS = {
 
 
 def ablation_train(recipe: Recipe) -> Space:
-    """Table V: the losses of Train, one, two and three of them. The entropy always stays.
+    """Table V: one, two or three losses of Train. The entropy is always on.
 
-    The neighbours mined over the whole set (train.mined_weight) are none of the table's three
-    losses but `soft`'s own addition; they are left out of all five rows. Kept, they would lend
-    each row, the one without neighbours too, what the others are there to measure.
+    The loss on neighbours mined over the whole dataset (train.mined_weight) is not one of the
+    table's three losses but an addition of `soft`. It is off in all five rows. Otherwise even the
+    row without neighbours would gain the effect that the other rows measure.
     """
     rows = {
         "local": (1, 0, 0),
@@ -59,7 +59,7 @@ def ablation_train(recipe: Recipe) -> Space:
 
 
 def ablation_boost(recipe: Recipe) -> Space:
-    """Fig. 7: Train without Boost, and Boost with either of its losses and with both."""
+    """Fig. 7: Train without Boost, and Boost with either or both of its losses."""
     return Space(
         name="ablation-boost",
         title="Losses of Boost",
@@ -89,7 +89,7 @@ def ablation_boost(recipe: Recipe) -> Space:
 
 
 def train_longer(recipe: Recipe) -> Space:
-    """Fig. 8: as many epochs of Train as Train and Boost have together (the paper: 700)."""
+    """Fig. 8: Train for as many epochs as Train and Boost have together (in the paper 700)."""
     train, boost = recipe.train.epochs, recipe.boost.epochs
     longer, both = f"Train {train + boost}", f"Train {train} + Boost {boost}"
     return Space(
@@ -118,10 +118,11 @@ def train_longer(recipe: Recipe) -> Space:
 def pretext(recipe: Recipe) -> Space:
     """Table VII: SimCLR and MoCo, each without and with soft neighbours (SN).
 
-    Without them Train has its cluster loss and the entropy, and Boost its pseudo-label loss.
-    The rest of Pretrain is the recipe's own, made for one of the two methods. A recipe of SimCLR
-    lends MoCo a queue of four batches and a key momentum of 0.99: those of ImageNet (65,536 and
-    0.999) outlast a short run, and a queue larger than the set holds every row's own image.
+    Without them, Train has its cluster loss and the entropy, and Boost its pseudo-label loss.
+    All other Pretrain settings are the recipe's, made for one of the two methods. With a SimCLR
+    recipe, MoCo gets a queue of four batches and a key momentum of 0.99. The values for ImageNet
+    (65,536 and 0.999) are too long for a short run, and a queue larger than the dataset contains
+    every row's own image.
     """
     moco: dict[str, Any] = {"pretrain.method": "moco"}
     if recipe.pretrain.method == "simclr":

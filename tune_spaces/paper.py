@@ -1,11 +1,11 @@
-"""The figures the paper prints (Duan et al., IEEE TIP 2025), table by table, in its own order."""
+"""The results printed in the paper (Duan et al., IEEE TIP 2025), by table, in its order."""
 
 from __future__ import annotations
 
 from snscc_ray.config.settings import StageName
 from tune_spaces.space import Figures
 
-# What the paper calls the data set of a recipe. Its CIFAR-100 is the one of 20 superclasses.
+# The paper's name for the dataset of a recipe. Its CIFAR-100 has the 20 superclasses.
 DATA_SETS = {
     "cifar10": "CIFAR-10",
     "cifar20": "CIFAR-100",
@@ -16,7 +16,7 @@ DATA_SETS = {
 
 
 def printed(nmi: float, acc: float, ari: float | None = None) -> Figures:
-    """Figures in our order (ACC, NMI, ARI) from the paper's (NMI, ACC, ARI)."""
+    """Return figures in our order (ACC, NMI, ARI) from the paper's order (NMI, ACC, ARI)."""
     return acc, nmi, ari
 
 
@@ -29,7 +29,7 @@ TABLE_IV: dict[str, dict[StageName, Figures]] = {
     "ImageNet-Dogs": {"train": printed(0.417, 0.428, 0.271), "boost": printed(0.445, 0.463, 0.308)},
 }
 
-# Table V: which losses of Train are in use.
+# Table V: the losses of Train that are on.
 TABLE_V: dict[str, dict[str, Figures]] = {
     "CIFAR-10": {
         "local": printed(0.722, 0.827),
@@ -78,7 +78,7 @@ TABLE_VI: dict[str, dict[str, Figures]] = {
     },
 }
 
-# Table VII: the pretext, without and with soft neighbours (SN).
+# Table VII: the pretext method, without and with soft neighbours (SN).
 TABLE_VII: dict[str, dict[StageName, dict[str, Figures]]] = {
     "ImageNet-10": {
         "train": {
@@ -112,7 +112,7 @@ TABLE_VII: dict[str, dict[StageName, dict[str, Figures]]] = {
 
 
 def default_point(label: str, *stages: StageName) -> dict[str, dict[StageName, dict[str, Figures]]]:
-    """What Table IV prints of the point that has all the defaults, as `Space.paper` wants it."""
+    """Return Table IV's results of the point with all defaults, in the form of `Space.paper`."""
     return {
         name: {stage: {label: figures[stage]} for stage in stages}
         for name, figures in TABLE_IV.items()

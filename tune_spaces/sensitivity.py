@@ -1,4 +1,4 @@
-"""The paper's parameter studies (Section IV-E), one short function each: copy one to make yours."""
+"""The paper's parameter studies (Section IV-E), one short function each. Copy one to make yours."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def epsilon(recipe: Recipe) -> Space:
 
 
 def gamma(recipe: Recipe) -> Space:
-    """Table VI: the confidence γ from which on Boost takes a prediction for a pseudo-label."""
+    """Table VI: the confidence γ from which Boost uses a prediction as a pseudo-label."""
     return Space(
         name="gamma",
         title="Confidence threshold of the pseudo-labels",
@@ -48,7 +48,7 @@ def gamma(recipe: Recipe) -> Space:
 
 
 def sigma(recipe: Recipe) -> Space:
-    """Fig. 10: the share σ of the confident rows of each cluster that Boost learns from."""
+    """Fig. 10: the share σ of each cluster's confident rows that Boost learns from."""
     return Space(
         name="sigma",
         title="Share of the confident rows",
@@ -71,7 +71,7 @@ def sigma(recipe: Recipe) -> Space:
 def neighbors(recipe: Recipe) -> Space:
     """Figs. 11 and 12: the number K of neighbours, in Train and in Boost.
 
-    A recipe that mines fewer than 20 (pretrain.mined_neighbors) is refused, not changed.
+    A recipe that mines fewer than 20 neighbours (pretrain.mined_neighbors) is refused, not changed.
     """
     return Space(
         name="neighbors",
@@ -97,7 +97,7 @@ def neighbors(recipe: Recipe) -> Space:
 
 
 def grid(recipe: Recipe) -> Space:
-    """Every combination of the values above, 180 points: the paper varies one at a time."""
+    """Every combination of the values above, 180 points. The paper varies one at a time."""
     return Space(
         name="grid",
         title="All combinations of ε, γ, σ and K",

@@ -1,4 +1,4 @@
-"""What a sweep tries, and what it is to be compared with."""
+"""The points that a sweep runs, and the paper's results to compare them with."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Literal
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import StageName
 
-# Figures of a stage of one run in the paper: ACC, NMI, ARI; None where it prints none.
+# ACC, NMI and ARI of one stage of a run in the paper; None where it prints none.
 Figures = tuple[float | None, float | None, float | None]
 
-# What the paper calls a field.
+# The paper's symbol for a field.
 SYMBOLS = {
     "train.entropy_weight": "ε",
     "boost.confidence_threshold": "γ",
@@ -25,41 +25,42 @@ SYMBOLS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: what a table or a figure calls it, and the fields of the recipe it overrides."""
+    """One setting: its label in tables and figures, and the fields of the recipe it overrides."""
 
     label: str
     overrides: Mapping[str, Any]
-    # Where the point ends, if it has fewer stages than the others. Its last figures then stand
-    # beside those of the later stages of the others.
+    # Last stage of a point that has fewer stages than the others. Its last figures are then
+    # compared with the later stages of the others.
     last_stage: StageName | None = None
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The paper says that one point is the best of all in a stage."""
+    """The paper's claim that one point is the best of all in a stage."""
 
-    best: str  # its label
+    best: str  # label of that point
     stage: StageName
-    text: str  # the claim in words, short: "ε = 5 is the best of 2, 5 and 10"
+    text: str  # the claim in a few words: "ε = 5 is the best of 2, 5 and 10"
     where: str  # its place in the paper: "Fig. 9, Section IV-E-1"
 
 
 @dataclass(frozen=True)
 class Space:
-    """Points to run, how to draw them, and what the paper says of them.
+    """Points to run, how to draw them, and what the paper says about them.
 
-    Raises UserError when two points have one label, or a claim names a point or stage not there.
+    Raises UserError for a name that cannot be a file name, no points or stages, a repeated label,
+    or a claim about a missing point or stage.
     """
 
     name: str
     title: str
     points: tuple[Point, ...]
-    axis: str  # what the points differ in: "entropy weight ε"
-    stages: tuple[StageName, ...]  # whose figures are shown
-    # line and bar: point by point; grid: the mean along each field; curves: over the epochs.
+    axis: str  # what differs between the points: "entropy weight ε"
+    stages: tuple[StageName, ...]  # stages whose figures are shown
+    # line and bar: each point; grid: the mean along each field; curves: over the epochs.
     form: Literal["line", "bar", "grid", "curves"] = "line"
     claims: tuple[Claim, ...] = ()
-    # The paper's printed values: data set -> stage -> label -> figures.
+    # The paper's printed values: dataset -> stage -> label -> figures.
     paper: Mapping[str, Mapping[StageName, Mapping[str, Figures]]] = field(default_factory=dict)
     where: str = ""  # "Fig. 9"
 

@@ -1,6 +1,6 @@
-"""Images: where they are listed, how they are decoded, and how they reach a batch.
+"""List the images of a dataset, decode them and feed them as batches.
 
-`sources` lists a dataset, `decode` opens an image, `look` samples a dataset for its size and
+`sources` lists a dataset, `decode` decodes an image, `look` samples a dataset for its size and
 colours, `imageset` holds one in memory. `loading/` feeds batches, `pack/` writes Parquet shards.
 
 Imports: config, core. Only `loading/ray_stream` imports Ray. Must not know of models or stages.

@@ -1,7 +1,7 @@
 """CIFAR-10, CIFAR-100 (its 20 superclasses) and STL-10, as torchvision lays them out on disk.
 
-torchvision fetches them and knows their checksums. The files are read here, one at a time: its
-own classes would hold every image twice, and keep only the fine labels of CIFAR-100.
+torchvision downloads them and knows their checksums. This module reads the files, one at a time:
+torchvision's classes would hold every image twice and keep only the fine labels of CIFAR-100.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from snscc_ray.data.rows import Batches, Rows
 class Archive(NamedTuple):
     title: str
     dataset: str  # its class in torchvision.datasets
-    folder: str  # that class's base_folder, repeated here so that looking does not import it
+    folder: str  # base_folder of that class, repeated here to avoid the import
 
 
 ARCHIVES = {
@@ -38,17 +38,16 @@ _STL10_SIDE = 96
 
 
 def archive_folder(source: str, path: Path) -> Path:
-    """Where the files of `source` are expected, for a `path` that is or holds their folder."""
+    """Return the folder of the files of `source`. `path` is that folder or its parent."""
     folder = ARCHIVES[source].folder
     return path if path.name == folder else path / folder
 
 
 def read_archive(source: str, path: Path, *, download: bool, limit: int | None) -> Rows:
-    """Train rows, then test rows, with ids `train/00000`, `test/00000`.
+    """Read the train rows, then the test rows. Ids are `train/00000`, `test/00000`.
 
     Raises:
-        UserError: a file is missing or does not have the checksum torchvision knows, or the
-            download failed.
+        UserError: a file is missing or its checksum is not torchvision's, or the download failed.
     """
     import torchvision.datasets
 
@@ -73,7 +72,7 @@ def _download(source: str, dataset: Any, root: Path) -> None:
 
 
 def _checked(source: str, file: Path, md5: str) -> bytes:
-    """The content of a file, only if it is the published one: it may be unpickled then."""
+    """Return the content of a file whose checksum is right, so that it is safe to unpickle."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -99,7 +98,7 @@ def _read_cifar(source: str, dataset: Any, folder: Path, limit: int | None) -> R
     used: list[tuple[Path, str, int]] = []
     ids: list[str] = []
     labels: list[int] = []
-    # Each file is read twice, for its labels and for its pixels, so that pixels never pile up.
+    # Each file is read twice, for labels and for pixels, so that only one holds pixels at a time.
     for split, files in (("train", dataset.train_list), ("test", dataset.test_list)):
         rows = 0
         for name, md5 in files:
@@ -145,7 +144,7 @@ def _read_stl10(source: str, dataset: Any, folder: Path, limit: int | None) -> R
         answers = _checked(source, folder / f"{split}_y.bin", checksums[f"{split}_y.bin"])
         labels.append(np.frombuffer(answers, np.uint8).astype(np.int64)[:left] - 1)
         _checked(source, folder / f"{split}_X.bin", checksums[f"{split}_X.bin"])
-        # Mapped, not read: it stays in the page cache. Stored by column, hence the odd order.
+        # Mapped, not read: it stays in the page cache. Images are stored column by column.
         pixels = np.memmap(folder / f"{split}_X.bin", np.uint8, mode="r")
         images = pixels.reshape(-1, 3, _STL10_SIDE, _STL10_SIDE).transpose(0, 3, 2, 1)
         parts.append(images[:left])

@@ -1,14 +1,14 @@
-"""Encoded images to uint8 pixels of one size: one image at a time, and many in parallel threads.
+"""Decode images to uint8 pixels of one size: one image, or many in parallel threads.
 
-Every image takes the same steps: values of more than 8 bits brought to 8, transparency laid over
-one grey (both as `Reading` says, alike for a whole set), CMYK and palettes converted, turned as its
-EXIF orientation says, the shorter side resized to the wanted size (bilinear, antialiased) and the
-centre cropped. An image that already has the wanted size is not resampled. Of several frames or
-pages the first counts.
+Every image takes the same steps. Values of more than 8 bits are scaled to 8 bits and transparency
+is laid over one grey (`Reading` says how, the same for the whole dataset). CMYK and palettes are
+converted. The image is rotated by its EXIF orientation, its shorter side is resized to the target
+size (bilinear, antialiased) and its centre is cropped. An image of the target size is not
+resampled. Only the first of several frames or pages is used.
 
-Pillow does that for all formats. A JPEG that already has the wanted size and needs only decoding
-goes to torchvision's decoder, which gives the same pixels several times faster and, unlike Pillow
-on small images, gains from a second thread. What it refuses, Pillow decides. (torchvision's PNG
+Pillow does this for all formats. A JPEG that has the target size and needs only decoding goes to
+torchvision's decoder. It gives the same pixels several times faster and, unlike Pillow on small
+images, gains from a second thread. If it fails, Pillow decodes the image. (torchvision's PNG
 decoder is not used: a corrupt file can crash the process.)
 """
 
@@ -35,18 +35,18 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import DataSettings
 
-# A file's content, where it lies, an (H, W) or (H, W, 3) uint8 array, or None where a row is empty.
+# The bytes of a file, its path, an (H, W) or (H, W, 3) uint8 array, or None for an empty row.
 Source = bytes | Path | np.ndarray | None
 
-# Only these: others (EPS, say) would hand untrusted bytes to an outside program.
+# Only these: other formats (such as EPS) would pass untrusted bytes to an external program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
-# By what such files begin, whatever they are called.
+# The first bytes of such files, whatever their names.
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*",
                b"II+\0", b"MM\0+", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")  # fmt: skip
-BEGINNING = 32  # bytes that `begins_like_an_image` wants
-# Of 16 bits a channel Pillow reads the upper 8: with less than this there is next to nothing.
+BEGINNING = 32  # bytes that `begins_like_an_image` needs
+# Pillow reads the upper 8 of 16 bits per channel. Below this maximum the image is almost empty.
 _DARKEST = 16
-# It warns of metadata that nobody reads here. What makes an image unreadable is raised.
+# Pillow warns about metadata that is not used here. Unreadable images raise an error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -61,10 +61,10 @@ _TURNS = {
 
 
 class _Limits:
-    """Pillow's own limits, which are of the whole process: off while any thread decodes here.
+    """Switch off Pillow's process-wide limits while any thread decodes here.
 
-    `Reading.max_pixels` is asked instead, for it can be set; and Pillow's limit of a text beside
-    the pixels has nothing to do with them. A program that imports this keeps its own.
+    `Reading.max_pixels` replaces Pillow's pixel limit, because a user can set it. Pillow's limit on
+    text chunks does not concern the pixels. A program that imports this keeps its own limits.
     """
 
     def __init__(self) -> None:
@@ -92,16 +92,16 @@ without_limits = _Limits().off
 
 
 class UnreadableImage(Exception):
-    """This image cannot be decoded; the message is the reason, in one line."""
+    """This image cannot be decoded. The message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the images of a set are brought to 8 bits: alike for all of them."""
+    """How all images of a dataset are converted to 8 bits."""
 
-    value_range: tuple[float, float] | None = None  # of more than 8 bits: black, and white
-    own_range: bool = True  # without such a range an image's own counts; else it is unreadable
-    background: int = 255  # the grey that transparency is laid over
+    value_range: tuple[float, float] | None = None  # black and white of images of more than 8 bits
+    own_range: bool = True  # if value_range is None: use each image's range, or call it unreadable
+    background: int = 255  # grey behind transparent pixels
     max_pixels: int = DataSettings.model_fields["max_pixels"].default
 
     @staticmethod
@@ -110,11 +110,11 @@ class Reading:
         return Reading(data.value_range, False, background, data.max_pixels)
 
 
-OWN_RANGE = Reading()  # for an image that is looked at alone
+OWN_RANGE = Reading()  # for a single image
 
 
 def begins_like_an_image(content: bytes) -> bool:
-    """Whether a file that begins so is of one of the FORMATS; `content` may be all of it."""
+    """Whether a file that starts with `content` has one of the FORMATS. A whole file is fine."""
     return (
         content.startswith(_BEGINNINGS)
         or (content.startswith(b"RIFF") and content[8:12] == b"WEBP")
@@ -125,18 +125,18 @@ def begins_like_an_image(content: bytes) -> bool:
 
 
 def decode_into(source: Source, out: np.ndarray, reading: Reading = OWN_RANGE) -> None:
-    """Write one image into `out` (C, S, S), uint8, C being 1 or 3.
+    """Decode one image into `out`, uint8 (C, S, S), where C is 1 or 3.
 
     Raises:
         UnreadableImage: corrupt, truncated, empty, of an unknown format or far too large.
-        UserError: it lies in an object store that does not hand it over.
+        UserError: an object store does not return the file.
     """
     try:
         with without_limits():
             _decode(source, out, reading)
     except (UnreadableImage, UserError):
         raise
-    except Exception as error:  # what Pillow raises on broken files is open-ended
+    except Exception as error:  # Pillow raises many kinds of errors on broken files
         raise UnreadableImage(why_unreadable(error)) from error
 
 
@@ -161,7 +161,7 @@ def _decode(source: Source, out: np.ndarray, reading: Reading) -> None:
 
 
 def why_unreadable(error: Exception) -> str:
-    """In one line."""
+    """Return the reason in one line."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image in a known format"
     if isinstance(error, OSError) and error.strerror:
@@ -170,11 +170,11 @@ def why_unreadable(error: Exception) -> str:
 
 
 def content_of(source: Source) -> bytes | np.ndarray:
-    """The bytes of a file, or an array. Raises UnreadableImage, OSError or UserError."""
+    """Return the bytes of a file, or an array. Raises UnreadableImage, OSError or UserError."""
     if source is None:
         raise UnreadableImage("there are no image bytes (a path beside them is not followed)")
     if isinstance(source, Path):
-        if source.exists() and not source.is_file():  # a pipe would be waited for
+        if source.exists() and not source.is_file():  # reading a pipe would block
             raise UnreadableImage("it is no regular file")
         return source.read_bytes()
     if not isinstance(source, bytes | np.ndarray):  # a URL, see paths.py
@@ -183,12 +183,12 @@ def content_of(source: Source) -> bytes | np.ndarray:
 
 
 def _fetch(url: Path) -> bytes:
-    """A file of an object store. That it cannot be had now does not make an image corrupt."""
+    """Read a file from an object store. A failed download does not make the image corrupt."""
     try:
         return url.read_bytes()
     except FileNotFoundError:
         raise UnreadableImage("No such file") from None
-    except Exception as error:  # what an object store's client raises is open-ended
+    except Exception as error:  # clients of object stores raise many kinds of errors
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{url} cannot be read ({reason}): check the network and the credentials, then run "
@@ -204,12 +204,12 @@ def decode_all(
 ) -> Generator[tuple[int, list[tuple[int, str]]]]:
     """Decode batches into consecutive rows of `pixels` (N, C, S, S), in `workers` threads.
 
-    Yields, batch by batch in order, how many rows are done and the (row, reason) of those that
-    could not be read. Batches are drawn only a little ahead of the threads, so that not all
-    encoded bytes are held at once. 0 workers means one per available core.
+    For each batch, in order, yields the number of rows done and the (row, reason) of each
+    unreadable row. Batches are drawn only slightly ahead of the threads, to limit the encoded
+    bytes in memory. 0 workers means one per available core.
     """
     workers = workers or available_cores()
-    Image.init()  # not left to the threads, which would race for it
+    Image.init()  # here, because the threads would race for it
     pending: deque[Future[tuple[int, list[tuple[int, str]]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
@@ -226,7 +226,7 @@ def decode_all(
 
 
 def available_cores() -> int:
-    """The cores this process may use, which in a container can be fewer than the machine has."""
+    """Return how many cores this process may use. A container may allow fewer than there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -249,8 +249,8 @@ def _decode_batch(
 
 def _open(encoded: bytes, size: int, reading: Reading) -> Image.Image:
     image = open_image(encoded, reading)
-    # A JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8: several times faster. Twice
-    # the wanted size is left, so that the resize that follows still does the antialiasing.
+    # Decode a much larger JPEG at 1/2, 1/4 or 1/8: several times faster. Keep at least twice the
+    # target size, so that the resize below still antialiases.
     image.draft(None, (2 * size, 2 * size))
     halved = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
     image.load()
@@ -263,7 +263,7 @@ def _open(encoded: bytes, size: int, reading: Reading) -> Image.Image:
 
 
 def open_image(encoded: bytes, reading: Reading) -> Image.Image:
-    """Its head is read. Raises UnreadableImage for one that is far too large."""
+    """Open an image and read its header. Raises UnreadableImage if it is far too large."""
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     if image.width * image.height > reading.max_pixels:
         raise UnreadableImage(
@@ -280,17 +280,17 @@ def _extrema(image: Image.Image) -> tuple[tuple[float, float], ...]:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken metadata on an image whose pixels are good
+    except Exception:  # broken metadata, but the pixels may be fine
         return 1
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether its values are of more than 8 bits: numbers of a range that is not known."""
+    """Whether its values have more than 8 bits. Their range is then unknown."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
 def deep_range(image: Image.Image) -> tuple[float, float]:
-    """The least and the greatest value of a deep image. Raises UnreadableImage for NaN and inf."""
+    """Return the lowest and highest value of a deep image. Raises UnreadableImage for NaN, inf."""
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -299,7 +299,7 @@ def deep_range(image: Image.Image) -> tuple[float, float]:
 
 
 def to_mode(image: Image.Image, mode: str, reading: Reading) -> Image.Image:
-    """As `L` or `RGB`, nothing deep or transparent left."""
+    """Convert to `L` or `RGB`, of 8 bits and without transparency."""
     if is_deep(image):
         image = _to_8_bits(image, reading)
     if image.has_transparency_data:
@@ -317,16 +317,16 @@ def _to_8_bits(image: Image.Image, reading: Reading) -> Image.Image:
             "say with data.value_range=[LOW,HIGH] which are black and white"
         )
     low, high = reading.value_range or own
-    # Whole numbers have a step's width each, so that 0 to 255 stay as they are.
+    # Each integer gets an equal step, so that 0 to 255 stay unchanged.
     steps = high - low + (image.mode != "F")
     values = (np.asarray(image).astype(np.float64) - low) * (256 / steps if steps else 0)
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side resized to `size`, then the centre cropped, in one resampling.
+    """Resize the shorter side to `size` and crop the centre, in one resampling.
 
-    The same pixels as torchvision's Resize and CenterCrop, without making those cropped away.
+    Gives the pixels of torchvision's Resize and CenterCrop without computing the cropped ones.
     """
     if image.size == (size, size):
         return image
@@ -347,10 +347,10 @@ def _square(image: Image.Image, size: int) -> Image.Image:
 
 @cache
 def _jpeg_decoder() -> Callable[..., torch.Tensor] | None:
-    """torchvision's JPEG decoder; None if it was built without, and Pillow does it all.
+    """Return torchvision's JPEG decoder, or None if torchvision was built without it.
 
-    The operator itself, not `torchvision.io.decode_jpeg`: that wrapper warns on every call, since
-    torchvision means to move decoding elsewhere.
+    This is the operator, not `torchvision.io.decode_jpeg`: that wrapper warns on every call,
+    because torchvision plans to move decoding elsewhere.
     """
     try:
         import torchvision.io  # noqa: F401  (registers the operator)
@@ -361,15 +361,15 @@ def _jpeg_decoder() -> Callable[..., torch.Tensor] | None:
 
 
 def _decode_directly(encoded: bytes, out: np.ndarray) -> bool:
-    """Whether `out` (C, S, S) could be filled without Pillow."""
+    """Decode into `out` (C, S, S) without Pillow. Returns whether that was possible."""
     channels, size, _ = out.shape
-    # Colour is not taken to grey here: libjpeg's grey is not exactly Pillow's.
+    # Colour images that should be grey go to Pillow: libjpeg's grey differs slightly.
     fitting = [(size, size, 1), (size, size, channels)]
     if _plain_jpeg_shape(encoded) not in fitting or (decoder := _jpeg_decoder()) is None:
         return False
-    writable = bytearray(encoded)  # torch warns about memory it may not write to
+    writable = bytearray(encoded)  # torch warns about read-only memory
     try:
-        # The decoder's modes for grey and RGB are 1 and 3, as are the channels.
+        # The decoder's modes for grey and RGB are 1 and 3, the same as the number of channels.
         pixels = decoder(torch.frombuffer(writable, dtype=torch.uint8), channels)
     except RuntimeError:
         return False
@@ -378,7 +378,7 @@ def _decode_directly(encoded: bytes, out: np.ndarray) -> bool:
 
 
 def _plain_jpeg_shape(encoded: bytes) -> tuple[int, int, int] | None:
-    """(H, W, C) of an 8-bit JPEG without EXIF data (which may rotate it), else None."""
+    """Return (H, W, C) of an 8-bit JPEG without EXIF data (which may rotate it), else None."""
     if not encoded.startswith(b"\xff\xd8"):
         return None
     position = 2
@@ -391,5 +391,5 @@ def _plain_jpeg_shape(encoded: bytes) -> tuple[int, int, int] | None:
                 bits, height, width, channels = struct.unpack_from(">BHHB", encoded, position + 4)
                 return (height, width, channels) if bits == 8 else None
             position += 2 + length
-    except struct.error:  # it ends too early
+    except struct.error:  # truncated file
         return None

@@ -1,4 +1,4 @@
-"""Images as a program has them (arrays, tensors, paths, a Ray Dataset) as rows of a set."""
+"""Turn images that a program passes (arrays, paths, a Ray Dataset) into the rows of a dataset."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from snscc_ray.data.decode import Source
 from snscc_ray.data.rows import Batches, Rows
 from snscc_ray.data.sources import image_id
 
-HAIR = 1e-3  # how far floats may lie outside of 0 to 1: less than a step of uint8
+HAIR = 1e-3  # tolerance for floats outside 0 to 1: less than one step of uint8
 
 
 def rows_of_paths(paths: Sequence[str | Path]) -> Rows:
-    """An image for each path or URL, which is its id."""
+    """Make one row per path or URL. The path is the id."""
     files = [as_path(path) for path in paths]
     return Rows(
         place="the list of paths",
@@ -28,10 +28,10 @@ def rows_of_paths(paths: Sequence[str | Path]) -> Rows:
 
 
 def rows_of_array(images: np.ndarray) -> Rows:
-    """An image for each (H, W), (H, W, C) or (C, H, W) of uint8, its number being its id.
+    """Make one row per image of a uint8 array (N, H, W), (N, H, W, C) or (N, C, H, W).
 
-    Channels are the last axis if that is 1 or 3 long, and else the first.
-    Raises ValueError for what has no such shape.
+    The id of an image is its number. Channels are its last axis if that has length 1 or 3, else
+    its first. Raises ValueError for other shapes.
     """
     if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
         images = images.transpose(0, 2, 3, 1)
@@ -52,9 +52,9 @@ def rows_of_array(images: np.ndarray) -> Rows:
 
 
 def as_bytes(values: np.ndarray) -> np.ndarray:
-    """Pixels as uint8: integers of 0 to 255 as they are, floats of 0 to 1 times 255.
+    """Convert pixels to uint8: integers from 0 to 255 are kept, floats from 0 to 1 times 255.
 
-    Floats a hair outside are clipped: resizing and scaling give such.
+    Floats up to HAIR outside are clipped, because resizing and scaling produce them.
     Raises ValueError for other numbers.
     """
     if values.dtype == np.uint8:
@@ -73,7 +73,7 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def is_ray_dataset(given: object) -> bool:
-    """Known by its name: Ray is not imported for it."""
+    """Whether this is a Ray Dataset, by the name of its class, without importing Ray."""
     return any(
         kind.__name__ == "Dataset" and kind.__module__.startswith("ray.data")
         for kind in type(given).__mro__
@@ -81,12 +81,11 @@ def is_ray_dataset(given: object) -> bool:
 
 
 def rows_of_dataset(dataset: Any) -> Rows:
-    """The column `image` of a Ray Dataset in its order, all held here; `id`, where there is such a
-    column, names them.
+    """Read the column `image` of a Ray Dataset, in order, into memory. Ids come from a column `id`.
 
-    An image is encoded (as it is, or in Hugging Face's struct with `bytes`), an array, (H, W),
-    (H, W, C) or (C, H, W), or a path. Raises ValueError where there is no such column, or for
-    something else in it.
+    Without that column the ids are numbers. An image is encoded bytes (also in Hugging Face's
+    struct with `bytes`), an array (H, W), (H, W, C) or (C, H, W), or a path.
+    Raises ValueError if there is no column `image`, or if it holds anything else.
     """
     schema = dataset.schema()
     names = [] if schema is None else schema.names
@@ -114,7 +113,7 @@ def rows_of_dataset(dataset: Any) -> Rows:
 
 
 def _source(image: Any) -> Source:
-    """What is in one row, as it is on disk. Raises ValueError."""
+    """Convert the image of one row to a Source. Raises ValueError."""
     if isinstance(image, dict) and "bytes" in image:
         image = image["bytes"]
     if isinstance(image, str):

@@ -1,4 +1,4 @@
-"""What is known of a data set, and the set itself where all of it is in memory."""
+"""The catalog of a dataset, and a dataset held in memory."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _DIGEST = 16  # bytes
 
 @dataclass(frozen=True, eq=False)
 class Catalog:
-    """What is known of a set of N images besides their pixels."""
+    """All facts about a dataset of N images except their pixels."""
 
     ids: list[str]  # unique
     labels: Tensor | None  # int64 (N,)
     class_names: tuple[str, ...] | None
-    skipped: tuple[tuple[str, str], ...]  # (id, reason) of corrupt images left out
-    fingerprint: str  # of pixels, ids and order; labels do not enter
-    values: Tensor  # int64 (C, 256): how often each pixel value occurs in each channel
-    distinct: int  # images that differ
+    skipped: tuple[tuple[str, str], ...]  # (id, reason) of each corrupt image
+    fingerprint: str  # hash of pixels, ids and order, not of labels
+    values: Tensor  # int64 (C, 256): count of each pixel value in each channel
+    distinct: int  # number of different images
     notes: tuple[str, ...] = ()  # see `Rows`
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def for_clusters(self, clusters: int) -> Catalog:
-        """With a note where there are fewer different images than clusters."""
+        """Add a note if there are fewer different images than clusters."""
         if self.distinct >= clusters:
             return self
         note = (
@@ -53,7 +53,7 @@ class Catalog:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """A set in memory."""
+    """A dataset in memory."""
 
     images: Tensor  # uint8 (N, C, H, W), C-contiguous, on the CPU
     catalog: Catalog
@@ -68,8 +68,8 @@ def assemble(
     """Decode all rows into one array, allocated once.
 
     Raises:
-        UserError: no rows, an id that occurs twice, a set larger than memory, or a corrupt
-            image (with `skip_corrupt`: only if no other is left).
+        UserError: no rows, a repeated id, a dataset larger than memory, or a corrupt image (with
+            `skip_corrupt`: only if all images are corrupt).
     """
     total = len(rows.ids)
     check_ids(rows)
@@ -89,7 +89,7 @@ def assemble(
         raise all_corrupt(rows, *failed[0])
     kept = np.setdiff1d(np.arange(total), [row for row, _ in failed])
     if failed:
-        for new, old in enumerate(kept):  # row by row: a copy of all would double the memory
+        for new, old in enumerate(kept):  # row by row: a full copy would double the memory
             pixels[new] = pixels[old]
     images = pixels[: len(kept)]
     return ImageSet(
@@ -106,7 +106,7 @@ def describe(
     values: np.ndarray,
     shape: tuple[int, ...],
 ) -> Catalog:
-    """The catalog of the `kept` rows; `digests` and `values` are those of their pixels."""
+    """Return the catalog of the `kept` rows. `digests` and `values` describe their pixels."""
     ids = [rows.ids[row] for row in kept]
     whole = hashlib.sha256(json.dumps([len(ids), *shape, ids]).encode() + digests)
     return Catalog(
@@ -124,13 +124,13 @@ def describe(
 
 
 def digests(images: np.ndarray) -> bytes:
-    """16 bytes for each image, so that parts of a set can be hashed apart and put together."""
+    """Return 16 bytes per image, so that parts of a dataset can be hashed separately."""
     return b"".join(hashlib.blake2b(image.data, digest_size=_DIGEST).digest() for image in images)
 
 
 def value_counts(images: np.ndarray) -> np.ndarray:
-    """How often each value occurs in each channel, int64 (C, 256): means from it are exact."""
-    # A part at a time: bincount works on a copy eight times the size.
+    """Count each value in each channel, int64 (C, 256). Means computed from it are exact."""
+    # In parts: bincount makes a copy eight times the size.
     parts = np.array_split(images, max(images.nbytes >> 24, 1))
     counts = np.zeros((images.shape[1], 256), np.int64)
     for part in parts:

@@ -1,5 +1,4 @@
-"""The labels of Parquet rows. They only measure, so that what is amiss with them is said, and
-stops nobody."""
+"""The labels of Parquet rows. They only measure, so faulty labels give a note, not an error."""
 
 from __future__ import annotations
 
@@ -11,15 +10,15 @@ MAX_CLASSES = 65_536
 
 
 class Labels:
-    """Collects `label` and `class_name`, file by file."""
+    """Collect `label` and `class_name`, file by file."""
 
     def __init__(self) -> None:
-        self._values: list[Any] = []  # integers and texts; None: no label
+        self._values: list[Any] = []  # integers and strings; None: no label
         self._names: dict[Any, str] = {}
         self._amiss: str | None = None
 
     def add(self, shard: Any, table: Any) -> None:
-        """The columns of one file, see `shards.Shard`."""
+        """Add the columns of one file (a `rows.Shard`)."""
         if not shard.label:
             self._values += [None] * shard.rows
             return
@@ -36,7 +35,7 @@ class Labels:
                     self._amiss = f"label {label} is called both {both} in {shard.file.name}"
 
     def concluded(self, rows: int) -> tuple[np.ndarray | None, tuple[str, ...] | None, str | None]:
-        """Labels, int64 (N,), and class names, where all rows have a label; and what to say."""
+        """Return labels, int64 (N,), and class names if all rows have a label, and a note."""
         bare = sum(value is None for value in self._values)
         if bare == rows:
             return None, None, None
@@ -54,7 +53,7 @@ class Labels:
             classes = {name: number for number, name in enumerate(sorted(texts))}
             return np.array([classes[v] for v in self._values], np.int64), tuple(classes), None
         names = self._names
-        # A label that never occurs (`limit` can do that) goes by its number.
+        # A label that does not occur (because of `limit`) is named by its number.
         named = (
             tuple(names.get(label, str(label)) for label in range(max(names) + 1))
             if names
@@ -64,14 +63,14 @@ class Labels:
 
 
 class _Odd:
-    """A value that is no class."""
+    """A value that is not a class."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 def _plain(value: Any) -> int | str | _Odd | None:
-    """A class number or name; None for what stands for no label: null, NaN and -1."""
+    """Return a class number or name, or None for a missing label: null, NaN or -1."""
     if value is None or value == -1 or value != value:
         return None
     if isinstance(value, str):

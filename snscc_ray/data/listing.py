@@ -1,4 +1,4 @@
-"""Which files below a folder are images, told by their ending or by how they begin."""
+"""Find the images below a folder, by file name extension or first bytes."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
 from snscc_ray.data.decode import BEGINNING, begins_like_an_image
 
-# Compared in lower case. A file that ends so is an image, readable or not.
+# In lower case. A file with such an extension counts as an image, readable or not.
 EXTENSIONS = frozenset([
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif",
     ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k",
 ])  # fmt: skip
-# Folders of thumbnails, copies and rubbish that other programs leave; those that begin with a dot
-# are left out as well.
+# Folders of thumbnails, copies and deleted files made by other programs. Folders whose names start
+# with a dot are left out too.
 _FOREIGN = frozenset([
     "__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "$RECYCLE.BIN", "lost+found",
     "System Volume Information",
 ])  # fmt: skip
-# What a run, a sweep and a comparison leave in their folders, each with the recipe in it.
+# Files that a run, a sweep and a comparison write into their folders; each contains the recipe.
 _OURS = ("recipe.json", "sweep.json", "compare.json")
-_ENDINGS = 8  # named in a sentence
+_ENDINGS = 8  # most kinds that a note names
 
 
 @dataclass
 class ImageListing:
-    """What lies below a folder."""
+    """The files below a folder."""
 
     files: list[str] = field(default_factory=list)  # relative POSIX paths of images, sorted
-    aside: Counter[str] = field(default_factory=Counter)  # what else there is, by its kind
+    aside: Counter[str] = field(default_factory=Counter)  # number of other files, by kind
 
     def notes(self) -> tuple[str, ...]:
-        """What is left aside, as a sentence."""
+        """Say in a sentence what is left out."""
         kinds = [(kind, count) for kind, count in self.aside.most_common() if count]
         if not kinds:
             return ()
@@ -51,7 +51,7 @@ class ImageListing:
 
 
 def find_images(root: Path) -> ImageListing:
-    """All images below `root`; hidden ones and what is not an image are counted."""
+    """Find all images below `root`. Hidden files and files that are not images are counted."""
     found = ImageListing()
     if is_url(root):
         _find_remote(root, found)
@@ -63,7 +63,7 @@ def find_images(root: Path) -> ImageListing:
 
 
 def _walk(root: Path, found: ImageListing) -> Iterator[str]:
-    seen: set[str] = set()  # links to folders are followed, but not in circles
+    seen: set[str] = set()  # links to folders are followed, but no folder is read twice
     for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen or (folder != str(root) and _is_ours(folder, names)):
@@ -106,7 +106,7 @@ def _find_remote(root: Path, found: ImageListing) -> None:
             unsure.append(name)
     if not unsure:
         return
-    # All at once: an object store takes as long for one as for many.
+    # All at once: an object store takes as long for one request as for many.
     begins = url.fs.cat_ranges(unsure, [0] * len(unsure), [BEGINNING] * len(unsure))
     for name, begin in zip(unsure, begins, strict=True):
         if isinstance(begin, bytes) and begins_like_an_image(begin):
@@ -116,12 +116,12 @@ def _find_remote(root: Path, found: ImageListing) -> None:
 
 
 def _remote_ours(url: Any, above: str, names: list[str]) -> list[str]:
-    """As `_is_ours`, of all folders below an address; each ends in a slash."""
+    """Return the folders below a URL that `_is_ours` would match, each ending in a slash."""
     marks = [name for name in names if name.rpartition("/")[2] in _OURS]
     marks = [name for name in marks if name.rpartition("/")[0] + "/" != above]
     held = url.fs.cat(marks, on_error="return") if marks else {}
     folders = {name.rpartition("/")[0] + "/" for name, text in held.items() if _has_recipe(text)}
-    outermost: list[str] = []  # one inside of another counts once
+    outermost: list[str] = []  # nested folders count once
     for name in sorted(folders):
         if not name.startswith(tuple(outermost)):
             outermost.append(name)
@@ -136,7 +136,7 @@ def _has_recipe(content: object) -> bool:
 
 
 def _is_ours(folder: str, names: list[str]) -> bool:
-    """Whether a run, a sweep or a comparison is there: its figures are no images of the set."""
+    """Whether the folder holds a run, sweep or comparison, whose figures are not dataset images."""
     for name in _OURS:
         if name in names:
             with suppress(OSError):
@@ -166,11 +166,11 @@ def _ending(name: str) -> str:
 
 
 def _special(file: str) -> str | None:
-    """For a pipe, a socket or a device: reading it might never end."""
+    """Return the kind of a pipe, socket or device: reading it might never end."""
     try:
         mode = os.stat(file).st_mode
     except OSError:
-        return None  # a link that leads nowhere: reading says so
+        return None  # a broken link: reading it reports the error
     return None if stat.S_ISREG(mode) else "pipes, sockets or devices"
 
 

@@ -1,4 +1,4 @@
-"""What a set of images looks like, from a sample of it: size, colour, values, transparency."""
+"""Sample the images of a dataset to learn their size, colour, values and transparency."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ from snscc_ray.data.rows import Rows
 from snscc_ray.data.shards import sample_images
 
 _SAMPLE = 200
-# Grey images saved as JPEG differ by a little between their channels.
+# The channels of a grey image saved as JPEG differ slightly.
 _GREY_WITHIN = 8
-# What differs less from the grey it is laid over, on average, is hardly seen.
+# An image that differs less than this, on average, from the grey behind it is hardly visible.
 _VANISHES = 24
 _WHITE, _BLACK, _BETWEEN = 255, 0, 128
 
 
 @dataclass(frozen=True)
 class ImageStats:
-    """What a sample of a dataset shows."""
+    """Statistics of a sample of a dataset."""
 
     rows: int  # of the whole dataset
     side: int  # median of the shorter sides, in pixels
-    grey: bool  # (nearly) all of them
-    value_range: tuple[float, float] | None = None  # of those of more than 8 bits
-    background: int | None = None  # another grey than white, if transparent ones vanish on that
-    sampled: int = 0  # images that could be read
-    deep: int = 0  # of them, with more than 8 bits
-    frames: int = 0  # of them, with several frames or pages
-    unreadable: str = ""  # why the first one that cannot be read cannot
+    grey: bool  # whether (nearly) all images are grey
+    value_range: tuple[float, float] | None = None  # of images with more than 8 bits
+    background: int | None = None  # a grey other than white, if transparent images vanish on white
+    sampled: int = 0  # readable images
+    deep: int = 0  # of these, with more than 8 bits
+    frames: int = 0  # of these, with several frames or pages
+    unreadable: str = ""  # reason of the first unreadable image
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """Of one image."""
+    """Statistics of one image."""
 
     side: int
     grey: bool
     value_range: tuple[float, float] | None
-    vanishes: frozenset[int]  # on which of white and black
+    vanishes: frozenset[int]  # the backgrounds, of white and black, on which it is not visible
     frames: int
 
 
 def inspect_images(rows: Rows) -> ImageStats:
-    """Open up to 200 of the images, spread over the whole dataset."""
+    """Open up to 200 images, spread evenly over the dataset."""
     seen, unreadable = [], ""
     for source in _sample(rows):
         try:
@@ -68,12 +68,12 @@ def inspect_images(rows: Rows) -> ImageStats:
                 seen.append(_one(source, rows.reading))
         except UserError:
             raise
-        except Exception as error:  # what Pillow raises on broken files is open-ended
+        except Exception as error:  # Pillow raises many kinds of errors on broken files
             unreadable = unreadable or why_unreadable(error)
     return ImageStats(
         rows=len(rows.ids),
         side=int(np.median([one.side for one in seen])) if seen else 0,
-        # A few coloured stamps among scans do not make a colour set; a tenth does.
+        # A few coloured stamps among scans do not make a colour dataset; a tenth of them does.
         grey=bool(seen and np.mean([one.grey for one in seen]) > 0.9),
         value_range=_range(seen),
         background=_background(seen),
@@ -87,12 +87,12 @@ def inspect_images(rows: Rows) -> ImageStats:
 def resolve_reading(
     data: DataSettings, rows: Rows, seen: ImageStats | None = None
 ) -> tuple[DataSettings, Rows]:
-    """How all images of a dataset are brought to 8 bits, where the settings leave it open.
+    """Decide how images are converted to 8 bits, where the settings leave it open.
 
-    seen: what `inspect_images` has found; None: it is looked at now.
+    seen: the result of `inspect_images`; None: inspect the images now.
     """
     if rows.files is None and rows.shards is None:
-        return data, rows  # arrays: of 8 bits, and nothing of them is transparent
+        return data, rows  # arrays have 8 bits and no transparency
     seen = seen or inspect_images(rows)
     found = {
         "value_range": data.value_range or seen.value_range,
@@ -137,7 +137,7 @@ def _one(source: Source, reading: Reading) -> _Seen:
 
 
 def _vanishing(image: Image.Image) -> frozenset[int]:
-    """On which of white and black nothing of a partly transparent image is seen."""
+    """Return on which of white and black a partly transparent image is not visible."""
     pixels = np.asarray(image.convert("RGBA"), np.float64)
     alpha = pixels[..., 3] / 255
     if alpha.min() == 1 or not alpha.any():

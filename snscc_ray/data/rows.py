@@ -1,4 +1,4 @@
-"""What a source offers before anything is decoded."""
+"""The rows of a source, before any image is decoded."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import numpy as np
 from snscc_ray.config.errors import UserError
 from snscc_ray.data.decode import OWN_RANGE, Reading, Source
 
-# Rows decoded by one thread at a time: enough to make the hand-over cheap, few enough that the
-# encoded bytes under way stay small.
+# Rows that a thread decodes at a time: enough to make the hand-over cheap, few enough to keep the
+# encoded bytes in memory small.
 BATCH = 128
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a source offers before anything is decoded; batches follow the order of the ids."""
+    """The rows of a source, before any image is decoded. Batches follow the order of the ids."""
 
-    place: str  # what to call the source in a message
+    place: str  # name of the source in messages
     ids: list[str]
     batches: Iterable[Sequence[Source]]
     labels: np.ndarray | None = None  # int64 (N,)
     class_names: tuple[str, ...] | None = None
-    files: Sequence[Path] | None = None  # where each row is a file of its own
-    shards: Sequence[Shard] | None = None  # where the rows are those of Parquet files
+    files: Sequence[Path] | None = None  # if each row is a file
+    shards: Sequence[Shard] | None = None  # if the rows are in Parquet files
     reading: Reading = OWN_RANGE
-    notes: tuple[str, ...] = ()  # what was left aside or assumed, in sentences
+    notes: tuple[str, ...] = ()  # sentences on what was left out or assumed
 
     @property
     def streamable(self) -> bool:
-        """Whether any part can be read by itself, again in each epoch."""
+        """Whether any part can be read separately, again in each epoch."""
         return self.files is not None or self.shards is not None
 
     @property
     def some_files(self) -> list[str]:
-        """All shards, or the first and the last image file: where to look who can see them."""
+        """All shards, or the first and last image file, to test which nodes can read them."""
         if self.shards is not None:
             return [str(shard.file) for shard in self.shards]
         return [str(self.files[0]), str(self.files[-1])] if self.files else []
@@ -46,7 +46,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Items, so many at a time, as often as they are asked for."""
+    """Items in batches of BATCH. It can be iterated repeatedly."""
 
     items: Sequence[Source] | np.ndarray
 
@@ -58,7 +58,7 @@ class Batches:
 def check_ids(rows: Rows) -> None:
     if not rows.ids:
         raise UserError(f"no images in {rows.place}: give a folder or file that holds some")
-    # Refused rather than renamed: a row could not be joined back to its image by a made-up id.
+    # Refused, not renamed: an invented id could not be joined back to its image.
     repeated, times = Counter(rows.ids).most_common(1)[0]
     if times > 1:
         raise UserError(
@@ -83,11 +83,11 @@ def all_corrupt(rows: Rows, row: int, reason: str) -> UserError:
 
 @dataclass(frozen=True)
 class Shard:
-    """A Parquet file and which of its columns there are."""
+    """A Parquet file and which columns it has."""
 
     file: Path
     rows: int  # how many to read, from the first
-    groups: tuple[int, ...]  # rows in each of its row groups
+    groups: tuple[int, ...]  # rows of each row group
     id: bool
     label: bool
     class_name: bool

@@ -1,4 +1,4 @@
-"""Parquet shards: one encoded image a row, with an id, a label and a class name where known."""
+"""Read Parquet shards: one encoded image per row, optionally with id, label and class name."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from snscc_ray.core.storage import read_json
 from snscc_ray.data.labels import Labels
 from snscc_ray.data.rows import BATCH, Rows, Shard
 
-# What `snscc pack` says of the shards in a folder.
+# The file in which `snscc pack` describes the shards of a folder.
 MANIFEST = "pack.json"
 
 
 def image_shards(path: Path) -> list[Path]:
-    """Those Parquet files that `path` is or directly holds that have a column `image`: others are
-    of something else (what `snscc predict` wrote, say), and one that is broken is not passed over.
+    """Return the Parquet files of `path` (see `shard_files`) that have a column `image`.
+
+    Others hold something else, such as the output of `snscc predict`. A broken file is included.
     """
     held = []
     for file in shard_files(path):
@@ -34,7 +35,7 @@ def image_shards(path: Path) -> list[Path]:
 
 
 def count_rows(files: list[Path]) -> int:
-    """Of the files that can be read."""
+    """Count the rows of the readable files."""
     rows = 0
     for file in files:
         with suppress(UserError), _parquet(file) as opened:
@@ -43,23 +44,23 @@ def count_rows(files: list[Path]) -> int:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The Parquet files that `path` is or directly holds, sorted by name."""
+    """Return the Parquet file `path`, or those directly in the folder `path`, sorted by name."""
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
     return sorted(file for file in path.glob("*.parquet") if not file.name.startswith("."))
 
 
 def read_shards(path: Path, limit: int | None) -> Rows:
-    """The rows of one Parquet file or of all in a folder, in the order of the file names.
+    """List the rows of one Parquet file, or of all in a folder in the order of the file names.
 
-    `image` is binary, or HuggingFace's struct with `bytes`. A row without an `id` is called
-    `FILE:ROW`. `label` is an integer or a text, and `class_name` names it; both are optional, and
-    labels that not all rows have, or that are no classes, are left aside. So are files without a
-    column `image` beside others that have one.
+    `image` is binary, or Hugging Face's struct with `bytes`. A row without an `id` is called
+    `FILE:ROW`. `label` is an integer or a string, and `class_name` names it. Both are optional.
+    Labels are ignored if some rows have none or some are not classes. Files without a column
+    `image` are ignored if others have one.
 
     Raises:
-        UserError: no such file, one that cannot be read, a column that is missing or of a wrong
-            type or range, or only a part of what `snscc pack` is to write there.
+        UserError: no such file, an unreadable file, a missing column, a column of the wrong type,
+            or an unfinished `snscc pack`.
     """
     files = shard_files(path)
     _refuse_part(path, files)
@@ -95,7 +96,7 @@ def _refuse_part(path: Path, files: Sequence[Path]) -> None:
     held = read_json(manifest)
     entries = held.get("shards") if isinstance(held, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        return  # not of ours
+        return  # not written by `snscc pack`
     names = {file.name for file in files}
     there = [entry for entry in entries if "sha256" in entry and entry.get("file") in names]
     if len(there) < len(entries):
@@ -111,12 +112,12 @@ def _parquet(file: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # What an object store's client raises is open-ended.
+    # Clients of object stores raise many kinds of errors.
     broken = Exception if is_url(file) else (pa.ArrowException, OSError)
     try:
         with ExitStack() as held:
             source = held.enter_context(file.open("rb")) if is_url(file) else file
-            # The buffer makes it stream a row group instead of loading it whole.
+            # With a buffer, a row group is streamed instead of loaded whole.
             yield held.enter_context(
                 pq.ParquetFile(source, buffer_size=1 << 20, page_checksum_verification=True)
             )
@@ -165,7 +166,7 @@ def _first_rows(shards: list[Shard], limit: int | None) -> list[Shard]:
 
 
 def _read_columns(shard: Shard) -> Any:
-    """The columns other than the images, as an Arrow table of the shard's first rows."""
+    """Read the columns other than the images, for the first rows of the shard."""
     import pyarrow as pa
 
     columns = [name for name in ("id", "label", "class_name") if getattr(shard, name)]
@@ -188,8 +189,8 @@ def _ids(shard: Shard, table: Any) -> list[str]:
 
 
 def sample_images(shards: Sequence[Shard], step: int) -> Iterator[bytes | None]:
-    """Every `step`th image of all rows; only row groups that hold one are read."""
-    first = 0  # row of the group, of all rows
+    """Yield every `step`th image of all rows. Row groups without one are not read."""
+    first = 0  # first row of the group, counted over all shards
     for shard in shards:
         left = shard.rows
         for group, held in enumerate(shard.groups):
@@ -212,7 +213,7 @@ def _images(shards: list[Shard]) -> Iterator[list[bytes | None]]:
 
 
 def image_batches(file: Path, group: int | None, rows: int) -> Iterator[list[bytes | None]]:
-    """The first `rows` images of a file, or of one of its row groups, a batch at a time."""
+    """Yield the first `rows` images of a file, or of one of its row groups, in batches."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -1,4 +1,4 @@
-"""From a `data` setting to an ImageSet: which source it means, and what that source holds."""
+"""Find the source that the `data` settings mean, list its rows and load its images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from snscc_ray.data.shards import count_rows, image_shards, read_shards, shard_f
 __all__ = ["ImageSet", "list_rows", "load_images", "resolve_source"]
 
 
-# What `snscc fit` and the recipes call it.
+# The remedy, in terms of `snscc fit` and of the recipes.
 _NO_LABELS = "do without labels: leave --labels out, or use --set data.folders_are_labels=false"
 
 
@@ -33,32 +33,32 @@ def load_images(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
-    """Read and decode the whole set, in `workers` threads (0: one per core).
+    """Read and decode the whole dataset in `workers` threads (0: one per core).
 
-    `progress` is told, now and then, how many of how many rows are done. `data.limit` counts
-    rows before corrupt ones are left out.
+    `progress` is called now and then with the number of rows done and the total. `data.limit`
+    counts corrupt rows too.
 
     Raises:
-        UserError: what is wrong with the source and how to mend it, in one line.
+        UserError: what is wrong with the source and how to fix it, in one line.
     """
     return assemble(list_rows(data), data, workers, progress)
 
 
 def resolve_source(data: DataSettings) -> str:
-    """The concrete source that `data` means.
+    """Return the concrete source that `data` means, without decoding anything.
 
-    `auto` is settled by what `data.path` holds, and Parquet files stand in for any of the sets
-    torchvision offers. Nothing is decoded.
+    `auto` is resolved by the content of `data.path`. For the datasets of torchvision, Parquet files
+    at that path are used instead.
 
     Raises:
-        UserError: `auto` without a path, or with one that is absent or holds nothing known.
+        UserError: `auto` without a path, or with a path that is missing or holds nothing known.
     """
     with _reaching(data.path):
         return _resolve(data)[0]
 
 
 def _resolve(data: DataSettings) -> tuple[str, ImageListing | None]:
-    """The source, and the images of a folder where they were looked for."""
+    """Return the source, and the images of the folder if it was searched."""
     if data.source in ARCHIVES:
         held = data.path is not None and image_shards(as_path(data.path))
         return ("shards" if held else data.source), None
@@ -74,10 +74,10 @@ def _resolve(data: DataSettings) -> tuple[str, ImageListing | None]:
                 return source, None
     found = find_images(path) if path.is_dir() else ImageListing()
     if shards or found.files:
-        # A few files beside shards, or a sample beside files, are not the set.
+        # Take the larger: a few files beside shards, or a sample beside files, are not the dataset.
         return ("folder" if len(found.files) > count_rows(shards) else "shards"), found
     if shard_files(path):
-        return "shards", None  # reading says what these lack
+        return "shards", None  # reading them reports what is wrong
     known = ", ".join(archive.folder for archive in ARCHIVES.values())
     aside = "".join(f"; {note}" for note in found.notes())
     raise UserError(
@@ -87,10 +87,10 @@ def _resolve(data: DataSettings) -> tuple[str, ImageListing | None]:
 
 
 def list_rows(data: DataSettings) -> Rows:
-    """What the source holds, by id; no image is decoded yet.
+    """List the rows of the source without decoding any image.
 
     Raises:
-        UserError: what is wrong with the source and how to mend it, in one line.
+        UserError: what is wrong with the source and how to fix it, in one line.
     """
     with _reaching(data.path):
         return replace(_list(data), reading=Reading.of(data))
@@ -101,7 +101,7 @@ def _list(data: DataSettings) -> Rows:
     if source == "digits":
         return _digits(data.limit)
     if source in ARCHIVES and data.download and data.path is not None:
-        path = as_path(data.path)  # torchvision makes the folder
+        path = as_path(data.path)  # torchvision creates the folder
     else:
         path = _existing_path(data)
     if source in ARCHIVES:
@@ -137,7 +137,7 @@ def _existing_path(data: DataSettings) -> Path:
 
 @contextmanager
 def _reaching(place: str | None) -> Iterator[None]:
-    """What an object store's client raises, which is open-ended, becomes one line."""
+    """Turn any error of an object store's client into a UserError of one line."""
     try:
         yield
     except Exception as error:
@@ -170,7 +170,7 @@ def _digits(limit: int | None) -> Rows:
 
 
 def _folder(path: Path, found: ImageListing, folders_are_labels: bool, limit: int | None) -> Rows:
-    """Every image below `path`, by relative path; the first sub-folder may be its class."""
+    """List every image below `path` by its relative path. The first sub-folder may be its class."""
     files = found.files
     if not files:
         raise UserError(f"{no_images(path, found)}: give a folder that holds some")
@@ -187,7 +187,7 @@ def no_images(path: Path, found: ImageListing) -> str:
 
 
 def folder_classes(root: Path, files: list[str], remedy: str) -> dict[str, int]:
-    """The label of each sub-folder of `root`. Raises UserError for a file that lies in none."""
+    """Return the label of each sub-folder of `root`. Raises UserError for a file outside of one."""
     loose = next((file for file in files if "/" not in file), None)
     if loose is not None:
         raise UserError(
@@ -198,7 +198,7 @@ def folder_classes(root: Path, files: list[str], remedy: str) -> dict[str, int]:
 
 
 def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
-    """The images of the named class folders, class by class in the order they are named."""
+    """List the images of the named class folders, in the order of the names."""
     if not classes:
         raise UserError("source 'imagenet' needs class folders: name them in data.classes")
     root = path / "train" if (path / "train").is_dir() else path
@@ -226,7 +226,7 @@ def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
 
 
 def image_id(file: str) -> str:
-    """The name, made UTF-8 if it is not, so that it can be written to any file."""
+    """Return the name as valid UTF-8, so that it can be written to any file."""
     return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""The run folder: whose it is, and what may be removed from it."""
+"""The run folder: which run it belongs to, and what may be removed from it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from snscc_ray.core import storage
 from snscc_ray.core.claim import CLAIM, refuse_in_use
 from snscc_ray.data.imageset import Catalog
 
-# What a run leaves behind, beside TensorBoard's events: in its folder and in those of its stages.
+# The files of a run besides TensorBoard's events. _STAGE_FILES are in the folders of its stages.
 _RUN_FILES = (
     "recipe.json", "metrics.json", "metrics.jsonl", "baselines.json", "assignments.parquet",
     "report.html", "report.json", "fit.json", "clusters.json", "images.parquet",
 )  # fmt: skip
-# What `snscc fit` was asked and chose, and the number of clusters that it found.
+# The request and choices of `snscc fit`, and the number of clusters that it found.
 FIT_FILE, COUNT_FILE = "fit.json", "clusters.json"
-# Which images a run, a sweep or a comparison was begun with.
+# The images that a run, a sweep or a comparison started with.
 IMAGES_FILE = "images.parquet"
 _FINGERPRINT = b"fingerprint"
 SEEN = ".seen-"
@@ -38,7 +38,7 @@ _PACKAGES = ("snscc_ray", "torch", "torchvision", "timm", "numpy", "scikit-learn
 
 
 def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds another run. Raises UserError; changes nothing."""
+    """Refuse a folder that cannot be used for this run. Raises UserError. Changes nothing."""
     path = folder / "recipe.json"
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
@@ -78,13 +78,15 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
 
 
 def holds_something(folder: Path) -> bool:
-    """Whether there is anything in the folder, but for who has it and what a killed look left."""
+    """Whether the folder holds anything but claims and the markers that a killed check left."""
     return folder.exists() and any(not p.name.startswith((SEEN, CLAIM)) for p in folder.iterdir())
 
 
 def check_apart(folder: Path, source: str | None) -> None:
-    """Refuse to write into the images' own folder: what is written would be read as images' table
-    the next time. Raises UserError."""
+    """Refuse to write into the folder of the images. Raises UserError.
+
+    The next run would read the output as a table of images.
+    """
     if source is None or is_url(source) or is_url(folder):
         return
     if folder.resolve() == Path(source).resolve():
@@ -93,8 +95,10 @@ def check_apart(folder: Path, source: str | None) -> None:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Read a run that others may read as well. Raises UserError where it is being written, also
-    where that was begun meanwhile: then what was read may be of two runs."""
+    """Guard the reading of a run folder, without locking out other readers.
+
+    Raises UserError if the run is being written, or was replaced while it was read.
+    """
     refuse_in_use(folder)
     records = [folder / stage / "stage.json" for stage in STAGES]
     before = [path.read_bytes() if path.exists() else b"" for path in records]
@@ -104,7 +108,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe a run folder was made with. Raises UserError when it holds none."""
+    """Return the recipe of a run folder. Raises UserError if the folder has none."""
     path = folder / "recipe.json"
     if not path.exists():
         raise UserError(f"{folder} holds no run (there is no recipe.json in it)")
@@ -123,26 +127,28 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """Keep the recipe, and the versions of what ran it, in the run folder."""
+    """Write the recipe and the versions of Python and packages to the run folder."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue  # run from a source tree that is not installed
+            continue  # not installed, such as a source tree
     described = {"recipe": recipe.model_dump(mode="json"), "versions": versions}
     storage.write_json(folder / "recipe.json", described)
 
 
 def check_images(folder: Path, catalog: Catalog) -> None:
-    """Refuse to go on with other images than those it was begun with: a disk may be half mounted,
-    and what was finished would be replaced. Raises UserError that says how many came and went."""
+    """Refuse to continue a run with different images, which would replace finished work.
+
+    A disk may be only partly mounted. Raises UserError saying how many images came and went.
+    """
     path = folder / IMAGES_FILE
     if path.exists():
         with path.open("rb") as file:
             table = pq.read_table(file)
         same = (table.schema.metadata or {}).get(_FINGERPRINT) == catalog.fingerprint.encode()
-    elif (folder / "assignments.parquet").exists():  # a run from before they were noted
+    elif (folder / "assignments.parquet").exists():  # a run from before IMAGES_FILE was written
         with (folder / "assignments.parquet").open("rb") as file:
             table = pq.read_table(file, columns=["id"])
         same = table["id"].to_pylist() == catalog.ids
@@ -160,7 +166,7 @@ def check_images(folder: Path, catalog: Catalog) -> None:
 
 
 def note_images(folder: Path, catalog: Catalog) -> None:
-    """Keep which images there are, for `check_images`, where it is not kept yet."""
+    """Record the images for `check_images`, unless they are already recorded."""
     path = folder / IMAGES_FILE
     if not path.exists():
         table = pa.table({"id": pa.array(catalog.ids, pa.string())})
@@ -176,16 +182,16 @@ def _files(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that a kill in mid-write left."""
+    """Remove temporary files left by a kill during a write."""
     if is_url(folder):
-        return  # an object is there whole or not at all
+        return  # an object store has no partly written objects
     for path in _files(folder):
         for left in path.parent.glob(f".{path.name}.????????"):
             left.unlink(missing_ok=True)
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder of ours, if it is there, and all it holds."""
+    """Remove a folder of ours and everything in it, if it exists."""
     if not is_url(folder):
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
@@ -194,7 +200,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove a run's files, by name: `train/` may also be where somebody's images are."""
+    """Remove the files of a run by name: a user's images may be in `train/` too."""
     for path in _files(folder):
         path.unlink(missing_ok=True)
     logs = folder / "tensorboard"
@@ -206,13 +212,13 @@ def remove_run(folder: Path) -> None:
 
 
 def first_difference(there: Any, here: Any, place: str = "") -> str | None:
-    """Where two recipes, as plain values, differ first, said in words; `runtime` does not count."""
+    """Say where two recipes, as plain values, first differ. `runtime` is ignored."""
     if isinstance(there, dict) and isinstance(here, dict):
         for name in there.keys() | here.keys():
-            # Where to run may change between a run and its continuation; what to learn may not.
+            # A resumed run may run elsewhere, but it must learn the same.
             if not place and name == "runtime":
                 continue
-            # What is looked for anew if nobody says it, and found to be what it was.
+            # If the new recipe leaves these open, they are measured again with the same result.
             looked = place == "data." and name in ("value_range", "background")
             if looked and here.get(name) is None:
                 continue

@@ -1,4 +1,4 @@
-"""A stage's identity: a hash of what determines it, by which a finished stage is found again."""
+"""The identity of a stage: a hash of all that determines its result, to find finished stages."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from snscc_ray.config.settings import STAGES, EncoderSettings, Recipe, StageName
 from snscc_ray.models.pretrained import weights_identity
 
-# Raised whenever a change of this package changes what the same settings train.
+# Increased whenever a change of this package changes what the same settings train.
 _VERSION = 2
-# Fields that came after it, and the value that does what was done before them: at that value they
-# do not count, so that the stages finished before them are found again.
+# Fields added since, each with the value that keeps the old behaviour. At that value a field does
+# not enter the hash, so that stages finished before it existed are still found.
 _LATER: dict[StageName, dict[str, Any]] = {
     "train": {"max_imbalance": 1.0},
     "boost": {"score_tolerance": 1e-3},
@@ -20,10 +20,10 @@ _LATER: dict[StageName, dict[str, Any]] = {
 
 
 def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: str) -> str:
-    """Of the stage's settings, the data's fingerprint and order, the seed, and the parent's.
+    """Hash the stage's settings, the data's fingerprint and order, the seed and the parent's hash.
 
-    Pretrain does not depend on the number of clusters, and nothing on `runtime` or on the path
-    the images were read from. Raises UserError when `encoder.weights` cannot be read.
+    Pretrain does not depend on the number of clusters. No stage depends on `runtime` or on the path
+    of the images. Raises UserError if `encoder.weights` cannot be read.
     """
     parent = STAGES.index(stage) - 1
     data = recipe.data
@@ -51,8 +51,10 @@ def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: st
 
 
 def _encoder(settings: EncoderSettings) -> dict[str, Any]:
-    """The weights count by what they are and not by where they lie, and only where there are any:
-    runs from before there could be are found again."""
+    """Return the encoder's settings, with its weights by content instead of by path.
+
+    Weights are left out if there are none, so that runs from before that setting are still found.
+    """
     values = settings.model_dump(mode="json", exclude={"weights"})
     return values if settings.weights is None else values | {"weights": weights_identity(settings)}
 

@@ -1,4 +1,4 @@
-"""A run in this process, or in one of several that torchrun started."""
+"""Run in this process, or in one of several started by torchrun."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from snscc_ray.training.workers import LocalWorker, Worker, choose_device, join_
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, wherever the loop is not waiting."""
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, outside the training loop."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -52,14 +52,14 @@ def run_here(
     console: Console,
     make_worker: Callable[[Path, torch.device], Worker] = LocalWorker,
 ) -> Result | None:
-    """Run what is asked for; None on ranks other than the first.
+    """Run the request. Returns None on all ranks but the first.
 
-    make_worker: from the run folder and the device, who keeps the checkpoints.
-    Everything that can be refused is refused before the folder is touched.
-    Raises UserError, or TrainingError from the loop, or Interrupted once there is a run to resume.
+    make_worker: makes the worker, which saves the checkpoints, from the run folder and the device.
+    All checks come before the first change to the folder.
+    Raises UserError, TrainingError from the loop, or Interrupted once there is a run to resume.
     """
     check_apart(request.folder, request.recipe().data.path)
-    # Of the processes that torchrun started, the first one has the folder for all.
+    # Under torchrun, the first process claims the folder for all.
     first = os.environ.get("RANK", "0") == "0"
     with claimed(request.folder, Display(console).line) if first else nullcontext():
         return _run_here(request, console, make_worker)
@@ -107,7 +107,7 @@ def _run_here(
             if isinstance(monitor, RunMonitor):
                 final = final_figures(result.figures)
                 monitor.journal.hyperparameters(recipe.model_dump(mode="json"), final)
-        except KeyboardInterrupt as stop:  # between two stages' loops, or a second Ctrl-C
+        except KeyboardInterrupt as stop:  # between the loops of two stages, or a second Ctrl-C
             raise Interrupted from stop
         finally:
             monitor.finish()
@@ -124,7 +124,7 @@ def _within_budget(
     seconds: float,
     display: Display,
 ) -> Recipe:
-    """The recipe with the epochs that fit into `seconds`, measured now. Raises UserError."""
+    """Measure now, and set the epochs that fit into `seconds`. Raises UserError."""
     if distributed.world_size() > 1:
         raise UserError("--budget measures a single process; leave it out under torchrun")
     if not isinstance(data, ResidentData):
@@ -135,7 +135,7 @@ def _within_budget(
     try:
         pace = measure(recipe, catalog, images, images.device)
     except Interrupted as stop:
-        raise KeyboardInterrupt from stop  # nothing is written yet: there is no run to resume
+        raise KeyboardInterrupt from stop  # nothing is written yet, so there is no run to resume
     spent = time.monotonic() - began
     fitting = within(recipe, pace, seconds - spent, request.stages)
     display.line(f"{describe(fitting, pace, request.stages)} (measured in {spent:.0f} s)")
@@ -143,7 +143,7 @@ def _within_budget(
 
 
 def report_skipped(catalog: Catalog, display: Display) -> None:
-    """Say what was left aside or assumed, and name every image that is left out, and why."""
+    """Print the notes, and every image left out with the reason."""
     for note in catalog.notes:
         display.line(note)
     for identifier, reason in catalog.skipped:
@@ -151,20 +151,20 @@ def report_skipped(catalog: Catalog, display: Display) -> None:
 
 
 def load(plan: Plan, device: torch.device, display: Display) -> tuple[Catalog, Images]:
-    """The images of a run. Raises UserError where they cannot be trained on."""
+    """Load the images of a run. Raises UserError if they cannot be trained on."""
     recipe = plan.recipe
     mode = mode_for(recipe.data, plan.rows, device, display)
     if mode == "stream":
         check_streamed(recipe)
     workers = recipe.runtime.decode_workers
     catalog, data = bring(recipe.data, plan.rows, mode, device, display, workers)
-    if catalog.skipped:  # fewer than were checked
+    if catalog.skipped:  # fewer images than were checked
         check(recipe, len(catalog), distributed.world_size())
     return catalog.for_clusters(recipe.data.num_clusters), data
 
 
 def mode_for(data: DataSettings, rows: Rows, device: torch.device, display: Display) -> str:
-    """resident or stream, by the memory of this machine; said only where it is stream."""
+    """Choose `resident` or `stream` by the memory of this machine. Prints only `stream`."""
     mode, why = choose_mode(data, len(rows.ids), free_bytes(device), rows.streamable)
     if mode == "stream":
         display.line(f"images streamed: {why}")
@@ -179,7 +179,7 @@ def bring(
     display: Display,
     workers: int = 0,
 ) -> tuple[Catalog, Images]:
-    """A set in memory, or read as it is needed. Raises UserError."""
+    """Load a dataset into memory, or prepare to stream it. Raises UserError."""
     progress = display.counting("reading", "images")
     if mode == "stream":
         streamed = survey(rows, data, workers=workers, progress=progress)
@@ -192,12 +192,12 @@ def bring(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the memory that would hold a set: this process's share, and the GPU's where it has one."""
+    """Return the smaller of this process's share of free RAM and the device's free memory."""
     return min(device_bytes(torch.device("cpu")), device_bytes(device))
 
 
 def device_bytes(device: torch.device) -> int:
-    """Free memory of the device itself; on a CPU this process's share of it."""
+    """Return the free memory of the device. On a CPU, only this process's share."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available) // distributed.world_size()

@@ -1,4 +1,4 @@
-"""What a run shows as it goes (`Display`) and what it keeps of it (`Journal`)."""
+"""Show the progress of a run (`Display`) and record it (`Journal`)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ _print_of_thread = threading.excepthook
 
 
 def _of_thread(args: threading.ExceptHookArgs) -> None:
-    """What fails in TensorBoard's thread, on a full disk say, is raised here by the next flush:
-    the thread need not print it too."""
+    """Keep TensorBoard's thread from printing its errors (such as a full disk).
+
+    The next flush raises them in this thread.
+    """
     if type(args.thread).__name__ != "_AsyncWriterThread":
         _print_of_thread(args)
 
@@ -34,15 +36,15 @@ threading.excepthook = _of_thread
 
 
 class Journal:
-    """metrics.jsonl and TensorBoard's events, in the run folder.
+    """Write metrics.jsonl and TensorBoard's events to the run folder.
 
-    Both are appended to, which an object store cannot do: there they are kept in a temporary
-    folder and put into the run folder whole, epoch by epoch.
+    An object store cannot append. For a run folder there, both files are kept in a temporary folder
+    and uploaded whole after each epoch.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # TensorBoard's writer takes no folder either whose name is not UTF-8.
+        # TensorBoard's writer also refuses folder names that are not UTF-8.
         self._remote = is_url(folder) or as_text(str(folder)) != str(folder)
         self._local = Path(tempfile.mkdtemp(prefix="snscc")) if self._remote else folder
         self._lines = self._local / "metrics.jsonl"
@@ -54,7 +56,7 @@ class Journal:
     def start(self, stage: str, epoch: int) -> None:
         self.stop()
         self._forget(stage, epoch)
-        # Imported here: it takes a second, which `--help` and errors should not wait for.
+        # Imported here: it takes a second, and `--help` and errors should be fast.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self._local / "tensorboard" / stage), purge_step=epoch)
@@ -72,7 +74,7 @@ class Journal:
         self.append({"stage": stage, "epoch": epoch, **figures})
 
     def hyperparameters(self, settings: dict[str, Any], figures: dict[str, float]) -> None:
-        """Let TensorBoard's HPARAMS page compare runs."""
+        """Record settings and results for TensorBoard's HPARAMS page, which compares runs."""
         write_hyperparameters(self._local / "tensorboard", settings, figures)
         self._publish()
 
@@ -114,14 +116,14 @@ class Journal:
             try:
                 line = json.loads(text)
             except ValueError:
-                continue  # cut short by a kill
+                continue  # incomplete because of a kill
             if line["stage"] != stage or line["epoch"] < epoch:
                 kept.append(text + "\n")
         write_whole(self._lines, lambda file: file.write("".join(kept).encode()))
 
 
 class RunMonitor:
-    """What the engine tells, shown and kept; the ranks but the first use `NullMonitor`."""
+    """Show and record what the engine reports. Ranks other than the first use `NullMonitor`."""
 
     def __init__(self, journal: Journal, screen: Screen) -> None:
         self.journal, self.screen = journal, screen
@@ -153,7 +155,7 @@ class RunMonitor:
 
 
 class NullMonitor:
-    """The monitor of every rank but the first."""
+    """The monitor of every rank but the first. It does nothing."""
 
     def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
 
@@ -173,7 +175,7 @@ class NullMonitor:
 def write_hyperparameters(
     folder: Path, settings: dict[str, Any], figures: dict[str, float]
 ) -> None:
-    """One line of TensorBoard's HPARAMS page, into a folder of events on this machine."""
+    """Write one line of TensorBoard's HPARAMS page into a local folder of events."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:

@@ -1,4 +1,4 @@
-"""How long the stages take on this machine, and how many epochs of them fit into a given time."""
+"""Measure how long the stages take on this machine, and how many epochs fit into a given time."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.runs.run import execute
 from snscc_ray.training.workers import LocalWorker
 
-# Seconds of each stage: for what is done once, and for an epoch.
+# Seconds of each stage: work that is done once, and one epoch.
 Seconds = dict[StageName, tuple[float, float]]
 
-# Epochs that are run: the first warms up, the second counts.
+# Epochs to run: the first warms up, the second is measured.
 _EPOCHS = 2
-# An epoch of all stages that takes less is measured again on four times the rows; and once again
-# in any case, to tell what grows with the rows from what does not, unless it takes this long.
+# If an epoch of all stages takes less than the first, measure again on four times the rows. Do so
+# at least once, to separate what grows with the rows, unless an epoch takes more than the second.
 _ENOUGH_SECONDS, _LONG_SECONDS = 1.0, 10.0
-# Of the time there is; the rest is for checkpoints, and for what a few steps do not show.
+# Usable share of the given time. The rest is for checkpoints and for what a few steps do not show.
 _SHARE = 0.95
-# Of a stage that is made shorter, the most that its warm-up takes.
+# Largest share of a shortened stage that its warm-up takes.
 _WARMUP_SHARE = 0.2
 
 
 class _Clock(NullMonitor):
-    """Notes when each epoch, with all that belongs to it, was over."""
+    """Record when each epoch ended, including all work that belongs to it."""
 
     def __init__(self) -> None:
         self.marks: dict[str, list[float]] = {}
@@ -52,21 +52,21 @@ class _Clock(NullMonitor):
 class _Timed:
     """Seconds of one stage on a few rows."""
 
-    warm_up: float  # of the first epoch, beyond the second: kernels that are compiled, say
-    once: float  # outside of the epochs
+    warm_up: float  # extra time of the first epoch over the second, such as compiling kernels
+    once: float  # outside the epochs
     epoch: float
 
 
 def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device) -> Seconds:
-    """Run all stages for two epochs of a few rows, then of more, and scale up to the whole set.
+    """Run all stages for two epochs on a few rows, then on more, and scale to the whole dataset.
 
-    An epoch's seconds include its clean pass.
+    The seconds of an epoch include its clean pass.
     """
     batches = [getattr(recipe, stage).batch_size for stage in STAGES]
-    # No fewer than have to fill the clusters, and to be neighbours of each other.
+    # Enough rows to fill the clusters and to have all neighbours.
     least = max(recipe.data.num_clusters, recipe.pretrain.mined_neighbors + 1)
     few = min(len(known), max(*batches, least))
-    # What nothing is known of yet is taken to grow from nothing.
+    # Before the first measurement, assume that the time grows from zero.
     fewer, before = 0, dict.fromkeys(STAGES, 0.0)
     while True:
         timed = _measure(recipe, known, images_NCHW, device, few)
@@ -106,12 +106,11 @@ def _measure(
 
 
 def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[StageName]) -> Recipe:
-    """The recipe with as many epochs as end within `seconds`, in its own proportion.
+    """Set as many epochs as end within `seconds`, in the recipe's proportion between the stages.
 
-    Milestones keep their place in the whole, so a schedule still ends where it should; a warm-up
-    keeps its epochs, as far as they are a small part of what is left. Stages that are not run, and
-    those of no epochs, stay as they are.
-    Raises UserError where not even one epoch of each stage fits.
+    Milestones keep their relative position, so that a schedule still ends where it should. A
+    warm-up keeps its epochs as far as they are a small share. Stages that are not run or have no
+    epochs do not change. Raises UserError if not even one epoch of each stage fits.
     """
     asked = {stage: getattr(recipe, stage).epochs for stage in stages}
     asked = {stage: epochs for stage, epochs in asked.items() if epochs}
@@ -143,7 +142,7 @@ def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[Stage
 
 
 def describe(recipe: Recipe, pace: Seconds, stages: Sequence[StageName]) -> str:
-    """The epochs of each stage and the minutes they should take, in one line."""
+    """Return the epochs of each stage and their estimated minutes, in one line."""
     epochs = {stage: getattr(recipe, stage).epochs for stage in stages}
     total = sum(pace[stage][0] + pace[stage][1] * count for stage, count in epochs.items())
     counts = ", ".join(f"{stage} {count}" for stage, count in epochs.items())
@@ -151,9 +150,9 @@ def describe(recipe: Recipe, pace: Seconds, stages: Sequence[StageName]) -> str:
 
 
 def _lasting(settings: StageSettings, epochs: int) -> StageSettings:
-    """The stage's settings for another number of epochs, its schedule stretched to them."""
+    """Return the stage's settings for another number of epochs, with its schedule scaled."""
     share = epochs / settings.epochs
-    # In proportion, a short run would have a step or two of it, and collapse (docs/log.md).
+    # A proportional warm-up of a short run would be a step or two; it collapses (docs/log.md).
     warmup = settings.warmup_epochs
     changed: dict[str, Any] = {
         "epochs": epochs,

@@ -1,4 +1,4 @@
-"""What a command will train: a recipe and its listed images, checked before anything is written."""
+"""List the images of a recipe and check both, before anything is written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_plan(
     rows: Rows | None = None,
     seen: ImageStats | None = None,
 ) -> Plan:
-    """List the images and look at them, where that is not done yet, and check the recipe.
+    """List and inspect the images, unless they are given, and check the recipe.
 
     workers: every number of workers that may train. Raises UserError naming the field.
     """
@@ -42,7 +42,7 @@ def make_plan(
 
 
 def check(recipe: Recipe, rows: int, world_size: int) -> None:
-    """Refuse what cannot train, before anything is written. Raises UserError naming the field."""
+    """Refuse a recipe that cannot train on so many rows. Raises UserError naming the field."""
     clusters = recipe.data.num_clusters
     if rows < clusters:
         raise UserError(
@@ -62,7 +62,7 @@ def check(recipe: Recipe, rows: int, world_size: int) -> None:
                 f"{field}={batch} is global and does not divide among {world_size} workers; "
                 f"use --set {field}={batch - batch % world_size or world_size}"
             )
-        # An epoch's batches are as even as can be, and so may be smaller than asked for.
+        # The batches of an epoch have nearly equal sizes, which may be below the batch size.
         least = smallest_batch(rows, batch)
         if least < 2 * world_size:
             raise UserError(

@@ -1,4 +1,4 @@
-"""A run: the stages of one recipe, one after the other, into one folder."""
+"""A run: execute the stages of one recipe in order, into one folder."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from snscc_ray.training.stages.pretrain import Pretrain
 from snscc_ray.training.stages.train import Train, probabilities
 from snscc_ray.training.workers import Worker
 
-# Rows on which a bfloat16 run is compared with itself in float32.
+# Rows on which a bfloat16 run is compared with float32.
 _COMPARED = 2048
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asks for: a recipe by its name (None: the one in the folder), and where."""
+    """A request to run a recipe, by name (None: the recipe in the folder), into a folder."""
 
     recipe_name: str | None
     overrides: list[str]
@@ -65,17 +65,17 @@ class Request:
     stages: tuple[StageName, ...] = STAGES
     resume: bool = False
     overwrite: bool = False
-    budget: float | None = None  # seconds that all of it may take; None: the recipe's epochs
+    budget: float | None = None  # seconds for the whole run; None: the recipe's epochs
 
     def recipe(self) -> Recipe:
-        """The recipe asked for, overrides applied. Raises UserError."""
+        """Return the recipe with the overrides applied. Raises UserError."""
         name = self.recipe_name
         return override(recipes.get(name) if name else read_recipe(self.folder), self.overrides)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found; `figures` is what metrics.json holds."""
+    """The result of a run. `figures` is the content of metrics.json."""
 
     folder: Path
     figures: dict[str, Any]
@@ -93,10 +93,10 @@ def execute(
     overwrite: bool = False,
     store: Path | None = None,
 ) -> Result:
-    """Run the stages, reusing those of the same identity that `folder` holds finished.
+    """Run the stages, reusing finished stages in `folder` that have the same identity.
 
-    With a `store`, which several runs share, each stage has a folder there (see `stage_folder`).
-    Raises UserError when a stage's parent is neither in `stages` nor finished in the folder.
+    With a `store` that several runs share, each stage has a folder there (see `stage_folder`).
+    Raises UserError if a stage's parent is neither in `stages` nor finished in the folder.
     """
     normalize = normalisation(recipe, catalog)
     context = Context(recipe, data, catalog.labels, normalize, worker.device)
@@ -112,7 +112,7 @@ def execute(
         write_recipe(folder, recipe)
         note_images(folder, catalog)
     distributed.barrier()
-    # First: after the stages, a kill here would leave a finished run without its figures.
+    # Before the stages: otherwise a kill here would leave a finished run without its figures.
     baselines = run.baselines()
     figures: dict[str, Any] = {}
     for stage in STAGES:
@@ -150,17 +150,17 @@ class _Run:
         )
 
     def stage_folder(self, stage: StageName) -> Path:
-        """Where the stage's files are."""
+        """Return the folder of the stage's files."""
         if self.store is None:
             return self.folder / stage
         return stage_folder(self.store, stage, self.identity(stage)) / stage
 
     def finished(self, stage: StageName) -> dict[str, Any] | None:
-        """The stage's figures when it lies finished in its place under this identity."""
+        """Return the stage's figures if it is finished with this identity, else None."""
         return finished(self.stage_folder(stage), stage, self.identity(stage))
 
     def check_parents(self, stages: tuple[StageName, ...], *, afresh: bool) -> None:
-        """Raises UserError for a stage whose parent is neither asked for nor finished."""
+        """Raise UserError for a stage whose parent is neither requested nor finished."""
         for parent, stage in pairwise(STAGES):
             if stage not in stages or parent in stages:
                 continue
@@ -174,14 +174,14 @@ class _Run:
         )
 
     def stage(self, name: StageName) -> dict[str, Any]:
-        # One process looks, for all: on a shared file system some may see a file late.
+        # One process looks for all: on a shared file system others may see a file late.
         figures = distributed.from_first(lambda: self.finished(name))
         if figures is None:
             began = time.monotonic()
             figures = {"pretrain": self._pretrain, "train": self._train, "boost": self._boost}[
                 name
             ]()
-            # Of this process: a resumed stage counts what was left of it.
+            # Seconds in this process: a resumed stage counts only its remaining part.
             figures["seconds"] = round(time.monotonic() - began, 3)
             if self.worker.rank == 0:
                 record = {"identity": self.identity(name), "figures": figures}
@@ -238,7 +238,7 @@ class _Run:
         pretrain = distributed.from_first(lambda: self.finished("pretrain"))
         free = (pretrain or {}).get("health/free_balance")
         if free is None:
-            return  # a Pretrain stage from before it was measured
+            return  # a Pretrain stage from before this was measured
         forced = forced_balance(figures["health/balance"], free)
         figures["health/forced_balance"] = forced
         if warning := forced_warning(forced):
@@ -255,9 +255,9 @@ class _Run:
             self._save_assignments(p_NC)
 
     def _in_float32(self, network: ClusterNet, p_NC: Tensor) -> dict[str, float]:
-        """How far the first images' answers in float32 are from those of this run's precision.
+        """Compare predictions in float32 with those in this run's precision, on the first rows.
 
-        A CPU that later answers for a bfloat16 run computes in float32, and says this.
+        A CPU predicts in float32 for a bfloat16 run, and then reports this difference.
         """
         if not self.context.mixed:
             return {}
@@ -274,7 +274,7 @@ class _Run:
     def _save_final(
         self, stage: StageName, network: torch.nn.Module, in_float32: dict[str, float]
     ) -> None:
-        normalize = self.context.normalize  # who predicts has not the images it was measured on
+        normalize = self.context.normalize  # saved: prediction has no images to measure it on
         checkpoints.save(
             self.stage_folder(stage) / "final.pt",
             {
@@ -326,7 +326,7 @@ class _Run:
         )
 
     def baselines(self) -> dict[str, dict[str, float]]:
-        """k-means on the raw pixels, where there are labels to measure it by and all are held."""
+        """Run k-means on raw pixels, if there are labels and the images are in memory."""
         data = self.context.data
         if self.catalog.labels is None or self.store or not isinstance(data, ResidentData):
             return {}
@@ -347,12 +347,12 @@ class _Run:
 
 
 def stage_folder(store: Path, stage: StageName, identity: str) -> Path:
-    """The run folder of one stage in a store of stages, found again by what determines it."""
+    """Return the folder of one stage in a shared store, named by its identity."""
     return store / f"{stage}-{identity[:16]}"
 
 
 def finished(place: Path, stage: StageName, identity: str) -> dict[str, Any] | None:
-    """The figures of the stage that lies in `place`, if it is finished and of that identity."""
+    """Return the figures of the stage in `place` if it is finished with that identity."""
     path = place / "stage.json"
     needed = ["final.pt", "neighbors.parquet"] if stage == "pretrain" else ["final.pt"]
     if not path.exists() or not all((place / name).exists() for name in needed):
@@ -362,13 +362,13 @@ def finished(place: Path, stage: StageName, identity: str) -> dict[str, Any] | N
 
 
 def final_figures(figures: dict[str, Any]) -> dict[str, float]:
-    """Those of the last stage there is."""
+    """Return the figures of the last stage."""
     stages = list(figures["stages"].values())
     return {name: float(value) for name, value in stages[-1].items()} if stages else {}
 
 
 def normalisation(recipe: Recipe, catalog: Catalog) -> Normalize:
-    """The recipe's mean and deviation, or those of the images."""
+    """Return the recipe's mean and standard deviation, or those of the images."""
     data = recipe.data
     share = catalog.values.double() / catalog.values.sum(1, keepdim=True)
     value = torch.arange(256, dtype=torch.float64) / 255
@@ -379,7 +379,7 @@ def normalisation(recipe: Recipe, catalog: Catalog) -> Normalize:
 
 @contextmanager
 def _seeded(key: int) -> Iterator[None]:
-    """Seed torch's global generators for a network's first weights, and put them back after."""
+    """Seed torch's global generators for a network's initial weights, and restore them after."""
     with torch.random.fork_rng():
         torch.manual_seed(key)
         yield

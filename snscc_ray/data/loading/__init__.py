@@ -1,2 +1,2 @@
-"""Batches: from memory (`resident`), from files each epoch (`streamed`), or by Ray Data
+"""Feed batches from memory (`resident`), from files each epoch (`streamed`), or with Ray Data
 (`ray_stream`)."""

@@ -1,7 +1,7 @@
-"""Which rows stand in which batch of an epoch: every row once, whatever the number of workers.
+"""Choose the rows of each batch of an epoch. Every row occurs once.
 
-All of it depends on the key, the number of rows and the batch size alone, never on how many
-workers there are or on where an epoch was resumed: any worker can say which rows any other holds.
+The order depends only on the key, the number of rows and the batch size, not on the number of
+workers or on where an epoch was resumed. Any worker can compute which rows another one holds.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from snscc_ray.core import rng
 
-# Places of a streamed set that are read side by side, and so mixed in every batch. Workers whose
-# number divides it read whole lanes, and hence only their own part of the set.
+# Parts of a streamed dataset that are read in parallel, so that every batch mixes them. If the
+# number of workers divides it, each worker reads whole lanes, so only its part of the dataset.
 LANES = 32
 
 
 def steps_of(rows: int, batch_size: int) -> int:
-    """Steps of an epoch in which every row stands once."""
+    """Return the number of steps of an epoch in which every row occurs once."""
     return -(-rows // batch_size)
 
 
 def batch_edges(rows: int, batch_size: int) -> Tensor:
-    """Where each global batch begins, and the last ends, int64 (steps + 1,).
+    """Return the first row of each global batch, and the number of rows, int64 (steps + 1,).
 
-    No batch is larger than `batch_size` and their sizes differ by one at most: a last batch of
-    the few rows that are left over would have a loss, and batch statistics, of another kind.
+    No batch is larger than `batch_size`, and sizes differ by one at most. A small last batch
+    would have a different kind of loss and of batch statistics.
     """
     steps = steps_of(rows, batch_size)
     return torch.arange(steps + 1) * rows // steps
@@ -36,18 +36,18 @@ def smallest_batch(rows: int, batch_size: int) -> int:
 
 
 def shuffled(rows: int, key: int) -> Tensor:
-    """All rows in an order that depends on the key, int64 (N,)."""
+    """Return all rows in a random order given by the key, int64 (N,)."""
     return torch.randperm(rows, generator=rng.generator(key))
 
 
 def streamed_order(edges: Tensor, batch_size: int, key: int, window: int) -> Tensor:
-    """All rows in an order that reads a set slice by slice, int64 (N,).
+    """Return all rows in a random order that reads a dataset slice by slice, int64 (N,).
 
     edges: the first row of each slice, in order, and N: int64 (slices + 1,). window: how many
-    rows are shuffled among each other.
+    rows are shuffled together.
 
-    The slices are permuted and put in a row, which is cut into LANES equal runs. Every batch takes
-    an equal share of each lane, and each lane shuffles its rows within a moving window.
+    The permuted slices are joined and cut into LANES equal lanes. Every batch takes an equal share
+    of each lane, and each lane shuffles its rows within a moving window.
     """
     rows = int(edges[-1])
     source = rng.generator(key)
@@ -62,7 +62,7 @@ def streamed_order(edges: Tensor, batch_size: int, key: int, window: int) -> Ten
     lane_rows = lane_edges.diff()
     lane = torch.arange(LANES).repeat_interleave(lane_rows)
     number = places - lane_edges[lane]
-    # The windows of the lanes end one after the other, so that reading goes on evenly.
+    # The windows of the lanes end at different times, so that reading is even.
     width = max(1, window // LANES)
     part = (number + lane * width // LANES) // width
     draws = torch.randint(1 << 31, (rows,), generator=source)
@@ -72,7 +72,6 @@ def streamed_order(edges: Tensor, batch_size: int, key: int, window: int) -> Ten
     dealt = ((number + 0.5).double() / lane_rows[lane]).argsort(stable=True)
     batch_rows = batch_edges(rows, batch_size).diff()
     batch = torch.arange(len(batch_rows)).repeat_interleave(batch_rows)
-    # Within a batch by place: a worker's share, which is contiguous, lies in as few slices as can
-    # be.
+    # Sort each batch by place: the contiguous share of a worker then lies in the fewest slices.
     chosen = shuffle[dealt]
     return sequence[chosen[(batch * rows + chosen).argsort(stable=True)]]

@@ -1,12 +1,11 @@
-"""Ray Data reads a set: in full before the first epoch, and again in every epoch.
+"""Read a dataset with Ray Data: once before the first epoch, and again in every epoch.
 
-What is read is planned elsewhere (see `slices` and `order`): Ray Data runs the plan on the cluster,
-in order and within a bound of memory. A task takes a few slices and gives back their bytes, or
-what is wrong with them: an error that a person can mend is handed over rather than raised, since
-Ray would print and repeat it.
+`slices` and `order` plan what is read. Ray Data runs the plan on the cluster, in order and within
+a memory bound. A task takes a few slices and returns their bytes or an error message. A UserError
+is returned, not raised, because Ray would print and repeat it.
 
-The tasks ask for no CPU and their number is bounded instead. The training workers hold theirs for
-as long as they run, and with all CPUs taken tasks that ask for some would never start.
+Tasks request no CPUs; their number is limited instead. The training workers hold their CPUs while
+they run, so with all CPUs taken, tasks that request some would never start.
 """
 
 from __future__ import annotations
@@ -44,25 +43,25 @@ from snscc_ray.data.loading.streamed import Decoded, Reader, StreamedData, decod
 from snscc_ray.data.loading.survey import StreamedSet, check_streamed, choose_mode, conclude, plan
 from snscc_ray.data.rows import Rows
 
-# Of an error it prints pages, beside the exception that it raises.
+# For an error it prints pages, in addition to the exception that it raises.
 logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
-# Decoded bytes of one task, about: a tenth of a second of work and more, beside which its start
-# is cheap.
+# Approximate decoded bytes of one task: a tenth of a second of work or more, so that starting the
+# task is cheap in comparison.
 _TASK_BYTES = 8 << 20
-# Memory for what a survey or the loading of a resident set has under way.
+# Object store memory for a survey in progress, or for loading a resident dataset.
 _STORE_BYTES = 256 << 20
 
 
-# Brings a set to a device; picklable, and called in each worker.
+# Loads a dataset for a device. It is picklable and called in each worker.
 Load = Callable[[torch.device], Images]
 
-Held = TypeVar("Held")  # what an actor answers with
+Held = TypeVar("Held")  # what an actor predicts with
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A set that is ready for any number of workers."""
+    """A dataset that any number of workers can load."""
 
     catalog: Catalog
     load: Load
@@ -70,7 +69,7 @@ class Shared:
 
 
 def share_images(recipe: Recipe, rows: Rows, free_bytes: int, display: Display) -> Shared:
-    """Decide where the images will be, and read the set once. Raises UserError."""
+    """Choose between memory and streaming, and read the dataset once. Raises UserError."""
     data = recipe.data
     mode, why = choose_mode(data, len(rows.ids), free_bytes, rows.streamable)
     display.line(f"images {mode}: {why}")
@@ -105,14 +104,14 @@ def _decoded(dataset: Any, streamed: Any, device: torch.device) -> Images:
 
 
 def _array(images: Any, device: torch.device) -> Images:
-    # A copy: what the object store holds may not be written to, which torch minds.
+    # A copy: arrays in the object store are read-only, and torch warns about that.
     return ResidentData(torch.from_numpy(np.array(ray.get(images))), device)
 
 
 def ray_survey(
     rows: Rows, data: DataSettings, *, progress: Callable[[int, int], None] | None = None
 ) -> StreamedSet:
-    """`survey` on the whole cluster; only digests and counts come back.
+    """Run `survey` on the whole cluster. Tasks return only digests and counts.
 
     Raises:
         UserError: as `survey` does.
@@ -127,9 +126,9 @@ def ray_survey(
 def ray_resident(
     rows: Rows, data: DataSettings, *, progress: Callable[[int, int], None] | None = None
 ) -> tuple[ray.data.Dataset, StreamedSet]:
-    """Decode a whole set once, into the cluster's object store; workers call `resident_images`.
+    """Decode a whole dataset into the object store. Workers call `resident_images`.
 
-    It stays there for as long as the first of the two is referred to.
+    It stays in the object store as long as there is a reference to the returned Dataset.
 
     Raises:
         UserError: as `survey` does.
@@ -145,9 +144,9 @@ def ray_resident(
 def resident_images(
     dataset: ray.data.Dataset | ray.data.DataIterator, streamed: StreamedSet
 ) -> Tensor:
-    """The whole set, uint8 (N, C, H, W) on the CPU, out of what `ray_resident` gave.
+    """Return the whole dataset, uint8 (N, C, H, W) on the CPU, from the result of `ray_resident`.
 
-    The dataset may come as it is or from `ray.train.get_dataset_shard`, if it was not split.
+    The dataset may also come from `ray.train.get_dataset_shard`, if it was not split.
     """
     shape = (streamed.channels, streamed.size, streamed.size)
     images = np.empty((len(streamed), *shape), np.uint8)
@@ -160,7 +159,7 @@ def resident_images(
 
 
 def ray_reader(streamed: StreamedSet, memory_mb: int) -> Reader:
-    """A reader whose slices are decoded by Ray Data on any node; for one training worker."""
+    """Return a reader for one training worker. Ray Data decodes its slices on any node."""
 
     def read(slices: Sequence[Slice], viewer: Viewer | None) -> Generator[Decoded]:
         tasks = max(1, _cpus() // distributed.world_size())
@@ -182,13 +181,13 @@ def ray_answers(
     replicas: int,
     bundle: Mapping[str, float],
 ) -> Generator[tuple[int, list[tuple[int, str]], pa.Table | None]]:
-    """What `replicas` actors say of a set that is read once, in the order of its rows.
+    """Read a dataset once and predict on it with `replicas` actors, in the order of its rows.
 
-    Each actor holds `bundle` of the cluster and makes its copy of `held` `ready` once: a function
-    from images (uint8 (B, C, S, S), on the CPU) to a row of a table for each. Yields, part by
-    part, how many rows were read, (row, reason) of the unreadable ones, and the table of the
-    others (None: there are none). Raises UserError for rows that cannot be streamed, or a file
-    that cannot be read, and TrainingError for an actor that fails.
+    Each actor reserves the resources `bundle` and calls `ready(held)` once. The result maps images
+    (uint8 (B, C, S, S), on the CPU) to a table with one row per image. For each part, yields the
+    number of rows read, the (row, reason) of the unreadable ones, and the table of the others
+    (None if there are none). Raises UserError for rows that cannot be streamed or a file that
+    cannot be read, and TrainingError if an actor fails.
     """
     slices = plan(rows, data)
     make = partial(_made_ready, ray.put(held), ready)
@@ -198,7 +197,7 @@ def ray_answers(
     dataset = dataset.map_batches(
         _Replica,
         fn_constructor_args=(make, (data.channels, data.image_size, data.image_size)),
-        batch_size=1,  # what one task has read
+        batch_size=1,  # the output of one reading task
         batch_format="pyarrow",
         num_cpus=None if "GPU" in bundle else bundle["CPU"],
         num_gpus=bundle.get("GPU"),
@@ -242,9 +241,9 @@ def _dataset(
     store_bytes: int,
     least: int = 1,
 ) -> ray.data.Dataset:
-    """`work(slices, number of the first)` of all slices in order, `tasks` of them at a time.
+    """Run `work(slices, number of the first)` on all slices in order, in `tasks` parallel tasks.
 
-    `least`: into how many parts the work is to be cut at least; there must be as many slices.
+    `least`: split the work into at least this many parts. There must be as many slices.
     """
     share = sum(map(len, slices)) * row_bytes // least
     groups = _grouped(slices, row_bytes, min(_TASK_BYTES, store_bytes // (4 * tasks), share))
@@ -262,7 +261,7 @@ def _dataset(
 
 
 def _settle(dataset: ray.data.Dataset, store_bytes: int) -> None:
-    """Rows in order, within a bound of memory, and without a word."""
+    """Set the dataset to keep its order, limit its memory and print nothing."""
     context = dataset.context
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -274,7 +273,7 @@ def _settle(dataset: ray.data.Dataset, store_bytes: int) -> None:
 def _grouped(
     slices: Sequence[Slice], row_bytes: int, task_bytes: int
 ) -> Iterator[tuple[int, list[Slice]]]:
-    """Consecutive slices that one task takes, with the number of the first."""
+    """Group consecutive slices for one task each. Yields the number of the first and the group."""
     first, group, size = 0, list[Slice](), 0
     for number, piece in enumerate(slices):
         if group and size + len(piece) * row_bytes > task_bytes:
@@ -288,10 +287,10 @@ def _grouped(
 
 @cache
 def _stay() -> Any:
-    """Keep this process for the tasks of later epochs: it took seconds of imports to start.
+    """Keep this process alive for the tasks of later epochs: its imports took seconds.
 
-    Ray ends idle processes where no CPU is free, as is the rule beside training workers, but none
-    that owns an object. They end with the job.
+    Ray ends idle processes when no CPU is free, which is usual beside training workers, but not a
+    process that owns an object. They end with the job.
     """
     return ray.put(None)
 
@@ -308,7 +307,7 @@ def _run(table: pa.Table, work: Callable[[Sequence[Slice], int], pa.Table]) -> p
 def _rows_of(
     dataset: ray.data.Dataset | ray.data.DataIterator,
 ) -> Generator[dict[str, pa.Scalar]]:
-    """The rows of a dataset in order. Raises UserError where a task met one."""
+    """Yield the rows of a dataset in order. Raises UserError if a task returned one."""
     blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
     with closing(blocks):
         for block in blocks:
@@ -366,7 +365,7 @@ def _read(slices: Sequence[Slice], first: int, channels: int, size: int) -> pa.T
 
 
 class _Replica:
-    """One of the actors that answer."""
+    """One of the actors that predict."""
 
     def __init__(
         self, make: Callable[[], Callable[[Tensor], pa.Table]], shape: tuple[int, int, int]
@@ -376,7 +375,7 @@ class _Replica:
     def __call__(self, table: pa.Table) -> pa.Table:
         if table["error"][0].is_valid:
             return table
-        # A copy: what the object store holds may not be written to, which torch minds.
+        # A copy: arrays in the object store are read-only, and torch warns about that.
         pixels = np.array(np.frombuffer(table["pixels"][0].as_buffer(), np.uint8))
         images = torch.from_numpy(pixels).reshape(-1, *self._shape)
         answered = self._answer(images) if len(images) else None
@@ -390,7 +389,7 @@ def _table(**columns: pa.Array) -> pa.Table:
 
 
 def _binary(contents: Sequence[Sequence[np.ndarray]]) -> pa.Array:
-    """A value for each of the contents: the bytes of its arrays one after the other."""
+    """Return one binary value per element of `contents`: the concatenated bytes of its arrays."""
     sizes = [sum(array.nbytes for array in arrays) for arrays in contents]
     offsets = np.cumsum([0, *sizes], dtype=np.int64)
     content = np.concatenate([array.reshape(-1).view(np.uint8) for a in contents for array in a])

@@ -1,4 +1,4 @@
-"""The whole set as uint8 on the device, shuffled and indexed there."""
+"""Hold the whole dataset as uint8 on the device, and shuffle and index it there."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from snscc_ray.core import distributed
 from snscc_ray.core.transfer import send
 from snscc_ray.data.loading.order import batch_edges, shuffled, steps_of
 
-# From uint8 images (B, C, H, W) and their row numbers (best on the CPU) to normalised
-# float views of them.
+# Maps uint8 images (B, C, H, W) and their row numbers (best on the CPU) to normalised float views.
 Viewer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
@@ -25,44 +24,44 @@ class Batch:
     images_BCHW: Tensor
     rows_B: Tensor
     size: int  # of the global batch
-    views: tuple[Tensor, ...] | None = None  # where they were made with the batch
-    host_rows_B: Tensor | None = None  # the rows on the CPU, where rows_B are not
+    views: tuple[Tensor, ...] | None = None  # if they were made with the batch
+    host_rows_B: Tensor | None = None  # the rows on the CPU, if rows_B is elsewhere
 
     @property
     def drawing_rows_B(self) -> Tensor:
-        """The rows to draw views of: on the CPU, or a GPU would be waited for (see `views`)."""
+        """The rows for drawing views, on the CPU to avoid waiting for a GPU (see `views`)."""
         return self.rows_B if self.host_rows_B is None else self.host_rows_B
 
 
 class Images(Protocol):
-    """A set as the stages see it, wherever its pixels are."""
+    """A dataset as the stages see it, in memory or streamed."""
 
-    order_name: str  # of its epochs: another order trains another network
+    order_name: str  # name of the row order of epochs: another order trains another network
 
     def __len__(self) -> int: ...
 
     def steps(self, batch_size: int) -> int:
-        """Steps of an epoch in which every row stands once."""
+        """Return the number of steps of an epoch in which every row occurs once."""
         ...
 
     def epoch(
         self, batch_size: int, key: int, start: int = 0, viewer: Viewer | None = None
     ) -> Iterator[Batch]:
-        """This worker's share of each batch of one epoch, from step `start` on.
+        """Yield this worker's share of each batch of one epoch, from step `start` on.
 
         batch_size: global; each worker takes its contiguous share of every global batch.
-        viewer: where given, each batch comes with its views; a streamed set makes them where it
-        decodes, and hands over no images.
+        viewer: if given, each batch contains its views. A streamed dataset makes them where it
+        decodes, and its batches then contain no images.
         """
         ...
 
     def slices(self, first: int, last: int, batch_size: int) -> Iterator[Tensor]:
-        """Images of rows first..last in order, uint8 on the device, for a clean pass."""
+        """Yield images of rows first..last in order, uint8 on the device, for a clean pass."""
         ...
 
 
 class ResidentData:
-    """Images (N, C, H, W) uint8, held once; batches are index operations on their device."""
+    """Images, uint8 (N, C, H, W), held on the device. Batches are index operations there."""
 
     order_name = "shuffled"
 
@@ -72,7 +71,7 @@ class ResidentData:
         device: torch.device,
         order: Callable[[int, int], Tensor] | None = None,
     ) -> None:
-        """`order(key, batch_size)` is an epoch's order of rows; None: a shuffle of all of them."""
+        """`order(key, batch_size)` gives the row order of an epoch; None: shuffle all rows."""
         self.images_NCHW = images_NCHW.to(device)
         self._order = order or (lambda key, batch_size: shuffled(len(self), key))
 
@@ -101,5 +100,5 @@ class ResidentData:
             yield self.images_NCHW[start : min(start + batch_size, last)]
 
     def take(self, rows_B: Tensor) -> Tensor:
-        """Images of any rows, which may be given on the CPU."""
+        """Return the images of any rows. `rows_B` may be on the CPU."""
         return self.images_NCHW.index_select(0, send(rows_B, self.images_NCHW.device))

@@ -1,4 +1,4 @@
-"""Rows of a set that are read together, and how they are cut, read and decoded."""
+"""Split a dataset into slices of rows that are read together, and read and decode slices."""
 
 from __future__ import annotations
 
@@ -19,36 +19,35 @@ from snscc_ray.data.loading.order import LANES
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.shards import image_batches
 
-# Decoded bytes of a slice: enough to make the hand-over cheap, and no more, since the slices that
-# are begun and not yet used up stay in memory.
+# Decoded bytes of a slice: enough to make the hand-over cheap, but no more, because slices stay in
+# memory until all their rows are used.
 _SLICE_BYTES = 4 << 20
-# Slices a lane has at least in an epoch, and windows: a first batch waits for one slice of each
-# lane, so that it comes after an eighth of the reading at the latest.
+# Least number of slices, and of windows, per lane and epoch. The first batch waits for one slice of
+# each lane, so it is ready after at most an eighth of the reading.
 _PER_LANE = 8
-# Bytes held of an image for each of its own where its views are made with it: up to three in
-# float32.
+# Bytes held per image byte when views are made with the image: up to three views in float32.
 VIEWS_BYTES = 12
-# Where a set is so small that the rule above would read a row at a time.
+# Slice size for datasets so small that the rule above would read single rows.
 _FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive rows of a set that are read together; small, and the same on any machine."""
+    """Consecutive rows of a dataset, read together. It is small, and valid on any machine."""
 
-    first: int  # the number of its first row, counting only rows that are kept
-    rows: int  # to read, corrupt ones included
-    files: tuple[str, ...]  # paths or URLs: of an image each, or of the one Parquet file
-    group: int | None = None  # the row group of the Parquet file; None: the files are images
-    offset: int = 0  # of the first row in that group
-    skip: tuple[int, ...] = ()  # which of its rows, counted from 0, are corrupt and left out
+    first: int  # number of its first row, counting only rows that are kept
+    rows: int  # number of rows to read, including corrupt ones
+    files: tuple[str, ...]  # paths or URLs of the images, or of one Parquet file
+    group: int | None = None  # row group of the Parquet file; None: the files are images
+    offset: int = 0  # position of the first row in that group
+    skip: tuple[int, ...] = ()  # corrupt rows to leave out, counted from 0 within the slice
     reading: Reading = OWN_RANGE
 
     def __len__(self) -> int:
         return self.rows - len(self.skip)
 
     def name(self, row: int) -> str:
-        """What to call one of its rows in a message."""
+        """Return the name of a row for messages."""
         if self.group is None:
             return self.files[row]
         return f"row {self.offset + row} of row group {self.group} of {self.files[0]}"
@@ -56,16 +55,16 @@ class Slice:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the parts of a streamed set are; the number of workers has no say in it."""
+    """Sizes of the parts of a streamed dataset, independent of the number of workers."""
 
-    slice_rows: int  # at most
-    window: int  # rows that are shuffled among each other
+    slice_rows: int  # maximum
+    window: int  # rows that are shuffled together
 
     @staticmethod
     def of(rows: int, data: DataSettings) -> Sizes:
-        """For `rows` rows within `data.memory_mb`.
+        """Choose sizes for `rows` rows within `data.memory_mb`.
 
-        A quarter of it is for a window, and no more than that for the slices that are begun.
+        A window takes at most a quarter of it, and so do slices in use.
         """
         quarter = data.memory_mb << 18
         row_bytes = image_bytes(data) * (VIEWS_BYTES if data.augment_in == "data" else 1)
@@ -76,14 +75,14 @@ class Sizes:
 
 
 def image_bytes(data: DataSettings) -> int:
-    """Of one decoded image."""
+    """Return the bytes of one decoded image."""
     return data.channels * data.image_size**2
 
 
 def cut(rows: Rows, slice_rows: int) -> list[Slice]:
-    """The slices of a source, of at most `slice_rows` rows each and of one row group at most.
+    """Split a source into slices of at most `slice_rows` rows, each within one row group.
 
-    Raises UserError for a source whose images are no files of their own and no shards.
+    Raises UserError if the images are neither files nor in shards.
     """
     if rows.files is not None:
         files = [_address(file) for file in rows.files]
@@ -107,7 +106,7 @@ def cut(rows: Rows, slice_rows: int) -> list[Slice]:
         left = shard.rows
         for group, held in enumerate(shard.groups):
             held = min(held, left)
-            # Parts of one size, rather than whole ones and a rest.
+            # Equal parts, instead of full ones and a small rest.
             parts = -(-held // slice_rows)
             edges = [held * part // parts for part in range(parts + 1)] if held else []
             for begin, end in pairwise(edges):
@@ -119,15 +118,15 @@ def cut(rows: Rows, slice_rows: int) -> list[Slice]:
 
 
 def _address(file: Path) -> str:
-    """Good on any machine and in any working folder."""
+    """Return a path or URL that is valid on any machine and in any working directory."""
     return str(file if is_url(file) else file.absolute())
 
 
 def read_slice(piece: Slice, channels: int, size: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """The kept rows, uint8 (len(piece), C, S, S), and (row, reason) of those that are unreadable.
+    """Return the kept rows, uint8 (len(piece), C, S, S), and (row, reason) of unreadable ones.
 
-    Such rows hold anything, and are numbered from 0, those of `piece.skip` included.
-    Raises UserError if the file cannot be read, or no longer holds the rows.
+    The pixels of unreadable rows are undefined. Their numbers count from 0 and include
+    `piece.skip`. Raises UserError if the file cannot be read, or no longer holds the rows.
     """
     pixels = np.empty((len(piece), channels, size, size), np.uint8)
     failures: list[tuple[int, str]] = []
@@ -146,9 +145,9 @@ def read_slice(piece: Slice, channels: int, size: int) -> tuple[np.ndarray, list
 
 
 def decode_slice(piece: Slice, channels: int, size: int) -> np.ndarray:
-    """The kept rows, uint8 (len(piece), C, S, S), all of which could be read at the start.
+    """Return the kept rows, uint8 (len(piece), C, S, S), which the survey could all read.
 
-    Raises UserError naming the file if one can no longer be.
+    Raises UserError naming the file if a row can no longer be read.
     """
     pixels, failures = read_slice(piece, channels, size)
     for row, reason in failures:
@@ -175,12 +174,12 @@ class Findings(NamedTuple):
     """What a survey keeps of a slice."""
 
     digests: bytes  # of the readable rows
-    values: np.ndarray  # int64 (C, 256), over the readable rows
+    values: np.ndarray  # int64 (C, 256), counts over the readable rows
     failures: list[tuple[int, str]]
 
 
 def examine(piece: Slice, channels: int, size: int) -> tuple[Findings, np.ndarray]:
-    """What a survey keeps of a slice, and the pixels of its readable rows."""
+    """Return what a survey keeps of a slice, and the pixels of its readable rows."""
     pixels, failures = read_slice(piece, channels, size)
     if failures:
         pixels = np.delete(pixels, [row for row, _ in failures], axis=0)

@@ -1,4 +1,4 @@
-"""A set that stays in its files: read slice by slice in every epoch, within a bound of memory."""
+"""Stream a dataset from its files: read it slice by slice in every epoch, in limited memory."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from snscc_ray.data.loading.threads import in_threads, made_ahead
 T = TypeVar("T")
 S = TypeVar("S")
 
-# Batches that are ready, or under way, while the loop works on one.
+# Batches that are prepared while the loop works on one.
 _AHEAD = 2
 
 
 class Decoded(NamedTuple):
-    """A slice as a reader hands it over; one of the two is None."""
+    """A decoded slice. One of the two fields is None."""
 
     pixels: np.ndarray | None  # uint8 (rows, C, S, S)
     views: tuple[np.ndarray, ...] | None  # float32 (rows, S, S, C) each
@@ -44,7 +44,7 @@ class Decoded(NamedTuple):
 
 class Reader(Protocol):
     def __call__(self, slices: Sequence[Slice], viewer: Viewer | None) -> Generator[Decoded]:
-        """The slices decoded, in their order; with a viewer, the views it makes of them.
+        """Yield the decoded slices in order, or their views if there is a viewer.
 
         Raises UserError if a slice can no longer be read.
         """
@@ -55,7 +55,7 @@ class Reader(Protocol):
 
 
 def threads_reader(streamed: StreamedSet, memory_mb: int, workers: int = 0) -> Reader:
-    """A reader in `workers` threads of this process (0: one per core), for runs without Ray."""
+    """Return a reader with `workers` threads (0: one per core), for runs without Ray."""
     workers = workers or available_cores()
     largest = max(len(piece) for piece in streamed.slices)
     bytes_each = largest * streamed.channels * streamed.size**2
@@ -71,7 +71,7 @@ def threads_reader(streamed: StreamedSet, memory_mb: int, workers: int = 0) -> R
 
 
 def decoded(piece: Slice, channels: int, size: int, viewer: Viewer | None) -> Decoded:
-    """One slice as a reader hands it over. Raises UserError if it can no longer be read."""
+    """Decode one slice, and make its views. Raises UserError if it can no longer be read."""
     pixels = decode_slice(piece, channels, size)
     if viewer is None:
         return Decoded(pixels, None)
@@ -84,7 +84,7 @@ def decoded(piece: Slice, channels: int, size: int, viewer: Viewer | None) -> De
 
 
 class StreamedData:
-    """Images that a reader brings as they are needed; batches are put together in a thread."""
+    """Images that a reader decodes as they are needed. A thread puts batches together."""
 
     def __init__(self, streamed: StreamedSet, device: torch.device, reader: Reader) -> None:
         self.streamed = streamed
@@ -101,15 +101,15 @@ class StreamedData:
         return steps_of(len(self), batch_size)
 
     def order(self, key: int, batch_size: int) -> Tensor:
-        """An epoch's order of rows, int64 (N,); the same for any number of workers."""
+        """Return the row order of an epoch, int64 (N,), the same for any number of workers."""
         return streamed_order(self._edges, batch_size, key, self.streamed.window)
 
     def epoch(
         self, batch_size: int, key: int, start: int = 0, viewer: Viewer | None = None
     ) -> Iterator[Batch]:
-        """This worker's share of each batch of one epoch, from step `start` on.
+        """Yield this worker's share of each batch of one epoch, from step `start` on.
 
-        With a viewer, which has to be picklable, batches hold the views it makes and no images.
+        With a viewer, which must be picklable, batches contain its views and no images.
         Raises UserError naming a file that can no longer be read.
         """
         order = self.order(key, batch_size)
@@ -123,7 +123,7 @@ class StreamedData:
                 yield replace(batch, size=size)
 
     def slices(self, first: int, last: int, batch_size: int) -> Iterator[Tensor]:
-        """Images of rows first..last in order, uint8 on the device, for a clean pass."""
+        """Yield images of rows first..last in order, uint8 on the device, for a clean pass."""
         shares = [
             torch.arange(begin, min(begin + batch_size, last))
             for begin in range(first, last, batch_size)
@@ -133,10 +133,10 @@ class StreamedData:
                 yield batch.images_BCHW
 
     def _batches(self, shares: list[Tensor], viewer: Viewer | None) -> Generator[Batch]:
-        """Batches of the given rows, no row standing in two of them.
+        """Yield batches of the given rows. No row occurs in two of them.
 
-        A row has a place in a pool from when its slice comes until it is used, and the pool is as
-        large as that needs at most.
+        A row has a slot in a pool from the arrival of its slice until its use. The pool has as many
+        slots as are needed at once.
         """
         visits = _visits(self._edges, shares)
         if not visits.slices:
@@ -168,7 +168,7 @@ class StreamedData:
                 yield self._batch(share, [self._take(pool, leaving) for pool in pools], viewer)
 
     def _take(self, pool: np.ndarray, slots: Tensor) -> Tensor:
-        """Rows of a pool, on the device; a GPU is not waited for."""
+        """Copy rows of a pool to the device, without waiting for a GPU."""
         held = torch.from_numpy(pool)
         shape = (len(slots), *held.shape[1:])
         out = torch.empty(shape, dtype=held.dtype, pin_memory=self._device.type == "cuda")
@@ -185,20 +185,20 @@ class StreamedData:
 
 
 class _Visits(NamedTuple):
-    """Which slices batches need, and when."""
+    """Which slices the batches need, and when."""
 
-    slices: list[int]  # by number, in the order in which they are first needed
-    rows: tuple[Tensor, ...]  # for each of them, which of its rows are needed
-    places: tuple[Tensor, ...]  # and where these stand among the rows of all batches
-    until: list[int]  # how many slices must be there for each batch
-    most_held: int  # rows at a time
+    slices: list[int]  # numbers, in the order in which the slices are first needed
+    rows: tuple[Tensor, ...]  # for each slice, the rows that are needed
+    places: tuple[Tensor, ...]  # for each slice, the positions of these rows in all batches
+    until: list[int]  # for each batch, how many slices must have arrived
+    most_held: int  # most rows held at once
 
 
 def _visits(edges: Tensor, shares: list[Tensor]) -> _Visits:
-    """edges: the first row of each slice, and N. shares: the rows of each batch."""
+    """Plan the slices. edges: the first row of each slice, and N. shares: rows of each batch."""
     rows = torch.cat(shares) if shares else torch.empty(0, dtype=torch.int64)
     numbers = torch.searchsorted(edges, rows, right=True) - 1
-    places = numbers.argsort(stable=True)  # grouped by slice, and in each by time
+    places = numbers.argsort(stable=True)  # grouped by slice, then ordered by time
     slices, counts = numbers[places].unique_consecutive(return_counts=True)
     needed = places[counts.cumsum(0) - counts]  # the first place of each
     needed, by_need = needed.sort()

@@ -1,7 +1,7 @@
-"""Whether a set is held or streamed, and the one reading of a set that is streamed.
+"""Choose whether a dataset is held or streamed, and survey a streamed one.
 
-What is unreadable, the fingerprint and the values' histogram are known before the first epoch;
-pixels are not kept.
+The survey reads the dataset once, before the first epoch, to find the unreadable images, the
+fingerprint and the histogram of values. It keeps no pixels.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from snscc_ray.data.rows import Rows, all_corrupt, check_ids, corrupt
 
 @dataclass(frozen=True, eq=False)
 class StreamedSet:
-    """A set on disk or in an object store that was read once: every row of it is readable."""
+    """A surveyed dataset on disk or in an object store. Every row of it is readable."""
 
     catalog: Catalog
-    slices: tuple[Slice, ...]  # all rows of the catalog in its order; some may have none left
+    slices: tuple[Slice, ...]  # all rows of the catalog, in order; some slices may be empty
     channels: int
-    size: int  # of an image, decoded
-    window: int  # rows that are shuffled among each other
+    size: int  # side of a decoded image
+    window: int  # rows that are shuffled together
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -39,10 +39,10 @@ class StreamedSet:
 def choose_mode(
     data: DataSettings, rows: int, free_bytes: int, streamable: bool
 ) -> tuple[Literal["resident", "stream"], str]:
-    """Whether a set of that many rows is to be held in memory, and why, in a sentence.
+    """Choose whether to hold or stream a dataset of that many rows. Returns the reason, too.
 
-    free_bytes: of the memory that would hold it. streamable: see `Rows`.
-    Raises UserError if `data.mode=stream` is asked for and cannot be had.
+    free_bytes: free memory where it would be held. streamable: see `Rows`.
+    Raises UserError if `data.mode=stream` is set but the dataset cannot be streamed.
     """
     needed = rows * image_bytes(data)
     sizes = f"{rows:,} images take {_gigabytes(needed)} and {_gigabytes(free_bytes)} are free"
@@ -65,7 +65,7 @@ def _gigabytes(size: int) -> str:
 
 
 def check_streamed(recipe: Recipe) -> None:
-    """Refuse what needs images at random. Raises UserError naming the field."""
+    """Refuse settings that need random access to images. Raises UserError naming the field."""
     train = recipe.train
     if train.mined_from == "images" and train.mined_weight and train.objective != "paper":
         raise UserError(
@@ -81,9 +81,9 @@ def survey(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> StreamedSet:
-    """Read a whole set once, in `workers` threads (0: one per core), and keep no pixels of it.
+    """Read a whole dataset once in `workers` threads (0: one per core), without keeping pixels.
 
-    Its catalog equals that of the same set in memory.
+    The catalog equals that of the same dataset in memory.
 
     Raises:
         UserError: as `assemble` does, and for a source that cannot be streamed.
@@ -99,7 +99,7 @@ def survey(
 
 
 def plan(rows: Rows, data: DataSettings) -> list[Slice]:
-    """The slices a survey reads. Raises UserError for rows that cannot be streamed."""
+    """Return the slices for a survey. Raises UserError for rows that cannot be streamed."""
     check_ids(rows)
     return cut(rows, Sizes.of(len(rows.ids), data).slice_rows)
 
@@ -111,9 +111,9 @@ def conclude(
     findings: Iterable[Findings],
     progress: Callable[[int, int], None] | None = None,
 ) -> StreamedSet:
-    """Put the findings in all slices together, which come in order.
+    """Combine the findings of all slices, given in order.
 
-    Raises UserError for a corrupt image (with `skip_corrupt`: only if no other is left).
+    Raises UserError for a corrupt image (with `skip_corrupt`: only if all are corrupt).
     """
     total = len(rows.ids)
     failed: list[tuple[int, str]] = []

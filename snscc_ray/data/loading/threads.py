@@ -1,4 +1,4 @@
-"""Work done in threads whose results come in order, and no faster than they are used."""
+"""Work in threads, with results in order and a limit on how far it runs ahead."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ S = TypeVar("S")
 def in_threads(
     work: Callable[[S], T], items: Sequence[S], workers: int, ahead: int
 ) -> Generator[T]:
-    """`work` of each item in order, at most `ahead` of them under way or waiting to be taken."""
-    Image.init()  # not left to the threads, which would race for it
+    """Yield `work(item)` in order. At most `ahead` results are in progress or waiting."""
+    Image.init()  # here, because the threads would race for it
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     pending: deque[Future[T]] = deque()
     try:
@@ -39,9 +39,9 @@ class _Failed(NamedTuple):
 
 
 def made_ahead(items: Generator[T], depth: int) -> Generator[T]:
-    """The same items, made in a thread, `depth` of them at most before they are asked for.
+    """Yield the same items, made in a thread at most `depth` items ahead.
 
-    The thread ends, and closes `items`, when this generator does.
+    When this generator closes, the thread closes `items` and ends.
     """
     queue: SimpleQueue[T | _Failed | None] = SimpleQueue()  # None: no more
     room = threading.Semaphore(depth)

@@ -1,9 +1,9 @@
-"""A folder of images to Parquet shards: in parallel, resumable, read back after writing.
+"""Write a folder of images as Parquet shards: in parallel, resumable, read back after writing.
 
-`pack.json` beside the shards holds the plan, written before the first shard, and for each finished
-shard what it holds. A shard is finished once it is on disk, was read back and is recorded there:
-a kill loses only the shards that were under way. The bytes of a shard depend on its images and on
-the options alone, not on the number of processes or on how often the command was stopped.
+`pack.json` beside the shards holds the plan, written before the first shard, and the content of
+each finished shard. A shard is finished once it is on disk, was read back and is recorded there, so
+a kill loses only the shards in progress. The bytes of a shard depend only on its images and on the
+options, not on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class Summary:
     shards: int
     rows: int
     bytes: int
-    skipped: list[tuple[str, str]]  # (id, reason) of the corrupt images left out
-    first_frames: int  # images of several frames or pages of which the first is kept
+    skipped: list[tuple[str, str]]  # (id, reason) of each corrupt image
+    first_frames: int  # images of which only the first frame or page is kept
     packed: int  # images that this call read, in `seconds`
     seconds: float
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asks for: the images below `folder` as shards in `out`."""
+    """A request to write the images below `folder` as shards into `out`."""
 
     folder: Path
     out: Path
@@ -59,9 +59,9 @@ def pack(request: Request, console: Console) -> Summary:
     """Write the images of a folder as shards.
 
     Finished shards of the same plan are kept. With `options.image_size`, an image whose shorter
-    side is longer becomes the very square a run with that `data.image_size` would see, as JPEG
-    (quality 95) or, from a lossless format, as PNG; all others are stored as they are, and so are
-    those of more than 8 bits and the transparent ones, whose values depend on the whole set.
+    side is longer becomes the square that a run with that `data.image_size` would see, stored as
+    JPEG (quality 95) or, from a lossless format, as PNG. All others are stored unchanged. So are
+    images of more than 8 bits and transparent ones: their conversion depends on the whole dataset.
 
     Raises:
         UserError: bad folders, another plan in `out`, a corrupt image, a full disk.
@@ -109,7 +109,7 @@ def _pack(request: Request, display: Display) -> Summary:
 
 
 def verify(out: Path, jobs: int, console: Console) -> Summary:
-    """Read all shards of a finished `out` again. Raises UserError naming the first broken one."""
+    """Check all shards of a finished `out`. Raises UserError naming the first broken one."""
     refuse_in_use(out)
     entries = filled.finished_shards(out)
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The folder that shards go to: whose it is, the manifest in it, what is kept and what removed."""
+"""The output folder of `snscc pack`: checks, its manifest, and which files are kept or removed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LEFTOVER = re.compile(rf"\.({_SHARD.pattern}|pack\.json|skipped\.csv)\..+")
 
 
 def check_folders(folder: Path, out: Path) -> None:
-    """Raises UserError if `folder` cannot hold the images, or `out` lies in it."""
+    """Raise UserError if `folder` is not a folder, or if `out` is inside it."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}: give the folder that holds the images")
@@ -37,14 +37,14 @@ def check_folders(folder: Path, out: Path) -> None:
 
 
 def prepare(out: Path, planned: dict[str, Any], ids: Sequence[str], overwrite: bool) -> None:
-    """Write the manifest `planned`, into which goes what it says there of the shards that are kept.
+    """Write the manifest `planned`, completed with the old entries of the shards that are kept.
 
-    ids: of the images that it is of.
+    ids: of all images of the plan.
 
-    With `overwrite` none is: what an earlier command left is removed.
+    With `overwrite` no shard is kept: the files of an earlier command are removed.
 
     Raises:
-        UserError: `out` cannot be used, holds Parquet files of others, or another plan.
+        UserError: `out` cannot be used, or holds foreign Parquet files or another plan.
     """
     names = _names_in(out)
     begun = MANIFEST in names
@@ -59,7 +59,7 @@ def prepare(out: Path, planned: dict[str, Any], ids: Sequence[str], overwrite: b
                 entry.update(old)
     _refuse_foreign(out, names, own)
     try:
-        # The former shards go before their manifest does, or a kill would leave them nobody's.
+        # Remove old shards before their manifest. Otherwise a kill would leave them unclaimed.
         for name in names:
             if name in former or _LEFTOVER.fullmatch(name):
                 (out / name).unlink()
@@ -72,7 +72,7 @@ def prepare(out: Path, planned: dict[str, Any], ids: Sequence[str], overwrite: b
 
 
 def finished_shards(out: Path) -> list[dict[str, Any]]:
-    """The manifest's entries. Raises UserError if `out` does not hold a finished pack alone."""
+    """Return the manifest's entries. Raises UserError unless `out` holds just one finished pack."""
     names = _names_in(out)
     if MANIFEST not in names:
         raise UserError(f"{out} holds no {MANIFEST}: there is nothing of `snscc pack` to verify")
@@ -93,7 +93,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 
 def write_skipped(out: Path, skipped: list[tuple[str, str]]) -> None:
-    """List the (id, reason) of what was left out."""
+    """Write the (id, reason) of each image left out to `skipped.csv`."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("id", "reason"), *skipped])
     with keeps_shards(out / SKIPPED):
@@ -101,7 +101,7 @@ def write_skipped(out: Path, skipped: list[tuple[str, str]]) -> None:
 
 
 def _names_in(out: Path) -> list[str]:
-    """Names of what `out` holds, sorted; none if it is not there yet."""
+    """Return the sorted names in `out`, or none if it does not exist yet."""
     try:
         return sorted(path.name for path in out.iterdir()) if out.exists() else []
     except NotADirectoryError:
@@ -159,7 +159,7 @@ def _refuse_other_plan(
 
 
 def _came_and_went(out: Path, there: dict[str, Any], ids: Sequence[str]) -> str:
-    """In words, where the shards that are there tell it: not all may be finished."""
+    """Say how many images came and went. Empty unless all shards are finished and readable."""
     then: set[str] = set()
     for entry in there["shards"]:
         file = out / str(entry.get("file"))
@@ -169,7 +169,7 @@ def _came_and_went(out: Path, there: dict[str, Any], ids: Sequence[str]) -> str:
             with file.open("rb") as opened:
                 then.update(pq.read_table(opened, columns=["id"])["id"].to_pylist())
         except (pa.ArrowException, OSError):
-            return ""  # `--verify` says more of it
+            return ""  # `--verify` reports broken shards
         then.update(name for name, _ in entry["skipped"])
     came, went = len(set(ids) - then), len(then - set(ids))
     return f"{came:,} came and {went:,} went, " if came or went else "of the same names, "

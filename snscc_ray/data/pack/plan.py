@@ -1,4 +1,4 @@
-"""What goes into which shard."""
+"""Assign the images of a folder to shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Options:
-    """All that decides, beside the images, what is in the shards."""
+    """The options that, with the images, determine the content of the shards."""
 
     shard_mb: int = 64
     image_size: int | None = None
@@ -32,10 +32,12 @@ class Options:
 def make_plan(
     folder: Path, out: Path, options: Options, skip_corrupt: bool
 ) -> tuple[list[Shard], tuple[str, ...]]:
-    """Images in order of their names, in shards of like sizes; and what was left aside.
+    """Split the images, in order of their names, into shards of similar size.
+
+    Also returns notes on the files left out.
 
     Raises:
-        UserError: there are none, or one lies in no sub-folder to be its label.
+        UserError: there are no images, or one is in no sub-folder to take its label from.
     """
     found = find_images(folder)
     names = found.files
@@ -55,7 +57,7 @@ def make_plan(
     before = np.cumsum(sizes) - sizes
     shard_of_row = np.minimum(before * (count / total), count - 1).astype(np.int64)
     starts = [0, *(np.flatnonzero(np.diff(shard_of_row)) + 1).tolist()]
-    digits = max(5, len(str(len(starts) - 1)))  # file names sort as the numbers do
+    digits = max(5, len(str(len(starts) - 1)))  # file names sort like their numbers
     shards = [
         Shard(
             number=number,
@@ -73,7 +75,7 @@ def make_plan(
 
 
 def _reduced_bytes(names: list[str], size: int) -> np.ndarray:
-    """Int64 (N,): about what squares of that size take, by what photographs took."""
+    """Estimate the bytes of squares of that size, int64 (N,), as measured on photographs."""
     lossy = [name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in names]
     return np.where(lossy, size * size, 2 * size * size)
 
@@ -85,7 +87,7 @@ def as_manifest(shards: list[Shard], options: Options) -> dict[str, Any]:
 
 
 def _entry(shard: Shard) -> dict[str, Any]:
-    """What the plan says of a shard; the rest comes once it is finished."""
+    """Return the manifest entry of a planned shard. The rest is added once it is finished."""
     ids = [image_id(name) for name in shard.names]
     source = hashlib.sha256(json.dumps([ids, shard.states.tolist()]).encode()).hexdigest()
     held = {"first": ids[0], "last": ids[-1], "source": source}

@@ -1,4 +1,4 @@
-"""Shards written by many processes, which stop when they are told to and end with the first."""
+"""Write shards in many processes, which stop on request and end with their parent."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from typing import Any
 from snscc_ray.config.errors import UserError
 from snscc_ray.data.pack.shard import Shard, write_shard
 
-_count: Any = None  # of the images this pool has seen, shared by its processes
-_stop: Any = None  # an event: set when the shards under way are no longer wanted
+_count: Any = None  # images that this pool has seen, shared by its processes
+_stop: Any = None  # an event: set when the shards in progress are no longer wanted
 
 
 class _Stopped(Exception):
-    """The command was stopped, and with it the shard under way."""
+    """The command was stopped, so the shard in progress stops too."""
 
 
 def write_shards(
     shards: list[Shard], jobs: int, advance: Callable[[int], None]
 ) -> Generator[tuple[int, dict[str, Any]]]:
-    """(number, what it holds) of each shard as it is finished, in `jobs` processes.
+    """Write shards in `jobs` processes. Yields (number, record) of each as it is finished.
 
-    After a failure the shards under way are finished, and then the failure in the earliest shard
-    is raised: the same one whatever the timing.
+    After a failure the shards in progress are finished. Then the error of the shard with the
+    lowest number is raised, so that timing does not matter.
     """
     if jobs == 1:
         for shard in shards:
             yield shard.number, write_shard(shard, advance)
         return
-    # Processes, as small images are mostly Python's own work; a fork of this one could hang on
-    # the locks of its threads, while the fork server has none and imports everything once.
+    # Processes, because small images are mostly work in Python. A fork of this process could hang
+    # on the locks of its threads. The fork server has no threads, and imports everything once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torchvision.io"])
-    # A Ctrl-C while it imports would have it print a traceback.
+    # Ctrl-C during its imports would print a traceback.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         forkserver.ensure_running()
@@ -85,12 +85,12 @@ def write_shards(
 def _begin_worker(count: Any, stop: Any) -> None:
     global _count, _stop
     _count, _stop = count, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all processes get Ctrl-C; the parent handles it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Without it, a process whose parent was killed would write on, beside the next command."""
+    """End when the parent is killed. Otherwise this would write on, beside the next command."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""One shard: written, read back and described."""
+"""Write one shard, read it back and describe it."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from snscc_ray.core.storage import is_disk_full, write_whole
 from snscc_ray.data.decode import FORMATS, UnreadableImage, decode_into, is_deep, without_limits
 from snscc_ray.data.sources import image_id
 
-# Bytes of images in a row group, which is what a reader holds at a time.
+# Bytes of images in a row group, which a reader holds at once.
 _ROW_GROUP = 4_000_000
-# The size images are decoded at when that only checks them: all of a file is read at any size.
+# Size for decoding images only to check them: the whole file is read at any size.
 _CHECKED_SIZE = 32
 # Images between two reports of progress.
 _REPORT = 64
 _LOSSLESS = ("PNG", "BMP", "TIFF", "GIF", "PPM")
 
-_Row = tuple[Any, ...]  # id, image and, with labels, label and class name
+_Row = tuple[Any, ...]  # id, image and, if there are labels, label and class name
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
     number: int
-    path: Path  # where it goes
+    path: Path  # the shard's file
     root: Path
-    names: list[str]  # of its images, below `root`
+    names: list[str]  # paths of its images below `root`
     states: np.ndarray  # int64 (N, 2): their `file_state` when the plan was made
-    classes: dict[str, int] | None  # the label that each sub-folder is
+    classes: dict[str, int] | None  # label of each sub-folder
     image_size: int | None
     skip_corrupt: bool
 
 
 def write_shard(shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
-    """Write one shard, read it back, and say what it holds; `advance` is told of images seen.
+    """Write one shard, read it back and return its record. Calls `advance` with images done.
 
     Raises:
-        UserError: a corrupt image that may not be skipped, one that changed since the plan was
-            made, a full disk, or a shard that does not read back as it was written.
+        UserError: a corrupt image that may not be skipped, an image that changed since the plan
+            was made, a full disk, or a shard that differs when it is read back.
     """
     fields = {"id": pa.string(), "image": pa.binary()}
     if shard.classes is not None:
@@ -64,7 +64,7 @@ def write_shard(shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
         with pq.ParquetWriter(
             file,
             schema,
-            # Encoded images neither compress nor repeat, and their least and greatest say nothing.
+            # Encoded images do not compress or repeat, and their minimum and maximum are useless.
             compression={name: "NONE" if name == "image" else "SNAPPY" for name in columns},
             use_dictionary=columns[2:],
             write_statistics=[name for name in columns if name != "image"],
@@ -98,7 +98,7 @@ def corrupt(root: Path, identifier: str, reason: str) -> UserError:
 
 
 def file_state(path: str) -> tuple[int, int]:
-    """A file's bytes and mtime in ns; zeros if it cannot be asked (a link that leads nowhere)."""
+    """Return a file's size in bytes and mtime in ns, or zeros if stat fails (a broken link)."""
     try:
         found = os.stat(path)
     except OSError:
@@ -107,7 +107,7 @@ def file_state(path: str) -> tuple[int, int]:
 
 
 def file_digest(path: Path) -> tuple[int, str]:
-    """(bytes, SHA-256) of a file."""
+    """Return the size in bytes and the SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.seek(0, os.SEEK_END), digest
@@ -115,7 +115,7 @@ def file_digest(path: Path) -> tuple[int, str]:
 
 @contextmanager
 def keeps_shards(path: Path) -> Iterator[None]:
-    """While `path` is written: a full disk is a UserError with this command's remedy."""
+    """While `path` is written, turn a full disk into a UserError with this command's remedy."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -133,8 +133,10 @@ def _row_groups(
     cut: list[str],
     advance: Callable[[int], None],
 ) -> Iterator[list[_Row]]:
-    """The rows of a shard, a few MB at a time; what is left out goes to `skipped`, and the names
-    of those of which only the first frame or page is kept to `cut`."""
+    """Yield the rows of a shard, a few MB at a time.
+
+    Adds corrupt images to `skipped`, and the ids of images cut to one frame or page to `cut`.
+    """
     group: list[_Row] = []
     held = 0
     for number, (name, state) in enumerate(zip(shard.names, shard.states.tolist(), strict=True), 1):
@@ -163,12 +165,11 @@ def _row_groups(
 
 
 def _image(path: str, state: tuple[int, int], image_size: int | None) -> tuple[bytes, bool]:
-    """The bytes to store for one image, which was decoded to see that it is whole, and whether
-    they hold all frames of it.
+    """Check one image by decoding it. Returns the bytes to store and whether all frames are kept.
 
     Raises:
-        UnreadableImage: it is not.
-        UserError: it is not the file that the plan was made of.
+        UnreadableImage: the image is corrupt.
+        UserError: the file has changed since the plan was made.
     """
     encoded = _read(path, state)
     size = image_size or _CHECKED_SIZE
@@ -183,7 +184,7 @@ def _read(path: str, state: tuple[int, int]) -> bytes:
             return file.read()
     except OSError as error:
         raise UnreadableImage(error.strerror or str(error)) from error
-    finally:  # also when reading failed: a file that has gone since is not called corrupt
+    finally:  # also when reading failed: a file that is gone is not reported as corrupt
         if file_state(path) != state:
             raise UserError(
                 f"{path} has changed since the start: give the command again when the images are "
@@ -192,15 +193,15 @@ def _read(path: str, state: tuple[int, int]) -> bytes:
 
 
 def _reduced(encoded: bytes, pixels: np.ndarray) -> tuple[bytes, bool]:
-    """`pixels` (3, S, S), to which an image was decoded, encoded: as it was if that is no larger.
+    """Encode the decoded `pixels` (3, S, S), or keep `encoded` if the image is no larger.
 
-    A run resizes the shorter side and crops the centre at any size, so that nothing is lost that
-    a run at S or below would see.
+    A run always resizes the shorter side and crops the centre, so nothing that a run at size S or
+    below would see is lost. Also returns whether all frames are kept.
     """
     with without_limits(), Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         size, lossless = image.size, image.format in _LOSSLESS
         alone = getattr(image, "n_frames", 1) == 1
-        # What is black and white in these, or lies behind them, is settled for a whole set.
+        # The value range and background of such images are chosen for the whole dataset.
         open_yet = is_deep(image) or image.has_transparency_data
     if min(size) <= pixels.shape[1] or open_yet:
         return encoded, True
@@ -215,14 +216,14 @@ def _reduced(encoded: bytes, pixels: np.ndarray) -> tuple[bytes, bool]:
 
 
 def _hash_rows(content: Any, rows: list[_Row]) -> None:
-    """Add rows to a hash, in a form from which they could be told apart again."""
+    """Add rows to a hash, unambiguously."""
     for identifier, image, *label in rows:
         content.update(json.dumps([identifier, len(image), *label]).encode())
         content.update(image)
 
 
 def _reads_back(path: Path, columns: list[str], digest: str) -> bool:
-    """Whether a shard can be read, page checksums included, and holds what `digest` is of."""
+    """Whether a shard is readable, with right page checksums, and its content has this `digest`."""
     content = hashlib.sha256()
     try:
         with (
