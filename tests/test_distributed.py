@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,16 +33,32 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "overrides", "processes"), CASES)
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """Where a case's step by a rank is; one group of processes makes all cases of its size."""
+
+    @functools.cache
+    def made(processes: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"{processes}-processes")
+        cases = {
+            n: (stage, more) for n, (stage, more, size) in enumerate(CASES) if size == processes
+        }
+        mp.spawn(process, (processes, str(folder), cases), nprocs=processes)
+        return folder
+
+    return lambda number, rank: made(CASES[number][2]) / f"case{number}-rank{rank}.pt"
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[" ".join([c[0], *c[1]]) for c in CASES])
 def test_several_processes_have_the_gradients_of_one(
-    stage: str, overrides: list[str], processes: int, tmp_path: Path
+    number: int, steps: Callable[[int, int], Path]
 ) -> None:
-    mp.spawn(process, (processes, str(tmp_path), stage, overrides), nprocs=processes)
+    stage, overrides, processes = CASES[number]
     one = one_step(stage, overrides)
     assert len(one["gradients"]) > 5
     assert any(float(g.abs().max()) > 1e-3 for g in one["gradients"].values())
     for rank in range(processes):
-        two = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        two = torch.load(steps(number, rank), weights_only=False)
         for name, term in one["terms"].items():
             torch.testing.assert_close(two["terms"][name], term, rtol=0, atol=1e-9)
         for name, gradient in one["gradients"].items():

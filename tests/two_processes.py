@@ -71,8 +71,11 @@ def _stage(name: str, context: Context) -> Stage:
     return Boost(context, context.to_device(ClusterNet(encoder, heads)), mined)
 
 
-def process(rank: int, world: int, folder: str, stage: str, overrides: list[str]) -> None:
-    """Entry point of a spawned process: joins the group and writes what its step gave."""
+def process(rank: int, world: int, folder: str, cases: dict[int, tuple[str, list[str]]]) -> None:
+    """Entry point of a spawned process: joins the group and writes what its steps gave.
+
+    cases: stage and overrides of each, by the number that names its file.
+    """
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
@@ -83,7 +86,8 @@ def process(rank: int, world: int, folder: str, stage: str, overrides: list[str]
         timeout=timedelta(seconds=120),
     )
     try:
-        torch.save(one_step(stage, overrides), Path(folder) / f"rank{rank}.pt")
-        distributed.barrier()
+        for number, (stage, overrides) in cases.items():
+            torch.save(one_step(stage, overrides), Path(folder) / f"case{number}-rank{rank}.pt")
+            distributed.barrier()
     finally:
         dist.destroy_process_group()
