@@ -54,7 +54,7 @@ def expanded(text: str | Path) -> Path:
 
 
 def as_text(name: str) -> str:
-    """Escape whatever in a name is not UTF-8, for files that hold UTF-8 only."""
+    """Escape the parts of a name that are not UTF-8, for files that hold UTF-8 only."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

@@ -45,7 +45,7 @@ class Settings(BaseModel):
 
 
 class DataSettings(Settings):
-    """Where the images come from, and in what form they are read."""
+    """Source and format of the images, and how they are loaded."""
 
     source: Literal["auto", "digits", "cifar10", "cifar20", "stl10", "imagenet", "folder", "shards"]
     path: str | None = Field(None, description="folder or file; `auto` looks at what it holds")

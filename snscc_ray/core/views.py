@@ -305,7 +305,7 @@ def _outside_square(corners_B2: Tensor, side: int, shape: torch.Size) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _scale_and_shift(normalize: Normalize, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Shape (C, 1, 1) each; cached, because copying them to a GPU waits for the GPU."""
+    """Scale and shift, (C, 1, 1) each; cached, because copying them waits for the GPU."""
     mean = torch.tensor(normalize.mean, device=device)[:, None, None]
     std = torch.tensor(normalize.std, device=device)[:, None, None]
     return 1 / (255 * std), -mean / std

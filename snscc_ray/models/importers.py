@@ -27,7 +27,7 @@ State = dict[str, Tensor]
 # Names of the momentum copy of a network; the network itself is preferred.
 _COPY = re.compile(r"(^|[._])(ema|momentum|target|teacher|key)([._]|$)|encoder_k\.")
 _HEAD = re.compile(r"(fc|classifier|heads?|linear)\.")
-_NAMES = 3  # of a list, shown in messages
+_NAMES = 3  # number of names that a message lists
 _DEPTH = 4
 
 

@@ -1,7 +1,6 @@
 """Encoders of other libraries, named `LIBRARY:MODEL`, and the libraries' weights for them.
 
-To add a library, write a class here, and add it to `LIBRARIES` here and its name to
-`config.settings.LIBRARIES`.
+To add one, write a class here and list it in `LIBRARIES` here and in `config.settings`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def kmeans(rows_ND: Tensor, clusters: int, seed: int, starts: int = 10) -> tuple
     # On several threads scikit-learn adds partial sums in the order they finish. The last bits
     # would differ between runs, and between a resumed and an uninterrupted run.
     with threadpool_limits(1), warnings.catch_warnings():
-        # It is about identical images, which `imageset` already reports.
+        # The warning concerns identical images, which `imageset` already reports.
         warnings.simplefilter("ignore", ConvergenceWarning)
         assignment = model.fit_predict(rows)
     centres = torch.from_numpy(model.cluster_centers_).float()

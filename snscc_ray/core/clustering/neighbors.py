@@ -254,7 +254,7 @@ def _use_faiss(backend: str, device: torch.device) -> bool:
 def _torch_search(ref_MD: Tensor, R: int, chunk: int) -> Callable[[Tensor], Tensor]:
     """Return a function that maps up to `chunk` rows to R candidates each, (B, R)."""
     square_M = ref_MD.square().sum(dim=1)
-    room = ref_MD.new_empty(chunk, len(ref_MD))  # new pages per chunk would cost as much
+    room = ref_MD.new_empty(chunk, len(ref_MD))  # reused: new pages per chunk cost as much again
     return lambda z_BD: _smallest(_scores(z_BD, ref_MD, square_M, room[: len(z_BD)]), R)
 
 

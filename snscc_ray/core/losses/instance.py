@@ -65,7 +65,7 @@ def info_nce(
     temperature: float,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """MoCo-v2: each query must find its own key among the M keys of the queue.
+    """MoCo-v2: each query must tell its own key from the M keys of the queue.
 
     Uses cosine similarity, as `nt_xent` does. The caller passes keys and queue without gradient.
     An empty queue gives exactly 0. Returns a scalar, or (B,).
