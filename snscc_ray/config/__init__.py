@@ -1,7 +1,7 @@
-"""Settings: what a run is told, and how a mistake in it is reported.
+"""Settings of a run, and the errors that report mistakes in them.
 
-`settings` holds the typed recipe, `recipes` the ones that come with the package, `overrides`
-applies `--set FIELD=VALUE`, `errors` the two kinds of errors, `paths` local paths and URLs.
+`settings` defines the typed recipe and `recipes` the built-in ones. `overrides` applies
+`--set FIELD=VALUE`, `errors` defines the two kinds of errors, `paths` handles local paths and URLs.
 
 Imports: no other package of snscc_ray. Must not import torch or Ray: the command line starts with
 it.

@@ -1,11 +1,11 @@
-"""Errors a person can mend: shown as one line, exit status 2, no traceback."""
+"""Errors that a user can fix: shown as one line, without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """What was asked cannot be done; the message names what is wrong and how to mend it."""
+    """A request cannot be met; the message says why and how to fix it. Exit status 2."""
 
 
 class TrainingError(Exception):
-    """A run that started well and cannot go on (a NaN loss, say); exit status 1."""
+    """A run that started cannot continue (a NaN loss, for example). Exit status 1."""

@@ -1,4 +1,4 @@
-"""The fields of a Recipe as a person sets them, `FIELD=VALUE`, and what is wrong with them."""
+"""Apply `FIELD=VALUE` overrides to a Recipe, and report invalid ones."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from snscc_ray.config.settings import Recipe
 
 
 def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
-    """The recipe with `FIELD=VALUE` overrides, as in `train.num_neighbors=20`.
+    """Return the recipe with `FIELD=VALUE` overrides, such as `train.num_neighbors=20`.
 
-    A value is read as JSON where it is JSON, as text otherwise. Raises UserError naming the
-    field, the value and what is allowed.
+    A value is read as JSON if it is valid JSON, and as text otherwise. Raises UserError naming
+    the field, the value and what is allowed.
     """
     values = recipe.model_dump()
     for assignment in assignments:
@@ -29,12 +29,12 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
 
 
 def validate(values: dict[str, Any]) -> Recipe:
-    """A Recipe of plain values. Raises UserError for the first field that is wrong."""
+    """Build a Recipe from plain values. Raises UserError for the first invalid field."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        # A tagged union puts its tag into the place: data a person never wrote.
+        # pydantic adds the tag of a tagged union to `loc`, but the user never wrote it.
         place = ".".join(str(part) for part in first["loc"] if part not in ("simclr", "strong"))
         message = first["msg"].removeprefix("Value error, ")
         given = "" if isinstance(first["input"], dict) else f"={json.dumps(first['input'])}"

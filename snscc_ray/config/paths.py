@@ -1,4 +1,4 @@
-"""Paths on this machine and URLs of object stores, behind one interface: pathlib's."""
+"""Local paths and object-store URLs behind one interface: pathlib's."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from snscc_ray.config.errors import UserError
 
 
 def as_path(text: str | Path) -> Path:
-    """A `Path`, or, for `s3://bucket/x` and other URLs fsspec knows, what behaves like one.
+    """Return a `Path`, or a path-like object for `s3://bucket/x` and other URLs fsspec knows.
 
-    Raises UserError for a URL whose package is not installed.
+    Raises UserError for an unknown kind of URL, or one whose package is not installed.
     """
     if not is_url(text):
         return expanded(text)
     try:
-        # Imported here: a run on local files does without them.
+        # Imported here because local files do not need it.
         from upath import UPath
 
         path = UPath(str(text))
-        path.fs  # noqa: B018  (imports what the protocol needs)
+        path.fs  # noqa: B018  (imports the protocol's package)
     except ImportError as error:
         kind = str(text).partition(":")[0]
         raise UserError(
@@ -33,9 +33,9 @@ def as_path(text: str | Path) -> Path:
 
 
 def arrow_storage(folder: Path) -> tuple[str, Any]:
-    """A folder as Ray wants it: a path, and pyarrow's file system, or None for this machine's.
+    """Return a folder as Ray takes it: a path and a pyarrow file system (None if local).
 
-    The one that our own files go through, so that credentials and settings are the same.
+    The file system is the one our own files use, so credentials and settings are the same.
     """
     if not is_url(folder):
         return str(folder), None
@@ -46,7 +46,7 @@ def arrow_storage(folder: Path) -> tuple[str, Any]:
 
 
 def expanded(text: str | Path) -> Path:
-    """A path with `~` taken for the home folder. Raises UserError where there is none."""
+    """Expand `~` to the home folder. Raises UserError if no home folder is known."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -54,7 +54,7 @@ def expanded(text: str | Path) -> Path:
 
 
 def as_text(name: str) -> str:
-    """A name made UTF-8 if it is not, by escapes, for files that hold nothing else."""
+    """Escape the parts of a name that are not UTF-8, for files that hold UTF-8 only."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

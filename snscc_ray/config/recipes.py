@@ -1,4 +1,4 @@
-"""Functions that return a whole Recipe."""
+"""The built-in recipes: each function returns a complete Recipe."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ IMAGENET_DOGS = (
 
 def digits() -> Recipe:
     """scikit-learn's 1,797 handwritten digits, 8×8: the whole method in two minutes on a laptop."""
-    # A flip would turn one digit into another. Crops matter most: without them k-means on the
-    # pretext features stays below .75, with them it passes .95 (docs/log.md).
+    # A flip would turn one digit into another. Crops matter most: k-means on the pretext features
+    # stays below .75 without them and passes .95 with them (docs/log.md).
     view = SimclrView(
         crop_scale=(0.4, 1.0), flip=0, saturation=0, hue=0, grayscale=0, rotate_degrees=18
     )
@@ -84,9 +84,9 @@ def _paper(
     pretrain: PretrainSettings | None = None,
     mined_from: Literal["images", "predictions"] = "images",
 ) -> Recipe:
-    """The paper's settings (Section IV-A-4); batch sizes and pretext are the released code's.
+    """The paper's settings (Section IV-A-4), with batch sizes and pretext of the released code.
 
-    batches: of Train and of Boost.
+    batches: batch sizes of Train and Boost.
     """
     view = StrongView(cutout=cutout)
     return Recipe(
@@ -111,15 +111,15 @@ def _paper(
 
 
 def _simclr(epochs: int) -> PretrainSettings:
-    """The paper's pretext for small images."""
+    """The paper's pretext settings for small images."""
     return PretrainSettings(
         epochs=epochs,
         batch_size=512,
         optimizer="sgd",
         learning_rate=0.4,
         schedule="cosine",
-        # Not theirs. At such a rate from the first step all images are projected to one point
-        # within an epoch, and stay there for long (docs/log.md).
+        # Not in the paper. At this rate from the first step, all projections collapse to one point
+        # within an epoch and stay there for long (docs/log.md).
         warmup_epochs=10,
         temperature=0.1,
     )
@@ -147,7 +147,7 @@ def cifar10() -> Recipe:
 
 
 def cifar20() -> Recipe:
-    """CIFAR-100 by its 20 superclasses, train and test, with the paper's settings."""
+    """CIFAR-100 with its 20 superclasses, train and test, with the paper's settings."""
     return _paper("cifar20", _CIFAR20, _RESNET18, cutout=16, batches=(512, 1000))
 
 
@@ -200,14 +200,14 @@ def imagenet_dogs() -> Recipe:
 
 
 def images() -> Recipe:
-    """Any folder of images or Parquet shards; say how many clusters with data.num_clusters."""
+    """Any folder of images or Parquet shards; data.num_clusters sets the number of clusters."""
     return _paper(
         "images",
         DataSettings(source="auto", num_clusters=10, image_size=64),
         _RESNET18,
         cutout=24,
         batches=(256, 256),
-        mined_from="predictions",  # the set may be too large for random access
+        mined_from="predictions",  # the dataset may be too large for random access
     )
 
 
@@ -220,16 +220,16 @@ def _best(
     epochs: tuple[int, int, int],
     confidence_threshold: float = 0.99,
 ) -> Recipe:
-    """Our settings for ResNet-18 and a large GPU, put together from others' results and untested at
-    full length until a GPU run says otherwise.
+    """Our settings for ResNet-18 on a large GPU, combined from others' results.
 
-    Pretrain is the paper's SimCLR. In all that a CPU can afford it led BYOL, with three seeds on
-    CIFAR-10, but that is seconds of a small ConvNet (docs/log.md). For BYOL much as ProPos has it
+    No GPU run has tested them at full length yet.
+    Pretrain is the paper's SimCLR. It beat BYOL with three seeds on CIFAR-10, but only in what a
+    CPU can afford: seconds of a small ConvNet (docs/log.md). Settings for BYOL close to ProPos
     (Huang et al., "Learning representation for clustering via prototype scattering and positive
     sampling", TPAMI 2022): pretrain.method=byol, learning_rate=.1, weight_decay=5e-4,
     projection_dim=256, projection_hidden=4096, key_momentum=.99.
-    Train takes the 20 nearest of the whole set, as SCAN does (Van Gansbeke et al., ECCV 2020),
-    and ten heads, of which the label-free score keeps one. Boost is SCAN's self-labelling rate.
+    Train uses the 20 nearest neighbours in the dataset, as SCAN does (Van Gansbeke et al., ECCV
+    2020), and ten heads; the label-free score keeps one. Boost uses SCAN's self-labelling rate.
     """
     view = StrongView(cutout=cutout)
     return Recipe(
@@ -251,7 +251,7 @@ def _best(
             batch_size=1000,
             schedule="cosine",
             confidence_threshold=confidence_threshold,
-            # At .001 a Boost that raised ACC was undone (docs/log.md).
+            # A tolerance of .001 undid a Boost that had raised ACC (docs/log.md).
             score_tolerance=0.01,
             view=view,
         ),
@@ -304,7 +304,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def get(name: str) -> Recipe:
-    """The recipe of that name. Raises UserError naming the nearest one."""
+    """Return the recipe of that name. Raises UserError naming the nearest one."""
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 1)
         hint = f"did you mean {near[0]}?" if near else "there are " + ", ".join(RECIPES)

@@ -1,8 +1,8 @@
-"""The typed settings a Recipe is made of; every bound is checked where it is declared.
+"""The typed settings of a Recipe; each field declares its own bounds.
 
-A Recipe is data: it goes to JSON and back without loss, refuses unknown fields, and is immutable.
-The Greek letters of the paper have the names the field uses: ε is `train.entropy_weight`,
-γ is `boost.confidence_threshold`, σ is `boost.top_fraction`, K is `num_neighbors`.
+A Recipe is immutable, rejects unknown fields, and converts to JSON and back without loss.
+Names of the paper's symbols: ε is `train.entropy_weight`, γ is `boost.confidence_threshold`,
+σ is `boost.top_fraction`, K is `num_neighbors`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Settings(BaseModel):
 
 
 class DataSettings(Settings):
-    """Where the images come from and what shape they take."""
+    """Source and format of the images, and how they are loaded."""
 
     source: Literal["auto", "digits", "cifar10", "cifar20", "stl10", "imagenet", "folder", "shards"]
     path: str | None = Field(None, description="folder or file; `auto` looks at what it holds")
@@ -88,7 +88,7 @@ class DataSettings(Settings):
 
 
 class SimclrView(Settings):
-    """Random resized crop, flip, colour jitter, grey: SimCLR's view (SCAN's settings)."""
+    """SimCLR's view with SCAN's settings: random resized crop, flip, colour jitter, grayscale."""
 
     kind: Literal["simclr"] = "simclr"
     crop_scale: Range = (0.2, 1.0)
@@ -104,7 +104,7 @@ class SimclrView(Settings):
 
 
 class StrongView(Settings):
-    """`num_operations` drawn per image from Table III, then Cutout."""
+    """`num_operations` random operations of Table III per image, then Cutout."""
 
     kind: Literal["strong"] = "strong"
     operations: tuple[Operation, ...] = Field(OPERATIONS, min_length=1)
@@ -124,7 +124,7 @@ View = Annotated[SimclrView | StrongView, Field(discriminator="kind")]
 
 
 BUILT_IN = ("convnet", "resnet18", "resnet34", "resnet50")
-LIBRARIES = ("torchvision", "timm")  # of encoders; what they do is in models.libraries
+LIBRARIES = ("torchvision", "timm")  # of encoders, implemented in models.libraries
 
 
 def _an_encoder(name: str) -> str:
@@ -138,7 +138,7 @@ def _an_encoder(name: str) -> str:
 
 
 def _from_anywhere(weights: str) -> str:
-    # Workers on this machine and others must find the same file, wherever they are started.
+    # An absolute path, because workers may start in another folder or on another machine.
     known = weights == "default" or "://" in weights
     return weights if known else str(expanded(weights).absolute())
 
@@ -168,7 +168,7 @@ class EncoderSettings(Settings):
 
 
 class StageSettings(Settings):
-    """What every stage has: how long, how many at once, and how it descends."""
+    """Settings of every stage: epochs, batch size, optimizer and learning-rate schedule."""
 
     epochs: Annotated[int, Field(ge=0)]
     batch_size: Annotated[int, Field(ge=2)] = Field(description="global, over all workers")
@@ -184,7 +184,7 @@ class StageSettings(Settings):
 
 
 class PretrainSettings(StageSettings):
-    """Eq. 1 (SimCLR), MoCo-v2, or BYOL (which has no temperature)."""
+    """Pretrain with Eq. 1 (SimCLR), MoCo-v2, or BYOL (which has no temperature)."""
 
     method: Literal["simclr", "moco", "byol"] = "simclr"
     temperature: Positive = 0.1
@@ -199,7 +199,7 @@ class PretrainSettings(StageSettings):
 
 
 class TrainSettings(StageSettings):
-    """Eqs. 2-10. `soft` is what works, `paper` is literal, `released` is the authors' code's."""
+    """Eqs. 2-10. `soft` works in practice, `paper` is literal, `released` is the authors' code."""
 
     objective: Literal["soft", "paper", "released"] = "soft"
     num_neighbors: Count = Field(10, description="K")
@@ -257,7 +257,7 @@ class BoostSettings(StageSettings):
 
 
 class RuntimeSettings(Settings):
-    """How to run, not what to learn: none of this changes a stage's identity."""
+    """How to run, not what to learn: no field here changes a stage's identity."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = Field(

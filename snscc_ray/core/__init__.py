@@ -1,8 +1,8 @@
-"""The building blocks: losses, views, clustering, random numbers, and safe files.
+"""Building blocks: losses, views, clustering, random numbers, and safe files.
 
-`losses/` holds the equations of the paper, `views` the augmentations, `clustering/` neighbours,
-k-means, pseudo-labels and metrics, `rng` the random numbers, `distributed` every collective call.
-`storage`, `checkpoints` and `claim` write files whole and lock folders; `display` shows progress.
+`losses/` holds the paper's equations, `views` the augmentations, `clustering/` neighbours,
+k-means, pseudo-labels and metrics, `rng` the random numbers, `distributed` all collective calls.
+`storage` and `checkpoints` write files whole, `claim` locks folders, `display` shows progress.
 
 Imports: config. Must not import Ray, or know of models, datasets or runs.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole, and read without executing pickled code."""
+"""Save checkpoints whole, and load them without executing pickled code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from snscc_ray.config.paths import is_url
 from snscc_ray.core.storage import WRITE_ANEW, write_whole
 
 FORMAT = 1
-# What makes a damaged file of a run whole again, in each command that can meet one.
+# How to recover a damaged file of a run; valid for every command that may report one.
 AGAIN = (
     "bring back a copy of it, or remove it and repeat the command that made the run (`snscc run` "
     "with --resume)"
@@ -32,7 +32,7 @@ def save(path: Path, payload: dict[str, Any]) -> None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save` wrote. Raises UserError when it is truncated, altered or foreign."""
+    """Load a checkpoint. Raises UserError if it is missing, truncated, altered or foreign."""
     try:
         held = io.BytesIO(path.read_bytes()) if is_url(path) else path
         check_bytes(held)
@@ -47,10 +47,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def check_bytes(held: Path | IO[bytes]) -> None:
-    """Raises BadZipFile for a file of torch whose bytes are not those written: torch itself takes
-    the altered numbers for weights."""
+    """Raise BadZipFile if a torch file was altered; torch itself would load altered weights."""
     if isinstance(held, Path) and not held.is_file():
-        return  # reading says so
+        return  # reading it will report that
     with zipfile.ZipFile(held) as parts:
         altered = parts.testzip()
     if altered is not None:
@@ -60,8 +59,10 @@ def check_bytes(held: Path | IO[bytes]) -> None:
 
 
 def load_final(path: Path, channels: int, device: torch.device | str) -> dict[str, Any]:
-    """What a finished stage left, `network` and `normalize` among it. Raises UserError for what no
-    image can be answered by."""
+    """Load a finished stage's checkpoint, with `network` and `normalize`.
+
+    Raises UserError if it cannot be used for prediction.
+    """
     held = load(path, device)
     network, normalize = held.get("network"), held.get("normalize")
     if normalize is None:
@@ -83,7 +84,7 @@ def load_final(path: Path, channels: int, device: torch.device | str) -> dict[st
 
 
 def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
-    """The entries that hold a NaN, an infinity, or a variance below zero."""
+    """Return the names of entries with a NaN, an infinity or a negative variance."""
     return [
         name
         for name, weight in state.items()
@@ -93,9 +94,9 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def read_columns(path: Path, columns: list[str]) -> pa.Table:
-    """Columns of a Parquet file that a run left. Raises UserError where it does not hold them."""
+    """Read columns of a run's Parquet file. Raises UserError if they cannot be read."""
     try:
-        with path.open("rb") as file:  # by name it would have to be UTF-8
+        with path.open("rb") as file:  # pyarrow takes UTF-8 names only
             return pq.read_table(file, columns=columns)
     except (pa.ArrowException, FileNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:120]

@@ -1,7 +1,7 @@
-"""One command at a time writes into a folder, or a file: who does says so in a file there.
+"""Claims: lock files that let one command at a time write into a folder or a file.
 
-A file, and no lock of the system's, as a shared file system may have none. It is made by O_EXCL,
-which of two makers lets one through, there as well.
+A claim is a file that describes its holder. System locks are not used, as a shared file system may
+have none. O_EXCL creates the file: it lets only one of two processes succeed, there as well.
 """
 
 from __future__ import annotations
@@ -28,22 +28,21 @@ from snscc_ray.config.paths import is_url
 from snscc_ray.core.storage import is_disk_full
 
 CLAIM = ".snscc-in-use"
-# The holder touches its file so often, and on another machine counts as dead after so long: longer
-# than a file server is away.
+# How often a holder touches its claim, and after how long a silent holder on another machine counts
+# as dead: longer than a file server is away.
 _BEAT_SECONDS = 20.0
 _DEAD_SECONDS = 15 * 60.0
 _POLL_SECONDS = 1.0
-# What a folder says that nobody may write to, or a disk that is mounted so.
+# Errors of a folder without write permission, or on a read-only disk.
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
 def claimed(folder: Path, say: Callable[[str], object], *, patient: bool = False) -> Iterator[None]:
-    """Have a folder alone, which is made if need be and, where nothing came of it, removed.
+    """Hold a folder exclusively; create it if needed, and remove it again if it stays empty.
 
-    A dead process's claim is taken over. A folder that this user cannot write to is only looked
-    at, as nothing can be written to it. Raises UserError that names the holder; with `patient`,
-    waits for it.
+    Takes over the claim of a dead process. A folder without write permission is only checked for a
+    holder. Raises UserError naming the holder; with `patient`, waits for it instead.
     """
     if is_url(folder):
         say(f"{folder} is in an object store, which cannot be locked: one command at a time there")
@@ -60,9 +59,9 @@ def claimed(folder: Path, say: Callable[[str], object], *, patient: bool = False
 
 @contextmanager
 def claimed_file(file: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """Have a file to write alone, whatever else is written into its folder.
+    """Hold a file exclusively for writing; other files in its folder stay free.
 
-    Raises UserError that names the holder.
+    Raises UserError naming the holder.
     """
     if is_url(file):
         say(f"{file} is in an object store, which cannot be locked: one command at a time there")
@@ -75,7 +74,7 @@ def claimed_file(file: Path, say: Callable[[str], object]) -> Iterator[None]:
 
 @contextmanager
 def _held(what: Path, path: Path, patient: bool = False) -> Iterator[None]:
-    """Have what `path` is the claim to."""
+    """Hold `what` by the claim file `path`."""
     made = _make(path.parent)
     own = _Own()
     try:
@@ -98,7 +97,7 @@ def _held(what: Path, path: Path, patient: bool = False) -> Iterator[None]:
 
 
 def refuse_in_use(folder: Path) -> None:
-    """Raises UserError where a command is writing into the folder: what is there is not whole."""
+    """Raise UserError if a command is writing into the folder, as its content is incomplete."""
     if is_url(folder):
         return
     path = folder / CLAIM
@@ -108,7 +107,7 @@ def refuse_in_use(folder: Path) -> None:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make a folder; what had to be made for it, the innermost first. Raises UserError."""
+    """Make a folder and return all folders that were made, innermost first. Raises UserError."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir():
@@ -127,7 +126,7 @@ def _make(folder: Path) -> list[Path]:
 
 
 class _Own:
-    """What this process says of itself; the token tells two claims of one process apart."""
+    """The text of this process's claim; a token tells two claims of one process apart."""
 
     def __init__(self) -> None:
         command = Path(sys.argv[0]).stem.replace("__main__", "snscc")
@@ -144,7 +143,7 @@ class _Own:
 
 
 def _take(path: Path, own: _Own) -> str | None:
-    """Make the claim; what the holder's says, if there is one that lives."""
+    """Make the claim and return None, or return the text of the live holder's claim."""
     while True:
         try:
             _create(path, own)
@@ -152,16 +151,16 @@ def _take(path: Path, own: _Own) -> str | None:
         except FileExistsError:
             text = _read(path)
         if text is None:
-            continue  # it has just gone
+            continue  # it was just released
         if not _dead(path, text):
             return text
-        # Of several who find it dead, one makes the next claim, looks again, and moves it there:
-        # between the two there is always one.
+        # If several processes find the claim dead, only one can create the "-next" file. It checks
+        # the claim again and moves its own over it, so that there is a claim at all times.
         following = path.with_name(f"{path.name}-next")
         try:
             _create(following, own)
         except FileExistsError:
-            if _silent_seconds(following) > _BEAT_SECONDS:  # its maker was killed just then
+            if _silent_seconds(following) > _BEAT_SECONDS:  # its maker was killed in between
                 following.unlink(missing_ok=True)
             return ""
         if _read(path) != text:
@@ -174,7 +173,7 @@ def _take(path: Path, own: _Own) -> str | None:
 
 
 def _create(path: Path, own: _Own) -> None:
-    """Raises FileExistsError."""
+    """Create the claim file. Raises FileExistsError."""
     handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         with os.fdopen(handle, "w") as file:
@@ -194,7 +193,7 @@ def _read(path: Path) -> str | None:
 
 
 def _about(text: str) -> dict[str, Any]:
-    """Empty where its maker has not come to write it, or was killed before."""
+    """Parse a claim; empty if its maker has not written it yet, or was killed before that."""
     try:
         about = json.loads(text)
     except ValueError:
@@ -206,14 +205,16 @@ def _dead(path: Path, text: str) -> bool:
     about = _about(text)
     if about.get("machine") == _machine():
         started = _started(about["pid"])
-        # The number alone says nothing: it may be another process's by now.
+        # The pid alone is not enough: another process may have it by now.
         return started is None or started not in ("", about["started"])
     return _silent_seconds(path) > (_DEAD_SECONDS if about else _BEAT_SECONDS)
 
 
 def _silent_seconds(path: Path) -> float:
-    """Since the claim was last touched, by the clock that its file system has, which need not be
-    this machine's; 0 where it has gone."""
+    """Return the seconds since the claim was last touched, or 0 if it is gone.
+
+    Uses the file system's clock, which may differ from this machine's.
+    """
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}-") as now:
             return os.stat(now.name).st_mtime - path.stat().st_mtime
@@ -234,7 +235,7 @@ def _in_use(what: Path, path: Path, text: str) -> str:
 
 
 def _beat(what: Path, path: Path, own: _Own, over: threading.Event) -> None:
-    """Show that this process lives; end it where its claim was taken from it while it slept."""
+    """Touch the claim regularly; end this process if its claim was taken over while it slept."""
     while not over.wait(_BEAT_SECONDS):
         try:
             if _read(path) != own.text and not over.is_set():
@@ -243,11 +244,11 @@ def _beat(what: Path, path: Path, own: _Own, over: threading.Event) -> None:
                 return
             os.utime(path)
         except OSError:
-            continue  # a file server that is away for a while
+            continue  # a file server may be away for a while
 
 
 def _machine() -> str:
-    """Where process numbers mean the same: a host, and on it a container."""
+    """Name the scope of process ids: a host, and a container on it."""
     try:
         space = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -256,8 +257,10 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in what does not move with the clock; None: it does not run, and
-    empty: it does, and no more may be known."""
+    """Return a process's start time, in a form that changes of the clock do not affect.
+
+    None if it is not running; empty if it is, but its start time is not accessible.
+    """
     try:
         state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,4 +1,4 @@
-"""What a command shows as it goes: a progress bar with its ETA, and lines."""
+"""Progress output of a command: a bar with an ETA, and lines."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rich.progress import (
 from snscc_ray.core.eta import Eta
 from snscc_ray.texts import say
 
-# Seconds between lines where there is no terminal to draw a bar on.
+# Seconds between progress lines where no bar can be drawn.
 _LINE_SECONDS = 10.0
 
 
 class Screen(Protocol):
-    """Where a person looks: a `Display`, or what leads to one elsewhere."""
+    """Interface for progress output: a `Display`, or a proxy for one in another process."""
 
     def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
 
@@ -38,7 +38,7 @@ class Screen(Protocol):
 
 
 class Display:
-    """A progress bar on a terminal or in a notebook, and a line now and then elsewhere."""
+    """Shows a progress bar on a terminal or in a notebook, and occasional lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -91,7 +91,7 @@ class Display:
             self._progress.update(self._progress.task_ids[0], note=self._note)
 
     def counting(self, task: str, unit: str) -> Callable[[int, int], None]:
-        """A function that is told (done, total) of a task, now and then."""
+        """Return a function that shows a task's progress; call it with (done, total)."""
 
         def tell(done: int, total: int) -> None:
             if self._stage != task:
@@ -110,14 +110,14 @@ class Display:
 
 
 def _draws(console: Console) -> bool:
-    """Whether a bar can be drawn: on a terminal, and in a notebook that has widgets."""
+    """Whether a bar can be drawn: on a terminal, or in a notebook with ipywidgets."""
     return console.is_terminal or (
         console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     )
 
 
 class NullScreen:
-    """A `Screen` nobody looks at."""
+    """A `Screen` that shows nothing."""
 
     def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
 

@@ -1,8 +1,8 @@
-"""The only file that calls a collective. With one process every function here is the identity.
+"""The only file that calls collectives. With one process every function here is the identity.
 
-Losses are computed on gathered rows, the same on every process. Gathering sums gradients over
-processes and DistributedDataParallel takes their mean, so that W processes over a global batch
-have exactly the gradients of one process over that batch.
+Losses are computed on gathered rows and are the same on every process. `gather` sums gradients
+over processes and DistributedDataParallel averages them, so W processes over a global batch have
+exactly the gradients of one process over that batch.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class _AllReduce(torch.autograd.Function):
 
 
 def _all_gather(rows: Tensor, sizes: list[int]) -> Tensor:
-    """Rows of every process in rank order, process r holding `sizes[r]` of them."""
+    """Gather the rows of every process in rank order; process r holds `sizes[r]` rows."""
     rows = rows.contiguous()
-    if rows.shape[0] < max(sizes):  # collectives want one shape everywhere
+    if rows.shape[0] < max(sizes):  # collectives need one shape everywhere
         rows = torch.cat([rows, rows.new_zeros(max(sizes) - rows.shape[0], *rows.shape[1:])])
     parts = [torch.empty_like(rows) for _ in sizes]
     dist.all_gather(parts, rows)
@@ -69,27 +69,27 @@ def _all_gather(rows: Tensor, sizes: list[int]) -> Tensor:
 
 
 def gather(rows: Tensor, total: int) -> Tensor:
-    """All `total` rows in rank order, with gradients; each process brings its `own_share`."""
+    """Gather all `total` rows in rank order, with gradients, from each process's `own_share`."""
     return cast(Tensor, _Gather.apply(rows, total)) if world_size() > 1 else rows
 
 
 def share_of(total: int) -> list[int]:
-    """How many of `total` rows each process takes, in rank order (they differ by one at most)."""
+    """Number of rows per process, of `total`, in rank order; they differ by at most one."""
     world = world_size()
     return [total // world + (r < total % world) for r in range(world)]
 
 
 def own_share(total: int) -> tuple[int, int]:
-    """Where this process's share of `total` rows begins and ends."""
+    """Return (begin, end) of this process's share of `total` rows."""
     shares = share_of(total)
     begin = sum(shares[: rank()])
     return begin, begin + shares[rank()]
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """What `compute` returns on the first process, on every process; the others do not call it.
+    """Call `compute` on the first process only, and return its result on every process.
 
-    An error there is raised everywhere: a process left waiting would wait for ever.
+    An error is raised on every process, as the others would wait for ever otherwise.
     """
     if world_size() == 1:
         return compute()
@@ -106,7 +106,7 @@ def from_first(compute: Callable[[], T]) -> T:
 
 
 def any_process(value: bool) -> bool:
-    """Whether it is so on any process."""
+    """Whether `value` is true on any process."""
     if world_size() == 1:
         return value
     values: list[bool] = [False] * world_size()
@@ -120,7 +120,7 @@ def barrier() -> None:
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch statistics over all processes, on any device and in any float type.
+    """Batch norm with statistics over all processes, on any device and in any float type.
 
     torch's own runs on CUDA only; this one makes CPU runs and float64 tests exact as well.
     """
@@ -132,7 +132,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             )
         dims = [0, *range(2, x.dim())]
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        # The count travels with the sums: processes may hold different numbers of rows.
+        # The count is summed too, because processes may hold different numbers of rows.
         count = x.new_full((1,), x.numel() // x.shape[1])
         sums = cast(Tensor, _AllReduce.apply(torch.cat([x.sum(dims), count])))
         count = sums[-1].detach()
@@ -151,7 +151,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_batch_norm(network: nn.Module) -> nn.Module:
-    """Replace every batch norm by one that takes its statistics over all processes."""
+    """Replace every batch norm by one with statistics over all processes."""
     if world_size() == 1:
         return network
     if next(network.parameters()).is_cuda:
@@ -168,15 +168,15 @@ def synchronise_batch_norm(network: nn.Module) -> nn.Module:
 
 
 def wrap(network: nn.Module) -> nn.Module:
-    """The network as the training step calls it: DistributedDataParallel where it is needed."""
+    """Wrap the network in DistributedDataParallel if there are several processes."""
     if world_size() == 1:
         return network
-    # Statistics are synchronised and so equal everywhere: no need to broadcast buffers.
+    # Buffers need no broadcast: statistics are synchronised, so they are equal everywhere.
     return nn.parallel.DistributedDataParallel(network, **_no_buffer_broadcast())
 
 
 def _no_buffer_broadcast() -> dict[str, Any]:
-    """The option's name changed in torch 2.15; the old one warns there."""
+    """Return the option by its name in this torch: 2.15 renamed it and warns about the old one."""
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     new = "forward_sync_buffers"
     return {new if new in known else "broadcast_buffers": False}

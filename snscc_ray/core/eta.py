@@ -1,18 +1,18 @@
-"""When a stage will be over, from its steps so far."""
+"""Estimate when a stage will end, from its steps so far."""
 
 from __future__ import annotations
 
 
 class Eta:
-    """Seconds left of `total` steps; the caller says what time it is.
+    """Estimates the seconds left of `total` steps; the caller passes the current time.
 
-    A step's time includes its share of what an epoch ends with (the clean pass), which only whole
-    epochs show: once there are two, the first, in which the machine warms up, is forgotten.
+    A step's time includes its share of the clean pass that ends an epoch, so whole epochs count
+    once there are any. After the second, the first is ignored, as the machine warms up in it.
     """
 
     def __init__(self, total: int, done: int, now: float) -> None:
         self._total, self._done = total, done
-        self._ends = [(done, now)]  # where it began, and the end of each epoch
+        self._ends = [(done, now)]  # the start, then the end of each epoch
 
     def advance(self, steps: int) -> None:
         self._done += steps
@@ -21,7 +21,7 @@ class Eta:
         self._ends.append((self._done, now))
 
     def seconds(self, now: float) -> float | None:
-        """None before there is anything to go by."""
+        """Return the seconds left; None as long as no step is done."""
         if len(self._ends) == 1:
             (first, began), (last, ended) = self._ends[0], (self._done, now)
         else:

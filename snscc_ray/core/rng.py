@@ -1,7 +1,7 @@
-"""Stateless random numbers: a number depends on its key and row, and on nothing else.
+"""Stateless random numbers: a number depends on its key and row only.
 
-Views drawn this way are the same for a row whatever batch, worker or order it arrives in, and a
-resumed run needs no generator state: the key is folded from (seed, stage, epoch, view).
+A row's views are therefore the same in any batch, worker or order, and a resumed run needs no
+generator state: the key is folded from (seed, stage, epoch, view).
 The mixing function is splitmix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014).
 """
@@ -20,7 +20,7 @@ _MASK = (1 << 64) - 1
 
 
 def fold(*parts: int | str) -> int:
-    """Fold integers and names into one 63-bit key (equal parts in equal order give equal keys)."""
+    """Fold integers and names into one 63-bit key; equal parts in equal order give equal keys."""
     key = 0
     for part in parts:
         number = zlib.crc32(part.encode()) if isinstance(part, str) else part
@@ -29,14 +29,14 @@ def fold(*parts: int | str) -> int:
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by `fold(*parts)`."""
+    """Return a CPU generator seeded with `fold(*parts)`."""
     return torch.Generator().manual_seed(fold(*parts))
 
 
 def uniform(rows_B: Tensor, key: int, count: int) -> Tensor:
-    """Uniform float32 numbers in [0, 1), shape (B, count), on the device of `rows_B`.
+    """Return uniform float32 numbers in [0, 1), shape (B, count), on the device of `rows_B`.
 
-    rows_B: int64 row numbers; row r gets the same `count` numbers in whatever batch it stands.
+    rows_B: int64 row numbers; a row gets the same `count` numbers in any batch.
     """
     columns = torch.arange(1, count + 1, device=rows_B.device) * _signed(_GOLDEN)
     state = _mix_tensor(rows_B[:, None] + _signed(key * _GOLDEN & _MASK))

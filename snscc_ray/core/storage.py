@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WRITE_ANEW = "bring back a copy of it, or repeat the command that wrote it, with
 
 
 def _umask() -> int:
-    """It can only be read by setting it: once, at import, before there are threads."""
+    """Read the umask, by setting it: once, at import, before there are threads."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
@@ -27,10 +27,10 @@ _UMASK = _umask()
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write` on a temporary neighbour of `path` and move it into place once it is on disk.
+    """Call `write` on a temporary file next to `path`, and move it into place once it is on disk.
 
-    A kill or a full disk leaves the former file as it was. An object store shows an object when
-    it is there whole. Raises UserError on a full disk.
+    A kill or a full disk leaves the previous file unchanged. An object store shows an object only
+    once it is complete. Raises UserError on a full disk.
     """
     if is_url(path):
         with tempfile.NamedTemporaryFile() as whole:
@@ -46,7 +46,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_UMASK)  # a temporary file is its owner's alone
+        os.chmod(name, 0o666 & ~_UMASK)  # temporary files are private to their owner
         os.replace(name, path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
@@ -59,7 +59,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError for a file that may not be written: before the work, not after it."""
+    """Raise UserError if a file cannot be written; call it before the work, not after."""
     if is_url(path):
         return
     there = next(place for place in path.absolute().parents if place.exists())
@@ -70,13 +70,13 @@ def check_writable(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, says that the disk or the quota is full."""
+    """Whether an error, or one of its causes, means that the disk or the quota is full."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in full:
             return True
-        # torch's zip writer reports the failed write in words only.
+        # torch's zip writer reports a failed write only in its message.
         if isinstance(seen, RuntimeError) and "file write failed" in str(seen):
             return True
         seen = seen.__cause__ or seen.__context__
@@ -88,7 +88,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError when the file is not JSON."""
+    """Read a JSON file. Raises UserError if it is not JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The way of small tensors to a GPU in mid-epoch."""
+"""Copy small tensors to a GPU during an epoch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, without waiting for a GPU: from pinned memory it copies by itself.
+    """Copy the tensor to the device without waiting for a GPU, by way of pinned memory.
 
-    A tensor that is there already is returned as it is.
+    A tensor that is already there is returned unchanged.
     """
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)

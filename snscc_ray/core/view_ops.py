@@ -1,12 +1,12 @@
 """Image operations on a batch, each image with its own parameter.
 
 Every operation has the form `operation(images_BCHW, values_B) -> images_BCHW`, from uint8 (1 or 3
-channels) to uint8, so a chain of operations means what it means on PIL images. Fractions are cut
-off, as Pillow does. Sums are sums of whole numbers, exact in float32 (up to 256×256 pixels), so an
-image's result is the same in any batch.
+channels) to uint8, so a chain of operations behaves as on PIL images. Fractions are truncated, as
+in Pillow. Sums are over whole numbers and exact in float32 (up to 256×256 pixels), so an image's
+result is the same in any batch.
 
 The operations follow Pillow (`ImageEnhance`, `ImageOps`, `Image.transform`); hue follows
-torchvision's `adjust_hue` on tensors, which has no 8-bit HSV in between.
+torchvision's `adjust_hue` on tensors, which does not go through 8-bit HSV.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def contrast(images_BCHW: Tensor, factors_B: Tensor) -> Tensor:
 
 
 def color(images_BCHW: Tensor, factors_B: Tensor) -> Tensor:
-    """`ImageEnhance.Color` (saturation): 0 is grey, 1 changes nothing; nothing on one channel."""
+    """`ImageEnhance.Color` (saturation): 0 is grey, 1 changes nothing; one channel stays as is."""
     if images_BCHW.shape[1] == 1:
         return images_BCHW
     images = images_BCHW.float()
@@ -57,7 +57,7 @@ def sharpness(images_BCHW: Tensor, factors_B: Tensor) -> Tensor:
 
 
 def posterize(images_BCHW: Tensor, bits_B: Tensor) -> Tensor:
-    """`ImageOps.posterize`: keep the highest `bits` of each value (0 to 8; fractions cut off)."""
+    """`ImageOps.posterize`: keep the highest `bits` of each value (0 to 8, truncated)."""
     return images_BCHW & _per_image(256 - torch.exp2(8 - bits_B.floor())).to(torch.uint8)
 
 
@@ -69,7 +69,7 @@ def solarize(images_BCHW: Tensor, thresholds_B: Tensor) -> Tensor:
 
 
 def autocontrast(images_BCHW: Tensor, _unused_B: Tensor) -> Tensor:
-    """`ImageOps.autocontrast`: stretch every channel to 0..255; a constant one stays."""
+    """`ImageOps.autocontrast`: stretch every channel to 0..255; a constant channel stays as is."""
     low = images_BCHW.amin((2, 3), keepdim=True)
     span = images_BCHW.amax((2, 3), keepdim=True) - low
     constant = span == 0
@@ -92,12 +92,12 @@ def equalize(images_BCHW: Tensor, _unused_B: Tensor) -> Tensor:
 
 
 def grayscale(images_BCHW: Tensor, _unused_B: Tensor) -> Tensor:
-    """Pillow's "L" in every channel; nothing on one channel."""
+    """Pillow's "L" in every channel; one channel stays as is."""
     return _to_uint8(_gray(images_BCHW.float())).expand_as(images_BCHW)
 
 
 def hue(images_BCHW: Tensor, turns_B: Tensor) -> Tensor:
-    """torchvision's `adjust_hue`: turn the hue by -0.5..0.5 turns; nothing on one channel."""
+    """torchvision's `adjust_hue`: turn the hue by -0.5..0.5 turns; one channel stays as is."""
     if images_BCHW.shape[1] == 1:
         return images_BCHW
     images = images_BCHW.float()
@@ -122,7 +122,7 @@ def hue(images_BCHW: Tensor, turns_B: Tensor) -> Tensor:
 
 
 def affine(images_BCHW: Tensor, matrices_B23: Tensor) -> Tensor:
-    """Read every pixel at an affine position; the nearest pixel (Pillow's default), black outside.
+    """Sample every pixel at an affine position: the nearest (Pillow's default), black outside.
 
     matrices_B23: from `motion_matrices`.
     """
@@ -134,17 +134,17 @@ def affine(images_BCHW: Tensor, matrices_B23: Tensor) -> Tensor:
     return _to_uint8(_sample(images_BCHW.float(), grid_B2HW, "nearest"))
 
 
-# The operations that `affine` does, in the order that `motion_matrices` wants them.
+# The operations that `affine` performs, in the order that `motion_matrices` expects.
 MOTIONS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
 def motion_matrices(motions: Tensor, height: int, width: int) -> Tensor:
-    """The matrices of motions of shape (..., 5), shape (..., 2, 3), for `affine`.
+    """Return matrices for `affine`, shape (..., 2, 3), from motions of shape (..., 5).
 
-    motions, in the order of `MOTIONS`, zero where an image does not have it: degrees of
+    motions: in the order of `MOTIONS`, 0 where an image does not have one. Degrees of
     `Image.rotate` (counter-clockwise about the centre); shear x (row y reads at x + shear × y, from
     the top-left corner) and y; translation x (reads at x + fraction × width) and y.
-    Matrices are in positions of -1..1 between the image's edges, as grid_sample wants them.
+    Matrices use coordinates of -1..1 between the image's edges, as grid_sample does.
     """
     degrees, shear_x, shear_y, move_x, move_y = motions.unbind(-1)
     angles, aspect = degrees * (math.pi / 180), height / width
@@ -155,7 +155,7 @@ def motion_matrices(motions: Tensor, height: int, width: int) -> Tensor:
     return torch.stack((x_row, y_row), -2)
 
 
-# By the name a view gives them; "identity" and the motions have no entry of their own.
+# Keyed by the name in a view; "identity" and the motions have no entry of their own.
 BATCH_OPERATIONS: dict[str, BatchOperation] = {
     "autocontrast": autocontrast,
     "equalize": equalize,
@@ -176,9 +176,9 @@ def crop_resize(
 ) -> Tensor:
     """Rotate, crop, resize to the input size and flip, in one bilinear sampling, rounded.
 
-    boxes_B4: left, top, width, height in pixels. flip_B: bool, mirrored left to right after the
+    boxes_B4: left, top, width, height in pixels. flip_B: bool, mirror left to right after the
     crop. degrees_B: counter-clockwise about the image's centre, black outside (None: no rotation).
-    Without rotation, sampling never reads beyond the box, as if the crop were cut out first.
+    Without rotation, sampling never reads outside the box, as if the crop were cut out first.
     """
     height, width = images_BCHW.shape[2:]
     left, top, box_width, box_height = boxes_B4.unsqueeze(2).unbind(1)
@@ -199,7 +199,7 @@ def crop_resize(
 
 
 def _sample_positions(start_B1: Tensor, length_B1: Tensor, side: int) -> Tensor:
-    """Where `side` output pixels read in [start, start + length), in -1..1 of the image."""
+    """Positions of `side` output pixels in [start, start + length), as -1..1 of the image."""
     steps = (torch.arange(side, device=start_B1.device) + 0.5) / side
     offsets = torch.minimum((steps * length_B1).clamp_(min=0.5), length_B1 - 0.5)
     return (offsets + start_B1) * (2 / side) - 1
@@ -228,10 +228,10 @@ def _gray(images_BCHW: Tensor) -> Tensor:
 
 
 def _blend_(images_BCHW: Tensor, origin: Tensor, factors_B: Tensor) -> Tensor:
-    """Pillow's `Image.blend(origin, images, factor)`, over float32 `images_BCHW`."""
+    """Pillow's `Image.blend(origin, images, factor)`, in place on float32 `images_BCHW`."""
     return images_BCHW.sub_(origin).mul_(_per_image(factors_B)).add_(origin).clamp_(0, 255)
 
 
 def _to_uint8(images_BCHW: Tensor) -> Tensor:
-    """Cut off the fractions of 0..255; through int16, as PyTorch has no vector code for uint8."""
+    """Truncate values of 0..255; through int16, as PyTorch has no vector code for uint8."""
     return images_BCHW.to(torch.int16).to(torch.uint8)

@@ -1,12 +1,12 @@
-"""Random views of a whole batch of uint8 images at once, on the device where the images are.
+"""Random views of a whole batch of uint8 images at once, on the device of the images.
 
-What is drawn for an image depends on its row number and the key alone (see `rng`), so a row's view
-is the same in any batch, order or worker. The drawing happens where the row numbers are: with row
+An image's draws depend on its row number and the key only (see `rng`), so a row's view is the same
+in any batch, order or worker. Parameters are drawn on the device of the row numbers. With row
 numbers on the CPU, images on a GPU are transformed without waiting for the GPU; with row numbers on
-the GPU there is one wait per call, for the sizes of the groups below.
+the GPU, each call waits once, for the sizes of the groups below.
 
-Each image has a short chain of operations. At every step of the chain the batch is sorted by
-operation, so that each operation is one call on one contiguous slice.
+Each image has a short chain of operations. At every step the batch is sorted by operation, so each
+operation is one call on one contiguous slice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STRONG_CROP_RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Normalize:
-    """Per channel, of values in [0, 1]: a pixel becomes (value / 255 - mean) / std."""
+    """Mean and std per channel, for values in [0, 1]: pixels become (value / 255 - mean) / std."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -38,14 +38,14 @@ class Normalize:
 
 @dataclass(frozen=True)
 class Draws:
-    """Everything random about the views of a batch; None where the view leaves a step out."""
+    """All random parameters of a batch's views; None where the view has no such step."""
 
     flip_B: Tensor
-    """bool: mirrored left to right, after the crop."""
+    """bool: mirror left to right, after the crop."""
     names: tuple[str, ...]
-    """The operations that `codes_BS` numbers."""
+    """The operations that `codes_BS` indexes."""
     codes_BS: Tensor
-    """int64: which operation, at each of S steps."""
+    """int64: the operation at each of S steps."""
     values_BS: Tensor
     """float32: the parameter of that operation."""
     boxes_B4: Tensor | None = None
@@ -59,7 +59,7 @@ class Draws:
 
 
 def clean_view(images_BCHW: Tensor, normalize: Normalize) -> Tensor:
-    """The uint8 images normalised: float32, channels_last."""
+    """Normalise uint8 images; returns float32, channels_last."""
     return _normalized(images_BCHW, normalize)
 
 
@@ -70,10 +70,10 @@ def make_view(
     key: int,
     normalize: Normalize,
 ) -> Tensor:
-    """One random view of each image, normalised: float32, channels_last, same shape.
+    """Make one random view of each image, normalised: float32, channels_last, same shape.
 
-    images_BCHW: uint8, 1 or 3 channels. rows_B: int64 row numbers; on the CPU they spare a GPU the
-    wait. key: what else the view depends on, from `rng.fold`. view None: `clean_view`.
+    images_BCHW: uint8, 1 or 3 channels. rows_B: int64 row numbers; on the CPU they avoid a wait for
+    a GPU. key: from `rng.fold`, whatever else the view depends on. view None: `clean_view`.
     """
     if view is None:
         return clean_view(images_BCHW, normalize)
@@ -88,7 +88,7 @@ def make_views(
     keys: tuple[int, ...],
     normalize: Normalize,
 ) -> tuple[Tensor, ...]:
-    """`make_view` for several views of the same images."""
+    """Make several views of the same images, each by `make_view`."""
     return tuple(
         make_view(images_BCHW, rows_B, view, key, normalize)
         for view, key in zip(views, keys, strict=True)
@@ -105,7 +105,7 @@ def draw_view(
 
 
 def _draw_simclr(rows_B: Tensor, key: int, view: SimclrView, height: int, width: int) -> Draws:
-    """As torchvision's transforms draw them; the four jitters come in random order, then grey."""
+    """Draw as torchvision's transforms do: the four jitters in random order, then grayscale."""
     numbers = uniform(rows_B, key, 2 * CROP_TRIES + 14)
     flip, turn, jitter, gray, order, strength, crop = numbers.split(
         [1, 1, 1, 1, 4, 4, 2 * CROP_TRIES + 2], dim=1
@@ -139,7 +139,7 @@ def _draw_simclr(rows_B: Tensor, key: int, view: SimclrView, height: int, width:
 
 
 def _draw_strong(rows_B: Tensor, key: int, view: StrongView, height: int, width: int) -> Draws:
-    """Operations with replacement, each parameter uniform in its range."""
+    """Draw operations with replacement, and each parameter uniformly in its range."""
     steps = view.num_operations
     numbers = uniform(rows_B, key, 2 * CROP_TRIES + 5 + 2 * steps)
     flip, cutout, which, strength, crop = numbers.split(
@@ -180,7 +180,7 @@ def _strong_range(view: StrongView, name: str) -> Range:
 
 
 def _between(numbers_BS: Tensor, low: list[float], high: list[float], codes_BS: Tensor) -> Tensor:
-    """Stretch numbers in [0, 1) to the range that belongs to their code."""
+    """Scale numbers in [0, 1) to the range of their code."""
     low_K = numbers_BS.new_tensor(low)
     span_K = numbers_BS.new_tensor(high) - low_K
     return low_K[codes_BS] + numbers_BS * span_K[codes_BS]
@@ -192,7 +192,7 @@ def _draw_boxes(numbers: Tensor, scale: Range, ratio: Range, height: int, width:
     areas = height * width * (scale[0] + areas * (scale[1] - scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
     ratios = (low + ratios * (high - low)).exp_()
-    # The last column is the central crop of torchvision: all of the image that the ratio allows.
+    # The last column is torchvision's central crop: the largest that the ratio allows.
     widths = _with_column((areas * ratios).sqrt_().round_(), min(width, height * ratio[1]))
     heights = _with_column((areas / ratios).sqrt_().round_(), min(height, width / ratio[0]))
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
@@ -209,7 +209,7 @@ def _with_column(columns: Tensor, last: float) -> Tensor:
 
 
 def apply_view(images_BCHW: Tensor, draws: Draws, normalize: Normalize) -> Tensor:
-    """Make the views that were drawn: crop and flip, the chain, normalise, cut out."""
+    """Make the drawn views: crop and flip, apply the chain, normalise, cut out."""
     images_BCHW = _apply_chain(_crop_and_flip(images_BCHW, draws), draws)
     corners_B2 = draws.corners_B2
     if corners_B2 is not None:
@@ -236,7 +236,7 @@ def _crop_and_flip(images_BCHW: Tensor, draws: Draws) -> Tensor:
 
 
 def _apply_chain(images_BCHW: Tensor, draws: Draws) -> Tensor:
-    """Apply every image's operations, step by step, in groups of the same operation."""
+    """Apply every image's operations step by step, in groups of the same operation."""
     steps = draws.codes_BS.shape[1]
     if steps == 0:
         return images_BCHW
@@ -249,7 +249,7 @@ def _apply_chain(images_BCHW: Tensor, draws: Draws) -> Tensor:
     sorted_SB, order_SB = group_K[codes_SB].sort(dim=1, stable=True)
     edges = torch.arange(len(groups) + 1, device=codes_SB.device).repeat(steps, 1)
     bounds = torch.searchsorted(sorted_SB, edges).tolist()
-    # Step s wants the images order[s], and finds them where the step before it has put them.
+    # Step s needs the images in the order order[s]; the step before it left them in its own order.
     place_SB = order_SB.argsort(dim=1)
     from_SB = torch.cat((order_SB[:1], place_SB[:-1].gather(1, order_SB[1:]), place_SB[-1:]))
     from_SB = send(from_SB, device)
@@ -286,7 +286,7 @@ def _normalized(
 
 
 def _parts(images_BCHW: Tensor) -> Iterator[slice]:
-    """Slices of a batch: on a CPU, small enough for float32 copies to stay in its cache."""
+    """Slices of a batch; on a CPU, small enough that float32 copies stay in its cache."""
     batch, _, height, width = images_BCHW.shape
     pixels = 2**16 if images_BCHW.device.type == "cpu" else 2**24
     size = max(8, pixels // (height * width))
@@ -294,7 +294,7 @@ def _parts(images_BCHW: Tensor) -> Iterator[slice]:
 
 
 def _outside_square(corners_B2: Tensor, side: int, shape: torch.Size) -> Tensor:
-    """1 outside the square and 0 inside, shape (B, 1, H, W)."""
+    """Mask of shape (B, 1, H, W): 1 outside the square, 0 inside."""
     left_B1, top_B1 = corners_B2.unsqueeze(2).unbind(1)
     x = torch.arange(shape[1], device=corners_B2.device)
     y = torch.arange(shape[0], device=corners_B2.device)
@@ -305,7 +305,7 @@ def _outside_square(corners_B2: Tensor, side: int, shape: torch.Size) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _scale_and_shift(normalize: Normalize, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Kept, because a copy to a GPU would wait for it; shape (C, 1, 1) each."""
+    """Scale and shift, (C, 1, 1) each; cached, because copying them waits for the GPU."""
     mean = torch.tensor(normalize.mean, device=device)[:, None, None]
     std = torch.tensor(normalize.std, device=device)[:, None, None]
     return 1 / (255 * std), -mean / std

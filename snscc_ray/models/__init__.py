@@ -1,7 +1,7 @@
-"""Encoders and heads, and the weights that other projects trained for them.
+"""Encoders, heads, and pretrained weights of other projects.
 
-`encoders` holds the built-in networks and the heads, `libraries` those of torchvision and timm,
-`pretrained` what `encoder.weights` may name, `importers` finds weights in foreign checkpoints.
+`encoders` holds the built-in networks and the heads, `libraries` the encoders of torchvision and
+timm. `pretrained` loads `encoder.weights`; `importers` finds weights in foreign checkpoints.
 
 Imports: config, core. Must not import Ray, or read images.
 """

@@ -1,8 +1,8 @@
-"""Encoders, heads, and the two networks the stages train.
+"""Encoders, heads, and the two networks that the stages train.
 
-Pretrain trains a `PretextNet` (encoder, projection head), Train and Boost a `ClusterNet`
-(encoder, cluster heads). Either is called once per step, on all views together, so that
-DistributedDataParallel sees one forward and batch statistics are taken over all of them.
+Pretrain trains a `PretextNet` (encoder, projection head); Train and Boost train a `ClusterNet`
+(encoder, cluster heads). Each is called once per step, on all views together, so that
+DistributedDataParallel sees one forward and batch statistics cover all views.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from snscc_ray.models import libraries
 
 
 class ConvNet(nn.Module):
-    """Six 3×3 convolutions, two poolings and a global mean: for images of 8 to 32 pixels."""
+    """Six 3×3 convolutions, two poolings and a global mean, for images of 8 to 32 pixels."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class ConvNet(nn.Module):
 
 
 def _resnet(settings: EncoderSettings, channels: int) -> nn.Module:
-    # Imported here: torchvision takes a second to import and the small ConvNet needs none of it.
+    # Imported here because torchvision takes a second to import and ConvNet does not need it.
     from torchvision import models
 
     net: Any = getattr(models, settings.name)(weights=None, zero_init_residual=False)
@@ -59,9 +59,9 @@ def _resnet(settings: EncoderSettings, channels: int) -> nn.Module:
 
 
 def build_encoder(settings: EncoderSettings, channels: int) -> nn.Module:
-    """An encoder with random weights mapping (B, channels, H, W) to (B, `out_features`).
+    """Build an encoder with random weights, from (B, channels, H, W) to (B, `out_features`).
 
-    Raises UserError for a model that its library does not have.
+    Raises UserError if the library does not have the model.
     """
     if settings.name == "convnet":
         return ConvNet(channels, settings.width)
@@ -71,20 +71,20 @@ def build_encoder(settings: EncoderSettings, channels: int) -> nn.Module:
 
 
 def activation_bytes(settings: EncoderSettings, channels: int, side: int) -> int:
-    """What one image of side × side pixels leaves in memory for a backward pass, in float32.
+    """Bytes that one image of side × side pixels keeps for the backward pass, in float32.
 
-    Counted on a network without storage, so it costs no memory and works for any model.
+    Counts on a network without storage, so it takes no memory and works for any model.
     """
     held: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        # Kept alive, or the id of one storage would be given to a later one.
+        # Keep the tensor alive, or a later storage could get the same id.
         held[id(tensor.untyped_storage())] = tensor
         return tensor
 
     with torch.device("meta"):
         encoder = build_encoder(settings, channels)
-        # Two: a batch norm of one value per channel refuses to train.
+        # Two images, because batch norm cannot train on one value per channel.
         images_BCHW = torch.zeros(2, channels, side, side)
     weights = {id(weight.untyped_storage()) for weight in encoder.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -94,7 +94,7 @@ def activation_bytes(settings: EncoderSettings, channels: int, side: int) -> int
 
 
 def _full(x: Tensor) -> Tensor:
-    """Out of autocast's half types; float64 stays."""
+    """Convert autocast's half types to float32; float64 stays."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -103,9 +103,9 @@ def out_features(encoder: nn.Module) -> int:
 
 
 class PretextNet(nn.Module):
-    """Encoder and two-layer projection head; forward gives L2-normalised (B, P) projections.
+    """Encoder and two-layer projection head; forward returns L2-normalised projections (B, P).
 
-    For BYOL the head has a batch norm, and a predictor of the same form stands behind it.
+    For BYOL the head has a batch norm, and a predictor of the same form follows it.
     """
 
     def __init__(self, encoder: nn.Module, settings: PretrainSettings) -> None:
@@ -118,7 +118,7 @@ class PretextNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h_BD = self.predictor(self.projection(self.encoder(x_BCHW)))
-        # Normalised in full precision: the loss divides by a small temperature.
+        # Normalise in full precision, because the loss divides by a small temperature.
         return F.normalize(_full(h_BD), dim=1)
 
 
@@ -130,7 +130,7 @@ def _head(features: int, hidden: int, out: int, *, norm: bool) -> nn.Sequential:
 
 
 class ClusterHeads(nn.Module):
-    """H heads at once, `weight` (H, C, D); each head is trained as if it were alone.
+    """H cluster heads at once, `weight` (H, C, D); each head trains as if it were alone.
 
     prototype: logits = scale × cosine(feature, prototype); linear: the paper's affine head.
     """
@@ -143,7 +143,7 @@ class ClusterHeads(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, 1, clusters)) if linear else None
 
     def forward(self, h_BD: Tensor) -> Tensor:
-        """(B, D) features to (H, B, C) logits."""
+        """Map features (B, D) to logits (H, B, C)."""
         if self.bias is not None:
             return torch.einsum("bd,hcd->hbc", h_BD, self.weight) + self.bias
         cosine = torch.einsum(
@@ -153,7 +153,7 @@ class ClusterHeads(nn.Module):
 
     @torch.no_grad()
     def start_at(self, centres_HCD: Tensor) -> None:
-        """Put the prototypes at the given centres (k-means of the pretext features)."""
+        """Set the prototypes to the given centres (k-means of the pretext features)."""
         self.weight.copy_(F.normalize(centres_HCD, dim=2))
 
     @torch.no_grad()
@@ -165,8 +165,8 @@ class ClusterHeads(nn.Module):
 
 
 class ClusterNet(nn.Module):
-    """Encoder and cluster heads; forward gives L2-normalised features (B, D) and logits
-    (H, B, C), both out of autocast."""
+    """Encoder and cluster heads; forward returns L2-normalised features (B, D) and logits
+    (H, B, C), both in full precision."""
 
     def __init__(self, encoder: nn.Module, heads: ClusterHeads) -> None:
         super().__init__()
@@ -175,6 +175,6 @@ class ClusterNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         h_BD = _full(self.encoder(x_BCHW))
-        # The head is small; in full precision its softmax can reach confidences above .99 exactly.
+        # The head is small; in full precision its softmax gives exact confidences above .99.
         with torch.autocast(x_BCHW.device.type, enabled=False):
             return F.normalize(h_BD, dim=1), self.heads(h_BD)

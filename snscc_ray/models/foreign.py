@@ -1,4 +1,4 @@
-"""Checkpoints that others wrote: on this machine, on the web or in an object store.
+"""Read checkpoints of other projects from a local file, the web or an object store.
 
 Nothing in them is executed.
 """
@@ -26,9 +26,9 @@ _COPY = "copy or download it again, or give another"
 
 
 def read_checkpoint(place: str) -> Any:
-    """The tensors, numbers, texts and containers of them in a file of torch or safetensors.
+    """Read tensors, numbers, texts and containers of them from a torch or safetensors file.
 
-    Objects of any other class become empty. Raises UserError.
+    Objects of any other class become empty. Raises UserError if the file cannot be read.
     """
     content = _bytes(place)
     if not content:
@@ -38,12 +38,12 @@ def read_checkpoint(place: str) -> Any:
     try:
         if zipfile.is_zipfile(io.BytesIO(content)):
             check_bytes(io.BytesIO(content))
-        # What the file calls a class or a function, whichever it is, makes an empty container.
+        # Every class or function that the file names becomes an empty container.
         stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
             (_Nothing, name) for name in _foreign(content)
         ]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of how the file is made, which is nobody's fault here
+            warnings.simplefilter("ignore")  # on how the file was made: not the user's fault
             held = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, AttributeError, TypeError, RuntimeError, EOFError,
             ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:  # fmt: skip
@@ -59,7 +59,7 @@ def read_checkpoint(place: str) -> Any:
                 "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
             ) from error
         raise UserError(f"{place} is damaged or no checkpoint of torch; {_COPY}") from error
-    if "_modules" in getattr(held, "__dict__", ()):  # of an object that became empty
+    if "_modules" in getattr(held, "__dict__", ()):  # an object that became empty
         raise UserError(
             f"{place} is a whole model, which only its own program can read; save its weights "
             "where it was written: torch.save(model.state_dict(), 'weights.pth')"
@@ -68,7 +68,7 @@ def read_checkpoint(place: str) -> Any:
 
 
 def digest(place: str) -> str:
-    """A hash of what the file holds. Raises UserError."""
+    """Return a hash of the file's content. Raises UserError if it cannot be read."""
     local = None if is_url(place) else as_path(place)
     there = local.stat() if local is not None and local.exists() else None
     return _digest(place, there.st_mtime_ns if there else 0, there.st_size if there else 0)
@@ -88,16 +88,16 @@ def _is_script(content: bytes) -> bool:
 
 
 class _Nothing:
-    """Stands for every class that a checkpoint names and torch does not know."""
+    """Replaces every class that a checkpoint names and torch does not know."""
 
     def __new__(cls, *arguments: Any) -> Any:
-        return OrderedDict()  # the one container whose items and whose state torch will set
+        return OrderedDict()  # the only container whose items and state torch sets
 
 
 def _foreign(content: bytes) -> Iterable[str]:
-    """The classes and functions that a file names, torch's own left out."""
+    """Names of the classes and functions in a file, without torch's own."""
     if not zipfile.is_zipfile(io.BytesIO(content)):
-        return []  # a file of torch before 1.6, which is read with the same care
+        return []  # written before torch 1.6; loading it is just as safe
     return torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
 
 
@@ -127,7 +127,7 @@ def _bytes(place: str) -> bytes:
             f"encoder.weights={place} is a folder; give the file in it, of a run of ours such as "
             "boost/final.pt"
         ) from error
-    except Exception as error:  # what a store's client raises is open-ended
+    except Exception as error:  # an object store's client may raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"encoder.weights={place} cannot be read ({reason}); check the address and the rights"
@@ -135,7 +135,7 @@ def _bytes(place: str) -> bytes:
 
 
 def _reached(place: str) -> Path:
-    """The file itself, or of one on the web, which does not change, a copy among torch's."""
+    """Return the file's path; a web file, which does not change, is copied to torch's cache."""
     if not place.startswith(("http://", "https://")):
         return as_path(place)
     name = place.partition("?")[0].rpartition("/")[2]

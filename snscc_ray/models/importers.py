@@ -1,9 +1,9 @@
-"""Weights that other projects trained, found in whatever their checkpoints hold.
+"""Find an encoder's weights in checkpoints of other projects.
 
-No layout is known by name. A checkpoint is searched for the place, and the prefix of names, under
-which most of the encoder's own entries lie: `module.encoder_q.` (MoCo), `backbone.` (SCAN,
-solo-learn), `online_network.encoder.`. A ResNet's entries may also go by the numbers of its parts
-(lightly cuts it into a Sequential), and its `downsample` by `shortcut` (SCAN).
+No layout is hard-coded. The search finds the place in a checkpoint, and the prefix of names, with
+most of the encoder's entries: `module.encoder_q.` (MoCo), `backbone.` (SCAN, solo-learn),
+`online_network.encoder.`. A ResNet's parts may also be named by number (lightly cuts it into a
+Sequential), and its `downsample` may be called `shortcut` (SCAN).
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from snscc_ray.models.encoders import build_encoder
 
 State = dict[str, Tensor]
 
-# Of a network and its slowly following copy, the network is taken.
+# Names of the momentum copy of a network; the network itself is preferred.
 _COPY = re.compile(r"(^|[._])(ema|momentum|target|teacher|key)([._]|$)|encoder_k\.")
 _HEAD = re.compile(r"(fc|classifier|heads?|linear)\.")
-_NAMES = 3  # shown of a list
+_NAMES = 3  # number of names that a message lists
 _DEPTH = 4
 
 
 class Unusable(UserError):
-    """A checkpoint holds nothing that any network could start from."""
+    """A checkpoint holds no weights that any network could start from."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What a checkpoint gave to an encoder, and what it did not."""
+    """The weights that a checkpoint has for an encoder, and what was left out."""
 
     origin: str
     place: str
-    """Where in the checkpoint, such as `state_dict: module.encoder_q.`."""
+    """Place in the checkpoint, such as `state_dict: module.encoder_q.`."""
     weights: State
-    """For the encoder, by its own names."""
+    """Weights by the encoder's own names."""
     head: tuple[str, ...]
-    """Of the same network, and left out: its classifier."""
+    """Entries of the same network's classifier, left out."""
     unused: tuple[str, ...]
-    """Elsewhere: projection heads, queues, copies."""
+    """Other entries: projection heads, queues, copies."""
     absent: tuple[str, ...]
-    """Counters and the like, which stay as they are."""
+    """Counters and the like that the checkpoint lacks; the encoder keeps its own."""
     summed: bool
-    """Whether a stem for RGB was summed over its channels, for grey images."""
+    """Whether an RGB stem was summed over its channels, for grey images."""
 
     def __str__(self) -> str:
         said = [f"encoder: {len(self.weights)} weights from {self.origin}{self.place}"]
@@ -68,10 +68,10 @@ class Imported:
 
 
 def import_weights(held: object, encoder: nn.Module, origin: str) -> Imported:
-    """What `held`, a loaded checkpoint, has for the encoder, which is left as it is.
+    """Find the encoder's weights in `held`, a loaded checkpoint; the encoder is not changed.
 
-    Raises UserError unless every weight of the encoder is there, in its shape, and nothing else is
-    of the same parts of a network.
+    Raises UserError unless every weight of the encoder is there in its shape, and the same parts of
+    the network hold nothing else.
     """
     own, states = encoder.state_dict(), list(_states(held))
     if not states:
@@ -105,7 +105,7 @@ def import_weights(held: object, encoder: nn.Module, origin: str) -> Imported:
     taken = set(best.names.values())
     others = [name for name in best.state if name not in taken]
     heads = [name for name in others if _HEAD.match(name.removeprefix(best.prefix))]
-    # A ResNet-18 lies, name by name and shape by shape, in a ResNet-34.
+    # A ResNet-34 has all names and shapes of a ResNet-18.
     parts = tuple({best.prefix + best.first(name) for name in taken})
     surplus = [name for name in others if name.startswith(parts) and name not in heads]
     if surplus:
@@ -127,7 +127,7 @@ def import_weights(held: object, encoder: nn.Module, origin: str) -> Imported:
 
 
 def infer_encoder(held: object) -> EncoderSettings:
-    """Which of the built-in encoders a checkpoint is of. Raises UserError if it is of none."""
+    """Return the built-in encoder that fits a checkpoint. Raises UserError if none does."""
     candidates = [
         EncoderSettings(name=name, stem=stem)
         for name, stem in product(("resnet18", "resnet34", "resnet50"), ("small", "standard"))
@@ -138,7 +138,7 @@ def infer_encoder(held: object) -> EncoderSettings:
                 candidates.append(EncoderSettings(name="convnet", width=weight.shape[0]))
     for settings in candidates:
         with torch.device("meta"):
-            encoder = build_encoder(settings, channels=1)  # takes a stem for RGB as well
+            encoder = build_encoder(settings, channels=1)  # accepts an RGB stem as well
         try:
             import_weights(held, encoder, "it")
         except Unusable:
@@ -151,7 +151,7 @@ def infer_encoder(held: object) -> EncoderSettings:
 
 @dataclass(frozen=True)
 class _Fit:
-    """One reading of a checkpoint: what the encoder's entries are called in it."""
+    """One way to match a checkpoint: its names for the encoder's entries."""
 
     place: str
     prefix: str
@@ -175,11 +175,11 @@ class _Fit:
 
     @property
     def score(self) -> int:
-        """How many weights fit; counters, which some programs leave out, are none."""
+        """Number of weights that fit, without counters, which some programs leave out."""
         return sum(weight.is_floating_point() for weight in self.weights.values())
 
     def first(self, name: str) -> str:
-        """The part of the network that an entry of the file is of, such as `layer1.`."""
+        """The part of the network that a file's entry belongs to, such as `layer1.`."""
         part, dot, _ = name.removeprefix(self.prefix).partition(".")
         return part + dot
 
@@ -198,7 +198,7 @@ class _Fit:
 
 
 def _shaped(weight: Tensor, shape: torch.Size) -> Tensor | None:
-    """The weight in that shape, or None; a grey image is an RGB one of three equal channels."""
+    """Return the weight in that shape, or None; grey counts as RGB with three equal channels."""
     if weight.shape == shape:
         return weight
     if len(shape) == 4 and weight.shape == (shape[0], 3, *shape[2:]) and shape[1] == 1:
@@ -207,11 +207,11 @@ def _shaped(weight: Tensor, shape: torch.Size) -> Tensor | None:
 
 
 def _states(held: object, place: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
-    """Every state dict in a checkpoint, and where it is."""
+    """Yield every state dict in a checkpoint, with its place."""
     if not isinstance(held, Mapping) or depth > _DEPTH:
         return
     items = [(name, value) for name, value in held.items() if isinstance(name, str)]
-    # Compiled modules have a part of this name, at any depth.
+    # Compiled modules have this part in their names, at any depth.
     found = {name.replace("_orig_mod.", ""): v for name, v in items if _plain(v)}
     if found:
         yield place, found
@@ -220,7 +220,7 @@ def _states(held: object, place: str = "", depth: int = 0) -> Iterator[tuple[str
 
 
 def _plain(value: object) -> TypeGuard[Tensor]:
-    """Whether it is a tensor of numbers that another can be filled with."""
+    """Whether a value is a tensor of numbers that can be copied into another."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -229,7 +229,7 @@ def _plain(value: object) -> TypeGuard[Tensor]:
 
 
 def _renamings(encoder: nn.Module) -> Iterator[Callable[[str], str]]:
-    """What an entry of the encoder may be called elsewhere."""
+    """Yield the ways in which other projects rename the encoder's entries."""
     children = dict(encoder.named_children())
     holding = [name for name, child in children.items() if child.state_dict()]
     for numbered in ({}, _numbers(list(children)), _numbers(holding)):
@@ -252,7 +252,7 @@ class _Renaming:
 
 
 def _prefixes(state: State, anchor: str) -> Iterator[str]:
-    """What stands before the name of the encoder's first entry, wherever that name is."""
+    """Yield every prefix before the name of the encoder's first entry."""
     for name in state:
         if name == anchor or name.endswith(f".{anchor}"):
             yield name.removesuffix(anchor)

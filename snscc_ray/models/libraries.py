@@ -1,6 +1,6 @@
-"""Encoders of other libraries, as `LIBRARY:MODEL`, and the weights that these offer for them.
+"""Encoders of other libraries, named `LIBRARY:MODEL`, and the libraries' weights for them.
 
-A library is a class here, a line in `LIBRARIES`, and its name in `config.settings.LIBRARIES`.
+To add one, write a class here and list it in `LIBRARIES` here and in `config.settings`.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from snscc_ray.config.errors import UserError
 
 
 class Library(Protocol):
-    """What a library of models is asked for. Every `model` is one that it has."""
+    """Interface to a library of models. `model` is always one that the library has."""
 
     def models(self) -> list[str]:
-        """The names of its models for images."""
+        """Names of the library's image models."""
         ...
 
     def has(self, model: str) -> bool: ...
 
     def build(self, model: str, channels: int) -> nn.Module:
-        """The model with random weights, without its classifier; `out_features` is its width.
+        """Build the model with random weights, without its classifier; `out_features` is its width.
 
-        Raises UserError for a model that ends in no linear classifier.
+        Raises UserError if the model has no linear classifier at its end.
         """
         ...
 
     def weights_name(self, model: str) -> str | None:
-        """What the library calls its weights for the model; None: it offers none."""
+        """The library's name for its weights of the model, or None if it has none."""
         ...
 
     def weights(self, model: str) -> dict[str, Tensor]:
-        """The weights themselves, downloaded unless they have been."""
+        """Return the weights; download them if they are not there yet."""
         ...
 
     def like_weights(self, model: str) -> dict[str, Tensor]:
-        """Tensors with the names and shapes of the weights, without a download."""
+        """Return tensors with the weights' names and shapes, without a download."""
         ...
 
 
@@ -75,7 +75,7 @@ class Torchvision:
         return dict(self._library().get_model(model, weights=None).state_dict())
 
     def _library(self) -> Any:
-        # Imported here: it takes a second, and the small ConvNet needs none of it.
+        # Imported here because it takes a second and ConvNet does not need it.
         from torchvision import models
 
         return models
@@ -90,7 +90,7 @@ class Timm:
 
     def build(self, model: str, channels: int) -> nn.Module:
         net = self._library().create_model(model, num_classes=0, in_chans=channels)
-        # What comes out may be wider than the last feature map.
+        # The output may be wider than the last feature map.
         net.out_features = getattr(net, "head_hidden_size", None) or net.num_features
         return cast(nn.Module, net)
 
@@ -118,18 +118,18 @@ LIBRARIES: dict[str, Library] = {"torchvision": Torchvision(), "timm": Timm()}
 
 
 def build(name: str, channels: int) -> nn.Module:
-    """`LIBRARY:MODEL` with random weights and without its classifier.
+    """Build `LIBRARY:MODEL` with random weights and without its classifier.
 
-    Raises UserError for a model that is not there, or that ends in no linear classifier.
+    Raises UserError if the library lacks the model, or it has no linear classifier at its end.
     """
     library, model = split(name)
     return library.build(model, channels)
 
 
 def split(name: str) -> tuple[Library, str]:
-    """Library and model of `LIBRARY:MODEL`, or of a ResNet by its bare name.
+    """Return the library and model of `LIBRARY:MODEL`, or of a ResNet by its bare name.
 
-    Raises UserError naming the models that are nearest to one that is not there.
+    Raises UserError for an unknown model, with the names nearest to it.
     """
     kind, colon, model = name.partition(":")
     if not colon:
@@ -145,7 +145,7 @@ def split(name: str) -> tuple[Library, str]:
 
 
 def default_name(name: str) -> str:
-    """What the library calls the weights that it offers. Raises UserError if it offers none."""
+    """Return the library's name for its weights. Raises UserError if it has none."""
     library, model = split(name)
     found = library.weights_name(model)
     if found is None:
@@ -154,11 +154,11 @@ def default_name(name: str) -> str:
 
 
 def default_state(name: str) -> dict[str, Tensor]:
-    """The weights themselves, downloaded unless they have been. Raises UserError if they cannot."""
+    """Return the weights, downloaded if needed. Raises UserError if the download fails."""
     library, model = split(name)
     try:
         return library.weights(model)
-    except Exception as error:  # what a client raises for want of a network is open-ended
+    except Exception as error:  # a client without a network may raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"encoder.weights=default: {default_name(name)} could not be downloaded ({reason}); "
@@ -167,13 +167,13 @@ def default_state(name: str) -> dict[str, Tensor]:
 
 
 def like_default(name: str) -> dict[str, Tensor]:
-    """Names and shapes of the default weights, without a download."""
+    """Return tensors with the default weights' names and shapes, without a download."""
     library, model = split(name)
     return library.like_weights(model)
 
 
 def _take_channels(net: nn.Module, channels: int) -> None:
-    """Put a stem for so many channels in the place of that for RGB."""
+    """Replace the RGB stem by one for `channels` channels."""
     place, stem = next(
         (place, part) for place, part in net.named_modules() if isinstance(part, nn.Conv2d)
     )

@@ -1,4 +1,4 @@
-"""`encoder.weights`: what it names, and how it comes into an encoder."""
+"""Load `encoder.weights` into an encoder."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _ENDINGS = (".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors")
 
 
 def encoder_settings(text: str) -> EncoderSettings:
-    """What a person calls an encoder: `resnet18`, `torchvision:NAME`, `timm:NAME`, or a checkpoint.
+    """Parse a user's name for an encoder: `resnet18`, `torchvision:NAME`, `timm:NAME` or a file.
 
-    A library's model comes with the library's weights, and a checkpoint says by its shapes which
-    of the built-in encoders it is of. Raises UserError, naming the encoders of similar names.
+    A library's model gets the library's weights. A checkpoint's shapes tell which built-in encoder
+    it belongs to. Raises UserError; for an unknown name it lists similar ones.
     """
     if text in BUILT_IN:
         return EncoderSettings(name=text)
@@ -54,16 +54,16 @@ def encoder_settings(text: str) -> EncoderSettings:
 
 
 def start_encoder(settings: EncoderSettings, encoder: nn.Module) -> Imported:
-    """Give a new encoder the weights that `settings` names. Raises UserError."""
+    """Load the weights that `settings` names into a new encoder. Raises UserError."""
     found = _fitting(settings, _held(settings), encoder)
     encoder.load_state_dict(found.weights, strict=False)
     return found
 
 
 def check_encoder(recipe: Recipe, world_size: int) -> None:
-    """Refuse an encoder that cannot be built, cannot take the images, or does not fit its weights.
+    """Check that the encoder can be built, takes the images and fits its weights.
 
-    Raises UserError, before anything is written. Default weights are not downloaded for it.
+    Raises UserError before anything is written. Default weights are not downloaded.
     """
     settings, data = recipe.encoder, recipe.data
     if settings.name in BUILT_IN and settings.weights is None:
@@ -82,7 +82,7 @@ def check_encoder(recipe: Recipe, world_size: int) -> None:
 
 
 def weights_identity(settings: EncoderSettings) -> str:
-    """What the weights are, wherever they lie. Raises UserError when they cannot be read."""
+    """Identify the weights, wherever they are stored. Raises UserError if they cannot be read."""
     assert settings.weights is not None
     if settings.weights == "default":
         return libraries.default_name(settings.name)
@@ -136,12 +136,12 @@ def _remedy(settings: EncoderSettings, held: Any) -> str:
 
 
 def _try(name: str, encoder: nn.Module, data: DataSettings) -> None:
-    """Two images through the encoder as in training. Raises UserError if it does not take them."""
+    """Run two images through the encoder in training mode. Raises UserError if that fails."""
     size = f"{data.image_size}×{data.image_size}"
     try:
         with torch.no_grad():
             h_BD = encoder.train()(torch.zeros(2, data.channels, data.image_size, data.image_size))
-    except Exception as error:  # each architecture has its own way to object
+    except Exception as error:  # each architecture raises its own error
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"encoder.name={name} does not take images of {size} ({reason}); use the size it is "

@@ -1,4 +1,4 @@
-"""What every stage is given, and the clean pass over the whole set."""
+"""The input of every stage, the clean pass over the dataset, and the interface of a stage."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from snscc_ray.data.loading.resident import Batch, Images, Viewer
 
 Network = TypeVar("Network", bound=nn.Module)
 
-# Rows of a clean pass at a time: large enough for speed, and nothing is kept for a backward pass.
+# Batch size of a clean pass: large for speed, as nothing is kept for a backward pass.
 _PASS_ROWS = 1024
-# At least, on a CPU: a smaller batch takes other kernels there.
+# Smallest batch size of a clean pass on a CPU, where smaller batches use other kernels.
 _LEAST_ROWS = 8
 
 
 @dataclass(frozen=True)
 class Context:
-    """The recipe, the data and the machine; labels are for measuring only."""
+    """Recipe, data and device of a stage; labels are for measuring only."""
 
     recipe: Recipe
     data: Images
@@ -38,7 +38,7 @@ class Context:
         return rng.fold(self.recipe.seed, *parts)
 
     def to_device(self, network: Network) -> Network:
-        """The network on the device, laid out for convolutions, its batch norms synchronised."""
+        """Move the network to the device, in channels_last, with synchronised batch norms."""
         network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         distributed.synchronise_batch_norm(network)
         return network
@@ -53,14 +53,14 @@ class Context:
 
     @contextmanager
     def float32_as_asked(self) -> Iterator[None]:
-        """With precision float32, GPU convolutions and products in full float32.
+        """With precision float32, run GPU convolutions and products in full float32.
 
         By default cuDNN rounds the factors of float32 convolutions to TF32 (10 bits).
         """
         if self.mixed or self.device.type != "cuda":
             yield
             return
-        # torch's type stubs do not know `conv` yet.
+        # torch's type stubs lack `conv` so far.
         settings: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
         former = [setting.fp32_precision for setting in settings]
         for setting in settings:
@@ -75,14 +75,14 @@ class Context:
     def clean_pass(
         self, network: nn.Module, output: Callable[[Tensor], Tensor], rows: int | None = None
     ) -> Tensor:
-        """`output` of every clean image in row order, (N, ...) float32, in eval mode.
+        """Return `output` of every clean image in row order, (N, ...) float32, in eval mode.
 
-        Each worker computes its share of the rows; all of them get the whole. An image gets the
-        same output in whatever batch it comes. rows: only the first so many.
+        Each worker computes its share of the rows; all workers get all rows. An image gets the
+        same output in any batch. rows: use only this many rows, from the first.
         """
         total = len(self.data) if rows is None else min(rows, len(self.data))
         first, last = distributed.own_share(total)
-        # GPU kernels are chosen by the batch size, and with them the last bits.
+        # On a GPU the batch size selects the kernels, and so affects the last bits.
         size = _PASS_ROWS if self.device.type == "cuda" else _LEAST_ROWS
         network.eval()
         with self.autocast(), self.float32_as_asked():
@@ -96,7 +96,7 @@ class Context:
     def measure(
         self, clusters_N: Tensor, neighbors_NK: Tensor, confidence_N: Tensor | None = None
     ) -> dict[str, float]:
-        """Health of an assignment and, where there are labels, its oracle figures."""
+        """Return an assignment's health figures and, if there are labels, its oracle figures."""
         figures = metrics.health(
             clusters_N,
             neighbors_NK,
@@ -110,14 +110,14 @@ class Context:
 
 
 def _filled_up(output: Callable[[Tensor], Tensor], x_BCHW: Tensor, size: int) -> Tensor:
-    """`output` of a batch, which is filled up to at least `size` rows by repeating its own."""
+    """Return `output` of a batch, which is padded to at least `size` rows by repeating its rows."""
     B = len(x_BCHW)
     copies = -(-size // B)
     return output(x_BCHW if copies == 1 else x_BCHW.repeat(copies, 1, 1, 1)[:size])[:B]
 
 
 class Stage(Protocol):
-    """What the engine asks of a stage. The loop, the optimiser and the checkpoints are its own."""
+    """Interface of a stage. The engine owns the loop, the optimiser and the checkpoints."""
 
     name: StageName
 
@@ -128,7 +128,7 @@ class Stage(Protocol):
     def network(self) -> nn.Module: ...
 
     def viewer(self, epoch: int) -> Viewer:
-        """What makes the views that the steps of an epoch look at."""
+        """Return the function that makes an epoch's views."""
         ...
 
     def begin_epoch(self, epoch: int) -> None: ...
@@ -136,21 +136,21 @@ class Stage(Protocol):
     def step(
         self, forward: nn.Module, views: tuple[Tensor, ...], batch: Batch
     ) -> dict[str, Tensor]:
-        """Named loss terms whose sum is the objective; `forward` is the network, wrapped."""
+        """Return named loss terms whose sum is the objective; `forward` is the wrapped network."""
         ...
 
     def after_step(self) -> None: ...
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        """Health, and oracle figures where there are labels."""
+        """Return health figures and, if there are labels, oracle figures."""
         ...
 
     def finish(self) -> dict[str, float]:
-        """Bring the network to its final form after the last epoch; the stage's final figures."""
+        """Finalise the network after the last epoch, and return the stage's final figures."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides the network."""
+        """Return what a checkpoint must hold besides the network."""
         ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...

@@ -1,8 +1,8 @@
 """The only training loop: precision, optimiser, schedule, logging, checkpoints, resume.
 
-A stage computes what one step is; everything else happens here. Random draws are keyed by
-(seed, stage, epoch, row), so a run that was stopped anywhere and resumed has the weights of one
-that was not.
+A stage defines one step; everything else happens here. Random draws are keyed by (seed, stage,
+epoch, row), so a run that was stopped anywhere and resumed gets the weights of an uninterrupted
+run.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from snscc_ray.training.context import Context, Stage
 from snscc_ray.training.schedules import build_optimizer, learning_rate
 from snscc_ray.training.workers import Worker
 
-# Several processes compare clocks only so often: each time they wait for one another.
+# Several processes compare clocks only every so many steps, as each time they wait for one another.
 _AGREE_STEPS = 10
 
 
 class Monitor(Protocol):
-    """Where a stage's progress is shown and kept."""
+    """Interface that shows and records a stage's progress."""
 
     def start(self, stage: str, epochs: int, steps: int, done: int) -> None: ...
 
@@ -45,7 +45,7 @@ class Monitor(Protocol):
 
 
 class Interrupted(Exception):
-    """The person, or the machine, asked to stop; a checkpoint has been written."""
+    """The user or the machine asked to stop; a checkpoint has been written."""
 
 
 def fit(stage: Stage, context: Context, worker: Worker, monitor: Monitor, identity: str) -> None:
@@ -72,7 +72,7 @@ class _Loop:
         self.forward: nn.Module = stage.network
         self.epoch = 0
         self.step = 0
-        # Sums over the epoch's steps, kept on the device: nothing waits for it inside an epoch.
+        # Sums over the epoch's steps, kept on the device so that no step waits for it.
         self.totals: dict[str, Tensor] = {}
         self.warned: set[str] = set()
         self.saved_at = time.monotonic()
@@ -89,8 +89,8 @@ class _Loop:
             _set_rng_state(saved["rng"])
         self.forward = distributed.wrap(self.stage.network)
         if self.context.recipe.runtime.compile:
-            # The network itself stays what it is, and so do the names in its checkpoints. A stage
-            # has batches of two sizes at most: better two fixed graphs than one for any size.
+            # The network itself is unchanged, and so are the names in its checkpoints. A stage has
+            # at most two batch sizes: two fixed graphs are better than one for any size.
             self.forward = cast(nn.Module, torch.compile(self.forward, dynamic=False))
 
     def run(self, stopped: threading.Event) -> None:
@@ -104,7 +104,7 @@ class _Loop:
                 self.stage.begin_epoch(self.epoch)
             self._train_epoch(stopped)
             figures = self._means()
-            # Reading the means waits for the device; before that only the launches were timed.
+            # Take the time after reading the means, which waits for the device.
             seconds = time.monotonic() - began
             figures |= self.stage.end_epoch(self.epoch)
             figures["learning_rate"] = learning_rate(self.settings, self.epoch + 1)
@@ -114,13 +114,13 @@ class _Loop:
             self.monitor.epoch(name, self.epoch, figures)
             self._warn(figures)
             self.epoch, self.step, self.totals = self.epoch + 1, 0, {}
-            # Of several processes none may leave alone: they agree at the end of an epoch.
+            # No process may stop alone, so they agree at the end of an epoch.
             stop = distributed.any_process(stopped.is_set())
-            # The last epoch is always saved: what follows it (mining, say) may take long.
+            # Always save after the last epoch, as what follows (mining, for example) may take long.
             self._checkpoint(figures, due=self.epoch == last_epoch, stop=stop)
 
     def _warn(self, figures: dict[str, float]) -> None:
-        """Say what is wrong once per stage, not once per epoch."""
+        """Report each warning once per stage, not once per epoch."""
         for name, message in warnings(figures, self.context.recipe.data.num_clusters).items():
             if name not in self.warned:
                 self.monitor.warn(self.stage.name, self.epoch, f"{name}: {message}")
@@ -164,7 +164,7 @@ class _Loop:
             self.totals[name] = self.totals[name] + term if name in self.totals else term
 
     def _means(self) -> dict[str, float]:
-        """Mean of each loss term over the epoch. Raises TrainingError when one is not finite."""
+        """Return each loss term's mean over the epoch. Raises TrainingError if not finite."""
         names = list(self.totals)
         values = torch.stack(list(self.totals.values())).double().cpu() / self.steps
         broken = [name for name, value in zip(names, values, strict=True) if not value.isfinite()]
@@ -179,13 +179,13 @@ class _Loop:
         return {f"loss/{name}": float(value) for name, value in zip(names, values, strict=True)}
 
     def _checkpoint(self, figures: dict[str, float], *, due: bool, stop: bool) -> None:
-        """Save where it is due or time; where asked to stop, save and raise Interrupted."""
+        """Save a checkpoint if one is due; with `stop`, save and raise Interrupted."""
         every = self.context.recipe.runtime.checkpoint_steps
         position = self.epoch * self.steps + self.step
         if not (due or stop or (every and position % every == 0) or self._late()):
             return
         if self.totals:
-            self._means()  # a checkpoint of NaN weights would bury the last good one
+            self._means()  # a checkpoint with NaN weights would replace the last good one
         state = self._state() if self.worker.rank == 0 else None
         self.worker.report(self.stage.name, figures, state)
         self.saved_at = time.monotonic()
@@ -193,11 +193,11 @@ class _Loop:
             raise Interrupted
 
     def _late(self) -> bool:
-        """Whether it is long since the last checkpoint; the same answer on every process."""
+        """Whether the last checkpoint is too old; the same answer on every process."""
         late = time.monotonic() - self.saved_at >= self.context.recipe.runtime.checkpoint_seconds
         if self.worker.world_size == 1:
             return late
-        # Clocks differ, and reporting takes all of them: they agree, now and then.
+        # Clocks differ, but all processes must report together, so they agree now and then.
         return self.step % _AGREE_STEPS == 0 and distributed.any_process(late)
 
     def _state(self) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class _Loop:
 
 
 def _rng_state() -> dict[str, Tensor]:
-    """Nothing of ours draws from these generators; an encoder with dropout would."""
+    """Our code does not draw from these generators, but an encoder with dropout would."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the position, so that resuming needs no state."""
+"""Optimisers, and learning rates as pure functions of position: resuming needs no state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from snscc_ray.config.settings import StageSettings
 
 
 def learning_rate(settings: StageSettings, position: float) -> float:
-    """The rate at `position` epochs (a fraction within an epoch counts) into the stage."""
+    """Learning rate at `position`, in epochs since the start of the stage; may be fractional."""
     warmup = min(settings.warmup_epochs, settings.epochs)
     if position < warmup:
         return settings.learning_rate * position / warmup
@@ -25,7 +25,7 @@ def learning_rate(settings: StageSettings, position: float) -> float:
 
 
 def build_optimizer(settings: StageSettings, network: nn.Module) -> torch.optim.Optimizer:
-    """Fused: one kernel for all weights, on GPUs and on CPUs."""
+    """Build the optimiser, fused: one kernel for all weights, on GPUs and CPUs."""
     weights = list(network.parameters())
     if settings.optimizer == "sgd":
         return torch.optim.SGD(

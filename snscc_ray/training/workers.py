@@ -1,6 +1,6 @@
-"""The Worker the engine talks to: who it is among how many, and where checkpoints go.
+"""The engine's worker interface: rank, world size, and where checkpoints go.
 
-`LocalWorker` is this process and a folder; started under torchrun it is one of several processes.
+`LocalWorker` is this process with a folder; under torchrun it is one of several processes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class Worker(Protocol):
     def report(
         self, stage: str, metrics: dict[str, Any], checkpoint: dict[str, Any] | None
     ) -> None:
-        """Publish a stage's metrics so far, with a checkpoint where one is due."""
+        """Publish a stage's metrics so far, with a checkpoint if one is due."""
         ...
 
     def latest_checkpoint(self, stage: str) -> dict[str, Any] | None:
-        """The stage's last reported checkpoint, on this worker's device."""
+        """Return the stage's last reported checkpoint, on this worker's device."""
         ...
 
 
 class LocalWorker:
-    """Checkpoints in `folder/STAGE/latest.pt`."""
+    """A worker with its checkpoints in `folder/STAGE/latest.pt`."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ class LocalWorker:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU where there is one. Raises UserError for a GPU that is not there."""
+    """Return the device; `auto` is a GPU if there is one. Raises UserError if `cuda` has no GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "device cuda: torch sees no GPU here; use cpu (--device, or runtime.device of a recipe)"
@@ -64,7 +64,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def join_group(device: torch.device) -> None:
-    """Under torchrun, join the other processes (NCCL on GPUs, gloo on CPUs)."""
+    """Under torchrun, join the process group (NCCL on GPUs, gloo on CPUs)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -1,6 +1,6 @@
-"""k-means, the same for the same seed: it starts prototypes and is the baseline.
+"""k-means, repeatable by its seed: it initialises prototypes and is the baseline.
 
-Rows on a GPU are grouped there, all starts at once; rows on a CPU by scikit-learn.
+Rows on a GPU are clustered there, all starts at once; rows on a CPU by scikit-learn.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from snscc_ray.core import rng
 
-# Above this many numbers Lloyd's ten starts take minutes; mini-batches find centres as good.
+# Above this many numbers Lloyd's ten starts take minutes; mini-batches find equally good centres.
 _FULL_SIZE = 5_000_000
-# On a GPU: as scikit-learn has them.
+# On a GPU: scikit-learn's values.
 _MOST_ITERATIONS, _TOLERANCE = 300, 1e-4
-# Distances that are in memory at a time.
+# Number of distances in memory at a time.
 _TILE = 2**26
 
 
 def kmeans(rows_ND: Tensor, clusters: int, seed: int, starts: int = 10) -> tuple[Tensor, Tensor]:
-    """(centres (C, D) float32, assignment (N,) int64), both on the CPU; best of the starts."""
+    """Return centres (C, D) float32 and assignment (N,) int64 of the best start, on the CPU."""
     if rows_ND.is_cuda:
         centres_CD, assignment_N = lloyd(rows_ND.detach().float(), clusters, seed, starts)
         return centres_CD.cpu(), assignment_N.cpu()
@@ -33,10 +33,10 @@ def kmeans(rows_ND: Tensor, clusters: int, seed: int, starts: int = 10) -> tuple
         model = KMeans(clusters, n_init=starts, random_state=seed % 2**32)
     else:
         model = MiniBatchKMeans(clusters, n_init=starts, batch_size=4096, random_state=seed % 2**32)
-    # On several threads scikit-learn adds partial sums in the order they finish: the last bits
-    # would differ from run to run, and a resumed run from an uninterrupted one.
+    # On several threads scikit-learn adds partial sums in the order they finish. The last bits
+    # would differ between runs, and between a resumed and an uninterrupted run.
     with threadpool_limits(1), warnings.catch_warnings():
-        # Of images that are the same; that is said of the images, see `imageset`.
+        # The warning concerns identical images, which `imageset` already reports.
         warnings.simplefilter("ignore", ConvergenceWarning)
         assignment = model.fit_predict(rows)
     centres = torch.from_numpy(model.cluster_centers_).float()
@@ -48,8 +48,8 @@ def lloyd(rows_ND: Tensor, clusters: int, seed: int, starts: int) -> tuple[Tenso
     """Lloyd's iterations from k-means++ seeds (Arthur & Vassilvitskii, SODA 2007), for a GPU.
 
     All starts advance together, as one product of the rows with all their centres. Sums over rows
-    are products with one-hot rows: adding row by row would sum in no fixed order there. A cluster
-    that loses all its rows starts again at the row farthest from its centre.
+    are products with one-hot rows, because adding row by row has no fixed order on a GPU. A cluster
+    that loses all its rows restarts at the row farthest from its centre.
     Returns the centres (C, D) and the assignment (N,) of the best start, on the rows' device.
     """
     mean_D = rows_ND.mean(0)
@@ -68,7 +68,7 @@ def lloyd(rows_ND: Tensor, clusters: int, seed: int, starts: int) -> tuple[Tenso
 
 
 def _plus_plus(rows_ND: Tensor, clusters: int, seed: int, starts: int) -> Tensor:
-    """Seeds (S, C, D): each the best of several rows drawn by their squared distance."""
+    """Return seeds (S, C, D), each the best of several rows drawn by their squared distance."""
     tries = 2 + clusters.bit_length()
     numbers_N = torch.arange(len(rows_ND), device=rows_ND.device)
     square_N = rows_ND.square().sum(1)
@@ -76,10 +76,10 @@ def _plus_plus(rows_ND: Tensor, clusters: int, seed: int, starts: int) -> Tensor
     chosen_SC = first_S[:, None]
     nearest_NS = _distances(rows_ND, square_N, rows_ND[first_S])
     for place in range(1, clusters):
-        # The smallest of exponential variables with these rates falls on a row by its share.
+        # Of exponential variables, each is the smallest with probability proportional to its rate.
         draws = rng.uniform(numbers_N, rng.fold(seed, place), starts * tries)
         waits_NST = -torch.log1p(-draws).view(-1, starts, tries) / nearest_NS[:, :, None]
-        drawn_ST = waits_NST.nan_to_num(nan=torch.inf).argmin(0)  # 0 / 0: a seed already
+        drawn_ST = waits_NST.nan_to_num(nan=torch.inf).argmin(0)  # 0 / 0: already a seed
         distances = _distances(rows_ND, square_N, rows_ND[drawn_ST.flatten()])
         left_NST = torch.minimum(distances.view(-1, starts, tries), nearest_NS[:, :, None])
         best_S1 = left_NST.sum(0).argmin(1, keepdim=True)
@@ -89,8 +89,8 @@ def _plus_plus(rows_ND: Tensor, clusters: int, seed: int, starts: int) -> Tensor
 
 
 def _step(rows_ND: Tensor, centres_SCD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The means of the rows nearest to each centre (S, C, D), which centre that is (N, S), and
-    the sum of squared distances (S,)."""
+    """One Lloyd step: each cluster's mean (S, C, D), each row's nearest centre (N, S), and the
+    sum of squared distances (S,)."""
     S, C, D = centres_SCD.shape
     sums_SCD = torch.zeros_like(centres_SCD)
     counts_SC = centres_SCD.new_zeros(S, C)

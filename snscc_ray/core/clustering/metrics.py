@@ -1,4 +1,4 @@
-"""Two kinds of figures: `oracle/` needs labels and only measures; `health/` needs none."""
+"""Two kinds of metrics: `oracle/` needs labels and only measures; `health/` needs no labels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from snscc_ray.core.clustering.imbalance import enough_entropy
 
-# A fixed number, whatever K a recipe trains with, so that runs compare.
+# Independent of a recipe's K, so that runs can be compared.
 HEALTH_NEIGHBORS = 10
-# What Wu et al. and those after them measure features with (they vote with 200 on ImageNet).
+# The values of Wu et al. and later papers (which use 200 neighbours on ImageNet).
 KNN_NEIGHBORS, KNN_TEMPERATURE = 20, 0.07
-# A fixed number as well, whatever γ is: Train, whose figure this also is, knows no γ.
+# Independent of γ, as Train reports this figure too and has no γ.
 CONFIDENT = 0.99
-# Networks that learn have stayed above .4 from their first epoch on.
+# Networks that learned stayed above .4 from their first epoch on.
 _COLLAPSED_SPREAD = 0.05
 
 
@@ -35,11 +35,11 @@ def oracle(labels_N: Tensor, clusters_N: Tensor) -> dict[str, float]:
 
 
 def knn_accuracy(labels_N: Tensor, neighbors_NK: Tensor, distances_NK: Tensor) -> float:
-    """Share of rows whose nearest other rows name their label: leave-one-out over the whole set.
+    """Leave-one-out k-NN accuracy over the whole dataset.
 
     Up to 20 neighbours of L2-normalised features vote with weight exp(cosine / 0.07) (Wu et al.,
     "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018).
-    `distances_NK` are Euclidean: cosine = 1 - d² / 2. Of labels with equal votes the lowest wins.
+    `distances_NK` are Euclidean: cosine = 1 - d² / 2. On equal votes the lowest label wins.
     """
     nearest_NK = neighbors_NK[:, :KNN_NEIGHBORS].long()
     cosine_NK = 1 - distances_NK[:, :KNN_NEIGHBORS].double().square() / 2
@@ -50,9 +50,9 @@ def knn_accuracy(labels_N: Tensor, neighbors_NK: Tensor, distances_NK: Tensor) -
 
 
 def confusion(labels_N: Tensor, clusters_N: Tensor) -> tuple[np.ndarray, list[int | None]]:
-    """Images of each label (rows) in each cluster, and the cluster that is matched to each label.
+    """Count the images of each label (rows) in each cluster, and match a cluster to each label.
 
-    The match is that of `oracle`'s ACC; where there are fewer clusters than labels some have None.
+    The match is that of `oracle`'s ACC; with fewer clusters than labels, some labels have None.
     """
     labels, clusters = int(labels_N.max()) + 1, int(clusters_N.max()) + 1
     counts = _contingency(labels_N, clusters_N).T[:labels, :clusters]
@@ -68,13 +68,13 @@ def _contingency(labels_N: Tensor, clusters_N: Tensor) -> np.ndarray:
 
 
 def balance(clusters_N: Tensor, num_clusters: int) -> float:
-    """Entropy of the cluster sizes over its largest value: 1 = equal sizes, 0 = one cluster."""
+    """Entropy of the cluster sizes over its maximum: 1 = equal sizes, 0 = one cluster."""
     share = torch.bincount(clusters_N, minlength=num_clusters).double() / len(clusters_N)
     return float(torch.special.entr(share).sum() / math.log(num_clusters))
 
 
 def neighbor_agreement(clusters_N: Tensor, neighbors_NK: Tensor) -> float:
-    """Share of the nearest pretext neighbours that stand in the row's own cluster."""
+    """Share of the nearest pretext neighbours that are in the row's own cluster."""
     nearest = neighbors_NK[:, :HEALTH_NEIGHBORS].long()
     return float((clusters_N[nearest] == clusters_N[:, None]).double().mean())
 
@@ -88,8 +88,8 @@ def health(
 ) -> dict[str, float]:
     """Label-free figures of an assignment.
 
-    `health/score` is neighbour agreement × balance. A product, because a collapsed assignment has
-    agreement 1 and would win any sum; its balance is 0.
+    `health/score` is neighbour agreement × balance. A collapsed assignment has agreement 1 and
+    would win any sum, but its balance is 0.
     """
     sizes = torch.bincount(clusters_N, minlength=num_clusters)
     even = balance(clusters_N, num_clusters)
@@ -109,11 +109,11 @@ def health(
 
 
 def spread(z_BD: Tensor) -> dict[str, float]:
-    """Label-free figures of unit projections: do they still tell images apart?
+    """Label-free figures of unit projections, to see whether they still tell images apart.
 
-    `health/projection_spread` is the length of their standard deviations: 1 where they fill the
-    sphere evenly, 0 where all are one point. `health/effective_rank` is how many directions they
-    use, of min(B, D): exp of the entropy of the singular values (Roy & Vetterli, EUSIPCO 2007;
+    `health/projection_spread` is the norm of their standard deviations: 1 if they fill the sphere
+    evenly, 0 if all are one point. `health/effective_rank` is the number of directions they use,
+    of min(B, D): exp of the entropy of the singular values (Roy & Vetterli, EUSIPCO 2007;
     Garrido et al., "RankMe", ICML 2023).
     """
     z_BD = z_BD.float()
@@ -126,7 +126,7 @@ def spread(z_BD: Tensor) -> dict[str, float]:
 
 
 def warnings(figures: dict[str, float], num_clusters: int) -> dict[str, str]:
-    """Named warnings that an epoch's label-free figures call for."""
+    """Return the warnings, by name, that an epoch's label-free figures call for."""
     found = {}
     used = figures.get("health/clusters_in_use")
     if used is not None and used * 2 < num_clusters:

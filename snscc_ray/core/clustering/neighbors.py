@@ -1,9 +1,9 @@
-"""k nearest rows: of a batch (Eqs. 3 and 6), and of a whole data set (mined neighbours).
+"""k nearest neighbours in a batch (Eqs. 3 and 6) and in a whole dataset (mined neighbours).
 
-Every search has two steps: candidates by a matrix product, which is fast and rounds, then their
-distances again by differences, which is exact: identical rows are at distance 0, and Eq. 2's
-radius is not noise. Nothing here has a gradient. Suffixes as in `snscc_ray.core.losses`; R is the
-number of candidates of a row.
+Every search has two steps. A matrix product finds candidates, fast but rounded. Differences then
+give their distances exactly: identical rows are at distance 0, and Eq. 2's radius is not noise.
+Nothing here has a gradient. Suffixes as in `snscc_ray.core.losses`; R is the number of candidates
+per row.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from snscc_ray.core.checkpoints import AGAIN
 from snscc_ray.core.losses.neighbors import soft_confidence
 from snscc_ray.core.storage import write_whole
 
-# Candidates beyond the k asked for, because the product's rounding may swap close ones.
+# Candidates beyond k, because the product's rounding may swap close ones.
 _SPARE = 8
-# Columns whose minimum stands for them while the smallest are sought (see `_smallest`).
+# Columns per group; `_smallest` compares the groups' minima first.
 _GROUP = 64
 # Scores held at once while mining: 128 MB.
 _SCORES = 2**25
@@ -48,13 +48,13 @@ def batch_neighbors(
     same_rows: bool,
     allowed_BM: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The K nearest rows of `ref` for each row of `z`: (d_BK, idx_BK), nearest first.
+    """Find the K nearest rows of `ref` for each row of `z`: (d_BK, idx_BK), nearest first.
 
-    With `same_rows`, z and ref are the same rows and none is its own neighbour. K is k, or as many
-    as there are. `allowed_BM` (bool) says which pairs may be neighbours; where a row has fewer
-    than K, the rest have d = inf, hence confidence 0, and an index that is valid and means nothing.
-    Ties go to the lower index, unless more than k + 8 rows tie.
-    Raises ValueError if k < 1, or `same_rows` and the sizes differ.
+    With `same_rows`, z and ref are the same rows, and no row is its own neighbour. K is k, or the
+    number of available rows if that is smaller. `allowed_BM` (bool) says which pairs may be
+    neighbours; if a row has fewer than K, the rest have d = inf (confidence 0) and a valid but
+    meaningless index. Ties go to the lower index, unless more than k + 8 rows tie.
+    Raises ValueError if k < 1, or if the sizes differ with `same_rows`.
     """
     B, M = len(z_BD), len(ref_MD)
     if same_rows and B != M:
@@ -73,7 +73,7 @@ def batch_neighbors(
 
 
 def local_radius(d_BK: Tensor) -> Tensor:
-    """Def. 1: r_B, the distance to the nearest neighbour; inf for a row that has none."""
+    """Def. 1: r_B, the distance to the nearest neighbour; inf for a row without neighbours."""
     if d_BK.shape[1] == 0:
         return d_BK.new_full((len(d_BK),), torch.inf)
     return d_BK.amin(dim=1)
@@ -96,16 +96,16 @@ def knn(
     backend: Literal["auto", "faiss", "torch"] = "auto",
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest rows of the set: (d_NK float32, idx_NK int64), nearest first, on its device.
+    """Find the k nearest rows of the dataset: (d_NK float32, idx_NK int64), nearest first.
 
-    For each row of `queries`, or of the set itself (or of its `rows` first..last), no row then
-    being its own neighbour (its duplicates may be). Works in float32, through `chunk` queries at
-    a time (None: up to 1,024, as 128 MB of scores allow), never on a matrix of N × N. `faiss`
-    searches on the CPU; `auto` is faiss for a set on the CPU if it is installed (faster on idle
-    cores, benchmarks/mining.py), and torch otherwise. Ties go to the lower index, unless more
-    than k + 8 rows tie.
-    Raises ValueError if k < 1 or a row has fewer than k others, or a feature is not finite;
-    ImportError if faiss is asked for and absent.
+    Searches for each row of `queries`, or of the dataset itself (its `rows` first..last); in the
+    second case no row is its own neighbour, but its duplicates may be. Results are on the device
+    of the features. Works in float32 on `chunk` queries at a time (None: up to 1,024, as 128 MB of
+    scores allow), never on an N × N matrix. `faiss` searches on the CPU; `auto` is faiss for a
+    dataset on the CPU if it is installed (faster on idle cores, benchmarks/mining.py), and torch
+    otherwise. Ties go to the lower index, unless more than k + 8 rows tie.
+    Raises ValueError if k < 1, a row has fewer than k others, or a feature is not finite;
+    ImportError if `faiss` is requested but not installed.
     """
     _check_k(k)
     not_self = queries is None
@@ -137,14 +137,14 @@ def knn(
 
 @dataclass(frozen=True, eq=False)
 class MinedNeighbors:
-    """The K nearest rows of each row of a set, with Eq. 2's confidence; tensors on the CPU."""
+    """The K nearest rows of each row of a dataset, with Eq. 2's confidence; tensors on the CPU."""
 
     neighbors_NK: Tensor  # int32, nearest first
     distances_NK: Tensor  # float32
     confidence_NK: Tensor  # float32
 
     def save(self, path: Path) -> None:
-        """Write one Parquet file, whole or not at all: a line per row, three lists of K."""
+        """Write one Parquet file, whole or not at all: per row three lists of length K."""
         N, K = self.neighbors_NK.shape
         lists = [
             pa.FixedSizeListArray.from_arrays(tensor.reshape(-1).numpy(), K)
@@ -155,7 +155,7 @@ class MinedNeighbors:
 
     @classmethod
     def load(cls, path: Path) -> MinedNeighbors:
-        """Read what `save` wrote. Raises UserError if it is missing, cut short or foreign."""
+        """Read a file of `save`. Raises UserError if it is missing, truncated or foreign."""
         try:
             with path.open("rb") as file:
                 table = pq.ParquetFile(file).read()
@@ -184,10 +184,10 @@ def _schema(K: int) -> dict[str, pa.DataType]:
 
 
 def mine(features_ND: Tensor, k: int) -> MinedNeighbors:
-    """The k nearest rows of each row over the whole set, with the local radius (Def. 1, Eq. 2).
+    """Find the k nearest rows of each row in the dataset, with the local radius (Def. 1, Eq. 2).
 
-    Every process holds all features and searches for its share of the rows; all get the whole.
-    Raises ValueError if k < 1 or there are not more than k rows.
+    Every process holds all features and searches for its share of the rows; all get all results.
+    Raises ValueError if k < 1 or there are at most k rows.
     """
     N = len(features_ND)
     found = knn(features_ND, k, rows=distributed.own_share(N))
@@ -202,21 +202,21 @@ def _check_k(k: int) -> None:
 
 
 def _centre(ref_MD: Tensor) -> Tensor:
-    """The mean row: distances do not depend on it, the rounding of the product does."""
+    """The mean row; subtracting it leaves distances unchanged and affects only rounding."""
     return ref_MD.sum(dim=0) / max(len(ref_MD), 1)
 
 
 def _scores(z_BD: Tensor, ref_MD: Tensor, square_M: Tensor, out: Tensor | None = None) -> Tensor:
-    """‖ref‖² - 2 <z, ref>, (B, M): orders each row as the distance does. In the dtype given."""
+    """‖ref‖² - 2 <z, ref>, (B, M), in the inputs' dtype: orders each row as the distance does."""
     with torch.autocast(z_BD.device.type, enabled=False):
         return torch.addmm(square_M, z_BD, ref_MD.T, alpha=-2, out=out)
 
 
 def _smallest(score_BM: Tensor, R: int) -> Tensor:
-    """Indices (B, R) of the R smallest of each row, in no order.
+    """Return the indices (B, R) of the R smallest scores of each row, unordered.
 
-    The R smallest lie in the R groups of columns with the smallest minima (or in the rest that
-    makes no whole group), and a minimum is several times cheaper than a search.
+    The R smallest lie in the R groups of columns with the smallest minima, or in the columns left
+    over from the groups. A minimum is several times cheaper than a search.
     """
     B, M = score_BM.shape
     groups = M // _GROUP
@@ -231,7 +231,7 @@ def _smallest(score_BM: Tensor, R: int) -> Tensor:
 
 
 def describe_faiss() -> str:
-    """The version of faiss and the GPUs it sees, or why it cannot be used."""
+    """Describe faiss: its version and number of GPUs, or why it cannot be used."""
     try:
         import faiss
     except ImportError as error:
@@ -252,14 +252,14 @@ def _use_faiss(backend: str, device: torch.device) -> bool:
 
 
 def _torch_search(ref_MD: Tensor, R: int, chunk: int) -> Callable[[Tensor], Tensor]:
-    """A function from up to `chunk` rows to R candidates for each, (B, R)."""
+    """Return a function that maps up to `chunk` rows to R candidates each, (B, R)."""
     square_M = ref_MD.square().sum(dim=1)
-    room = ref_MD.new_empty(chunk, len(ref_MD))  # fresh pages for every chunk would cost as much
+    room = ref_MD.new_empty(chunk, len(ref_MD))  # reused: new pages per chunk cost as much again
     return lambda z_BD: _smallest(_scores(z_BD, ref_MD, square_M, room[: len(z_BD)]), R)
 
 
 def _faiss_search(ref_MD: Tensor, R: int) -> Callable[[Tensor], Tensor]:
-    """As `_torch_search`, by faiss on the CPU."""
+    """Like `_torch_search`, by faiss on the CPU."""
     import faiss
 
     ref = ref_MD.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Groups of features that may be of any size."""
+"""Cluster features into clusters of any size."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from snscc_ray.core.clustering import metrics
 from snscc_ray.core.clustering.kmeans import kmeans
 
-# k-means cuts large clusters into pieces of like size: so many pieces per cluster are put
-# together again by average linkage, which does not mind sizes.
+# k-means cuts large clusters into pieces of similar size: it makes this many pieces per cluster,
+# and average linkage, which ignores sizes, merges them again.
 _PIECES = 3
-# One draw of the pieces is as good as another only on average (docs/log.md), so many are made.
+# Draws of the pieces are equally good only on average (docs/log.md), so many are made.
 _TRIED_PIECES, _DRAWS = (3, 4, 6), 10
 
 
 def uneven_clusters(
     features_ND: Tensor, clusters: int, seed: int, pieces: int = _PIECES, starts: int = 10
 ) -> tuple[Tensor, Tensor]:
-    """(centres (C, D), assignment (N,)) of clusters that may be of any size, on the CPU.
+    """Return centres (C, D) and assignment (N,) of clusters of any size, on the CPU.
 
-    They are made of `pieces` k-means clusters each, the best of so many `starts`.
+    Merges `pieces` k-means clusters per cluster, from the best of `starts` starts.
     """
     count = min(pieces * clusters, len(features_ND))
     centres_PD, piece_N = kmeans(features_ND, count, seed, starts)
@@ -30,7 +30,7 @@ def uneven_clusters(
     cluster_N = torch.from_numpy(group_P).long()[piece_N]
     rows_ND = features_ND.detach().cpu().float()
     sums_CD = torch.zeros(clusters, rows_ND.shape[1]).index_add_(0, cluster_N, rows_ND)
-    # A piece, and so a group, may be empty where rows are equal.
+    # If rows are equal, a piece, and so a cluster, may be empty.
     return sums_CD / torch.bincount(cluster_N, minlength=clusters).clamp_min(1)[:, None], cluster_N
 
 
@@ -42,10 +42,10 @@ def uneven_starts(
     count: int,
     seed: int,
 ) -> Tensor:
-    """Centres (count, C, D) of the best of many such groupings.
+    """Return the centres (count, C, D) of the best of many calls of `uneven_clusters`.
 
-    They are judged by the label-free score, twice: as they are, and as they come out where every
-    row goes to the nearest centre, which is how prototypes begin.
+    The label-free score ranks them twice: by their own assignment, and with every row assigned to
+    the nearest centre, which is how prototypes start.
     """
 
     def score(cluster_N: Tensor) -> float:

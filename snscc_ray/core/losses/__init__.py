@@ -1,18 +1,18 @@
 """Every loss of the paper, as pure functions of tensors and floats; lower is better.
 
-The one legend of shape suffixes, used in every name of this package and its tests:
+The shape suffixes of all names in this package and its tests:
 
-    B  rows here (one step's batch, already gathered over workers by the caller)
-    M  rows searched (the batch, its augmented views, a queue, or the set)
+    B  rows of one step's batch (the caller has already gathered them over workers)
+    M  rows searched (the batch, its augmented views, a queue, or the dataset)
     K  neighbours of a row
     C  clusters
     D  features
-    N  rows of the set
+    N  rows of the dataset
 
-A scalar suffix-free name is a float. p, q are cluster probabilities, z features, d distances,
+A scalar without a suffix is a float. p, q are cluster probabilities, z features, d distances,
 r radii, s soft confidences in [0, 1], o agreements <p_i, p_j>, y pseudo-labels (-1: none).
 
-Losses compute in the dtype of their inputs, also where autocast is on. `reduction="mean"` gives a
+Losses compute in the dtype of their inputs, even under autocast. `reduction="mean"` gives a
 scalar, `"none"` one value per row. A degenerate batch (no rows, no neighbours, no labels) gives an
 exact zero with zero gradient, never a NaN.
 """

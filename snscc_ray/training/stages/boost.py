@@ -52,7 +52,7 @@ class Boost:
         )
 
     def begin_epoch(self, epoch: int) -> None:
-        """Select this epoch's pseudo-labels from a clean pass (Eq. 11)."""
+        """Select the epoch's pseudo-labels from a clean pass (Eq. 11)."""
         if self.p_NC is None:
             self.p_NC = probabilities(self.context, self.network)[:, 0]
         if self._start_score is None:
@@ -93,7 +93,7 @@ class Boost:
         pass
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        # Kept for the next epoch's selection: one clean pass serves both.
+        # Keep the clean pass for the next epoch's selection.
         self.p_NC = probabilities(self.context, self.network)[:, 0]
         figures = self._measure()
         if figures["health/score"] > self._best_score:
@@ -101,7 +101,7 @@ class Boost:
         return figures | {"health/selected_share": float((self.labels_N >= 0).double().mean())}
 
     def finish(self) -> dict[str, float]:
-        """Go back to the best state if the label-free score fell further than it may."""
+        """Restore the best weights if the label-free score fell by more than the tolerance."""
         if self.p_NC is None:
             self.p_NC = probabilities(self.context, self.network)[:, 0]
         figures = self._measure()

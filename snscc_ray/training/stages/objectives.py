@@ -1,10 +1,11 @@
-"""The three Train objectives, each one small function over the same loss pieces.
+"""The three Train objectives, each a small function of the same loss terms.
 
-soft      what works: attract-only neighbours, entropy of the mean prediction, mined neighbours.
+soft      works in practice: attract-only neighbours, entropy of the mean prediction, mined
+          neighbours.
 paper     Eqs. 3, 6, 7, 8 and 9 to the letter. Holds agreement near s, so that no row becomes
           confident; summed over K it outweighs the entropy and tends to collapse.
-released  the sum the authors' released code computes: mined neighbours by -log O, one-way column
-          contrast, and a batch-wide pair term whose sign is inverted against the paper.
+released  the objective of the authors' released code: mined neighbours by -log O, one-way column
+          contrast, and a batch-wide pair term with the opposite sign of the paper's.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from snscc_ray.core.losses.instance import matmul
 
 @dataclass(frozen=True)
 class Neighborhood:
-    """Neighbours of a global batch, found once for all heads; no gradients."""
+    """Neighbours in a global batch, found once for all heads; no gradients."""
 
     local_confidence_BK: Tensor
     local_BK: Tensor
@@ -50,7 +51,7 @@ class Neighborhood:
 
 
 def neighborhood(z_BD: Tensor, augmented_BD: Tensor, settings: TrainSettings) -> Neighborhood:
-    """Local neighbours among the originals, global ones among the augmented (own view included)."""
+    """Find local neighbours in the original views, global ones in the augmented (own included)."""
     z_BD, augmented_BD = z_BD.detach(), augmented_BD.detach()
     near_BK, local_BK = batch_neighbors(z_BD, z_BD, settings.num_neighbors, same_rows=True)
     far_BK, global_BK = batch_neighbors(z_BD, augmented_BD, settings.num_neighbors, same_rows=False)
@@ -123,10 +124,10 @@ def released(p: Predictions, near: Neighborhood, settings: TrainSettings) -> dic
 
 
 def _local_and_global(p: Predictions, near: Neighborhood) -> list[tuple[Tensor, Tensor]]:
-    """(agreements, confidences) of the local and of the global neighbours, each (H·B, K).
+    """Return (agreements, confidences) of the local and the global neighbours, each (H·B, K).
 
-    One head's rows stand below another's, so that a mean over rows is the mean over heads. Both
-    kinds come from one product per head: on small batches the calls cost more than the numbers.
+    The heads' rows are stacked, so that a mean over rows is the mean over heads. Both kinds come
+    from one product per head: on small batches the calls cost more than the arithmetic.
     """
     H, B, _ = p.p_HBC.shape
     split = near.local_BK.shape[1]
@@ -142,7 +143,7 @@ def _local_and_global(p: Predictions, near: Neighborhood) -> list[tuple[Tensor, 
 
 
 def _spread(settings: TrainSettings) -> Callable[[Tensor], Tensor]:
-    """Entropy of the mean prediction, of no worth beyond what the allowed imbalance has."""
+    """Return the entropy of the mean prediction, clamped to that of the allowed imbalance."""
 
     def entropy(p_BC: Tensor) -> Tensor:
         enough = enough_entropy(p_BC.shape[1], settings.max_imbalance)
@@ -152,7 +153,7 @@ def _spread(settings: TrainSettings) -> Callable[[Tensor], Tensor]:
 
 
 def _mean(loss: Callable[..., Tensor], *heads: Tensor) -> Tensor:
-    """The mean over heads of a loss of one head's probabilities."""
+    """Return the mean over heads of a loss of one head's probabilities."""
     values = [loss(*parts) for parts in zip(*heads, strict=True)]
     return torch.stack(values).mean()
 
@@ -166,7 +167,7 @@ def _cluster(p: Predictions, settings: TrainSettings) -> Tensor:
 
 
 def _mined(p: Predictions, kind: Literal["linear", "log"]) -> Tensor:
-    """Agreement with one mined neighbour, drawn by confidence: an unbiased `soft_attract`."""
+    """Agreement with one mined neighbour drawn by confidence: an unbiased `soft_attract`."""
     assert p.mined_HBC is not None
     o = (p.p_HBC * p.mined_HBC).sum(2).view(-1, 1)
     return soft_attract(o, torch.ones_like(o), kind)

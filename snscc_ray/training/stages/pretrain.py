@@ -1,4 +1,4 @@
-"""Pretrain: an encoder from two views of each image, by one of the methods of `pretext`."""
+"""Pretrain: train an encoder on two views of each image, by one of the methods in `pretext`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Pretrain:
     name: StageName = "pretrain"
 
     def __init__(self, context: Context, encoder: nn.Module | None = None) -> None:
-        """`encoder` is what is trained further; None: one with random weights."""
+        """`encoder` is trained further; None: start with random weights."""
         self.context = context
         self.settings = context.recipe.pretrain
         data = context.recipe.data
@@ -61,7 +61,7 @@ class Pretrain:
         return {} if self._last is None else metrics.spread(self._last)
 
     def finish(self) -> dict[str, float]:
-        """Mine the neighbours, and measure what k-means and k-NN find in the features."""
+        """Mine the neighbours, and measure k-means and k-NN on the features."""
         context = self.context
         features_ND = pretext_features(context, self.network)
         self.mined = mine(features_ND, context.recipe.pretrain.mined_neighbors)
@@ -77,7 +77,7 @@ class Pretrain:
 def measure_features(
     context: Context, features_ND: Tensor, mined: MinedNeighbors
 ) -> dict[str, float]:
-    """What groupings of the features are like, into the recipe's number of clusters."""
+    """Return metrics of features: k-means clusters, balance of uneven clusters, k-NN accuracy."""
     clusters, key = context.recipe.data.num_clusters, context.key("kmeans")
     even_N, uneven_N = distributed.from_first(
         lambda: [group(features_ND, clusters, key)[1] for group in (kmeans, uneven_clusters)]
@@ -94,14 +94,14 @@ def measure_features(
 def _two_views(
     images_BCHW: Tensor, rows_B: Tensor, view: View, key: int, rows: int, normalize: Normalize
 ) -> tuple[Tensor, ...]:
-    # Both in one call: for small images the calls cost more than the pixels. Row r's second view
-    # is drawn as row N + r.
+    # Both in one call, as on small images the calls cost more than the pixels. The second view of
+    # row r is drawn as row N + r.
     twice_B = torch.cat([rows_B, rows_B + rows])
     return make_view(images_BCHW.repeat(2, 1, 1, 1), twice_B, view, key, normalize).chunk(2)
 
 
 def pretext_features(context: Context, network: nn.Module) -> Tensor:
-    """L2-normalised encoder features of the clean images, (N, D)."""
+    """Return the L2-normalised encoder features of the clean images, (N, D)."""
     encoder = network.encoder
     assert isinstance(encoder, nn.Module)
     return F.normalize(context.clean_pass(network, encoder), dim=1)

@@ -26,7 +26,7 @@ class Train:
     name: StageName = "train"
 
     def __init__(self, context: Context, pretext: nn.Module, mined: MinedNeighbors) -> None:
-        """`pretext` is what Pretrain left; its encoder is trained further."""
+        """`pretext` is the network that Pretrain trained; its encoder is trained further."""
         self.context = context
         self.settings = context.recipe.train
         nearest = slice(self.settings.num_neighbors)
@@ -34,12 +34,12 @@ class Train:
         # The nearest neighbour has confidence 1 by Def. 1, so the sum is never 0.
         self._host_chance_NK = confidence_NK / confidence_NK.sum(1, keepdim=True)
         self._host_neighbors_NK = mined.neighbors_NK[:, nearest].long()
-        # Partners are drawn on the CPU, as their views are; predictions are looked up where they
-        # lie.
+        # Partners are drawn on the CPU, as their views are; predictions are looked up on their
+        # own device.
         self._chance_NK = self._host_chance_NK.to(context.device)
         self._neighbors_NK = self._host_neighbors_NK.to(context.device)
-        # What each row was last said to be, as it was seen in training: what neighbours attract
-        # to, and what an epoch is measured by. It costs no pass of its own.
+        # Each row's last prediction in training. Neighbours attract to it, and an epoch is measured
+        # by it, so that neither needs a separate pass.
         self._p_NHC: Tensor | None = None
         encoder = pretext.encoder
         assert isinstance(encoder, nn.Module)
@@ -53,14 +53,14 @@ class Train:
         self._health_NK = mined.neighbors_NK.cpu()
 
     def prepare(self) -> None:
-        """Start the prototypes at k-means centres of the pretext features, one start per head."""
+        """Initialise the prototypes with k-means centres of the pretext features, per head."""
         if self.settings.head == "prototype":
             features_ND = pretext_features(self.context, self.network)
             centres_HCD = distributed.from_first(lambda: self._starts(features_ND))
             self.network.heads.start_at(centres_HCD)
 
     def _starts(self, features_ND: Tensor) -> Tensor:
-        """Centres (H, C, D), another start for each head."""
+        """Return centres (H, C, D), from a different start for each head."""
         clusters, heads = self.context.recipe.data.num_clusters, self.settings.num_heads
         uneven = self.settings.max_imbalance
         if uneven > 1:
@@ -95,7 +95,7 @@ class Train:
         return three
 
     def _partners(self, rows_B: Tensor, epoch: int) -> Tensor:
-        """One mined neighbour of each row (on the CPU), drawn by its confidence."""
+        """Draw one mined neighbour of each row by its confidence, on the CPU."""
         draw_B1 = rng.uniform(rows_B, self.context.key("train", epoch, "partner"), 1)
         chance_BK = self._host_chance_NK[rows_B]
         place_B1 = torch.searchsorted(chance_BK.cumsum(1), draw_B1, right=True)
@@ -117,7 +117,7 @@ class Train:
         z, logits = forward(torch.cat(views))
         features = [distributed.gather(part, batch.size) for part in z.chunk(len(views))]
         near = neighborhood(features[0], features[1], self.settings)
-        # Rows first for the gather, heads first for the losses.
+        # The gather needs rows first, the losses need heads first.
         p_views = [
             distributed.gather(part.softmax(2).transpose(0, 1), batch.size).transpose(0, 1)
             for part in logits.chunk(len(views), dim=1)
@@ -130,12 +130,12 @@ class Train:
         return terms
 
     def _mined_HBC(self, p_views: list[Tensor], rows_B: Tensor) -> Tensor | None:
-        """What each row is to agree with: one neighbour's view, or the mean over all K."""
+        """Return each row's target: one neighbour's prediction, or the mean over all K."""
         if self._mined_from != "predictions":
             return p_views[2] if self._mined_from else None
         assert self._p_NHC is not None
         p_BKHC = self._p_NHC[self._neighbors_NK[rows_B]]
-        # Autocast would round what neighbours attract to.
+        # Autocast would round the targets.
         with torch.autocast(rows_B.device.type, enabled=False):
             return torch.einsum("bk,bkhc->hbc", self._chance_NK[rows_B], p_BKHC)
 
@@ -178,7 +178,7 @@ class Train:
 
 
 def probabilities(context: Context, network: nn.Module, rows: int | None = None) -> Tensor:
-    """Cluster probabilities of the clean images, (N, H, C), on the CPU; or of the first `rows`."""
+    """Return cluster probabilities (N, H, C) of the clean images (or first `rows`), on the CPU."""
 
     def both(x_BCHW: Tensor) -> Tensor:
         logits_HBC: Tensor = network(x_BCHW)[1]

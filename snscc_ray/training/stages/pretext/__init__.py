@@ -1,4 +1,4 @@
-"""The pretext methods Pretrain can train by; each is one file."""
+"""The pretext methods of Pretrain, one file each."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from snscc_ray.training.stages.pretext.simclr import Simclr
 
 
 class Pretext(Protocol):
-    """What Pretrain asks of a method. The encoder, the views and the measuring are its own."""
+    """Interface of a method. Pretrain owns the encoder, the views and the metrics."""
 
     def loss(
         self, forward: nn.Module, views: tuple[Tensor, ...], size: int
     ) -> tuple[Tensor, Tensor]:
-        """The loss of a global batch of `size` images, and what one view of each came out as,
-        (B, P), gathered and without gradient. `forward` is the network, wrapped."""
+        """Return the loss of a global batch of `size` images, and one view's outputs (B, P),
+        gathered and without gradient. `forward` is the wrapped network."""
         ...
 
     def after_step(self) -> None: ...
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides the network."""
+        """Return what a checkpoint must hold besides the network."""
         ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
@@ -41,5 +41,5 @@ PRETEXTS: dict[str, Callable[[Context, PretextNet], Pretext]] = {
 
 
 def build_pretext(context: Context, network: PretextNet) -> Pretext:
-    """The recipe's method, training `network`."""
+    """Build the recipe's method for training `network`."""
     return PRETEXTS[context.recipe.pretrain.method](context, network)

@@ -17,7 +17,7 @@ from snscc_ray.training.stages.pretext.momentum import follow
 
 
 class Byol:
-    """Each view predicts what a slowly following copy of the network makes of the other one."""
+    """Each view predicts the projection of the other view by a momentum copy of the network."""
 
     def __init__(self, context: Context, network: PretextNet) -> None:
         self.settings = context.recipe.pretrain
@@ -25,7 +25,7 @@ class Byol:
         self.steps = self.settings.epochs * context.data.steps(self.settings.batch_size)
         self.step = 0
         self.target = copy.deepcopy(network).requires_grad_(False)
-        # What is predicted is a projection: only the network that learns has a predictor.
+        # The target outputs projections, so only the network that learns has a predictor.
         self.target.predictor = nn.Identity()
 
     def loss(
@@ -35,7 +35,7 @@ class Byol:
         with torch.no_grad():
             t1, t2 = (distributed.gather(t, size) for t in self.target(both).chunk(2))
         q1, q2 = (distributed.gather(q, size) for q in forward(both).chunk(2))
-        # Watched is the target: a predictor could hide that all projections are one.
+        # Return the target's output, as a predictor could hide a collapse of the projections.
         return byol_loss(q1, q2, t1, t2), t1
 
     def after_step(self) -> None:
@@ -52,5 +52,5 @@ class Byol:
 
 
 def momentum(base: float, done: float) -> float:
-    """1 - (1 - base) · (cos(π · done) + 1) / 2: from `base` at 0 to 1 at 1, `done` of all steps."""
+    """1 - (1 - base) · (cos(π · done) + 1) / 2, from `base` to 1; `done` is the share of steps."""
     return 1 - (1 - base) * (math.cos(math.pi * done) + 1) / 2

@@ -17,7 +17,7 @@ from snscc_ray.training.stages.pretext.momentum import follow
 
 
 class Moco:
-    """Keys from a slowly following copy of the network, negatives from a queue."""
+    """Keys from a momentum copy of the network, negatives from a queue."""
 
     def __init__(self, context: Context, network: PretextNet) -> None:
         self.settings = context.recipe.pretrain

@@ -1,4 +1,4 @@
-"""The slowly following copy of a network that MoCo and BYOL look up to."""
+"""Update of the momentum copy of a network that MoCo and BYOL use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def follow(copy: nn.Module, leaders: Iterable[Tensor], momentum: float) -> None:
-    """copy ← momentum · copy + (1 - momentum) · leader, weight by weight and in their order.
+    """Set copy ← momentum · copy + (1 - momentum) · leader for each weight, in their order.
 
-    Batch statistics are not averaged: the copy has its own, of the views it saw.
+    Batch statistics are not averaged: the copy keeps its own, of the views it saw.
     """
     own: list[Tensor] = list(copy.parameters())
     torch._foreach_lerp_(own, list(leaders), 1 - momentum)

@@ -20,7 +20,7 @@ class Simclr:
     def loss(
         self, forward: nn.Module, views: tuple[Tensor, ...], size: int
     ) -> tuple[Tensor, Tensor]:
-        # Gathered view by view, so that the rows keep the order one process would have.
+        # Gather view by view, so that the rows keep the order of a single process.
         first, second = (distributed.gather(z, size) for z in forward(torch.cat(views)).chunk(2))
         return nt_xent(first, second, self.temperature), first.detach()
 
