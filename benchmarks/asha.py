@@ -1,10 +1,10 @@
-"""ASHA against the full grid: epochs spent, what each chooses, and how well its metric ranks.
+"""ASHA against the full grid: epochs spent, the winner of each, and how well the metric ranks.
 
     snscc sweep grid --samples 40 --out runs/full/grid
     snscc sweep grid --samples 40 --scheduler asha --out runs/asha/grid
     python -m benchmarks.asha runs/full/grid runs/asha/grid --out benchmarks/results/asha.json
 
-Labels are read here to judge a search that read none.
+Labels are used here only to judge a search that did not use them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Rows = Sequence[dict[str, Any]]
 
 
 def epochs(rows: Rows) -> dict[str, int]:
-    """Of each stage that was trained, in full or not, by the name of its folder."""
+    """Return the epochs of each stage that was trained, in full or not, by folder name."""
     return {
         row[f"{stage}/folder"]: row[f"{stage}/epochs"]
         for row in rows
@@ -37,7 +37,7 @@ def epochs(rows: Rows) -> dict[str, int]:
 
 
 def winner(rows: Rows, seed: int, metric: str) -> dict[str, Any]:
-    """The finished trial of a seed that is best by a metric after Boost."""
+    """Return a seed's finished trial with the best metric after Boost."""
     finished = [row for row in rows if row["seed"] == seed and row["status"] == "finished"]
     return max(finished, key=lambda row: figure(row, "boost", metric) or 0.0)
 
@@ -69,7 +69,7 @@ def main() -> None:
             }
         )
     for stage in ("train", "boost"):
-        # Trials share stages: each trained stage counts once.
+        # Trials share stages: count each trained stage once.
         apart = list({row[f"{stage}/folder"]: row for row in full}.values())
         for name in LABEL_FREE:
             found = rank_correlation(apart, f"health/{name}", ACC, stage)

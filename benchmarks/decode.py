@@ -1,11 +1,11 @@
-"""How many images a second are read and decoded, by one thread and by two.
+"""Images per second read and decoded, with one thread and with two.
 
     python -m benchmarks.decode --data PATH [--image-size S] [--out FILE]
 
-The whole path is timed, from Parquet shards or a folder on disk to the finished ImageSet; with
---image-size at the images' own size (32 unless given), nothing is resampled. The best of three
-passes counts: other programs can only slow one down. CPU seconds are given beside it, since they
-say what a core does even where cores are shared.
+This times the whole path, from Parquet shards or a folder on disk to the finished ImageSet. If
+--image-size (default 32) is the images' own size, nothing is resampled. The best of three passes
+counts, because other programs can only slow a pass down. The rate per CPU second is also given: it
+shows what one core does, even if cores are shared.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     data = DataSettings(
         source="auto", path=given.data, num_clusters=10, image_size=given.image_size
     )
-    load_images(data.model_copy(update={"limit": 100}))  # imports and the disk, once
+    load_images(data.model_copy(update={"limit": 100}))  # warm up imports and the disk
     rows = [
         {"data": Path(given.data).name, "image_size": given.image_size, **measure(data, workers)}
         for workers in (1, 2)

@@ -1,9 +1,9 @@
-"""A whole epoch against the same forwards and backwards with nothing else around them.
+"""A whole epoch against the same forward and backward passes with nothing else around them.
 
-`whole` is the engine's own loop, the first epoch of a stage: batches, views, losses, neighbour
-search, optimiser, metrics, in Train the clean pass it begins with and in Boost the two around it.
-`bare` runs the network forward and backward on one fixed batch as often, and forward only as often
-as the clean pass does. Both are measured in turn, in one run; the ratio is bare / whole.
+`whole` is the engine's loop for the first epoch of a stage: batches, views, losses, neighbour
+search, optimiser, metrics, and the clean pass before Train's epoch or the two around Boost's.
+`bare` runs as many forward and backward passes on one fixed batch, and as many forward passes as
+the clean passes. Both are measured in turn, in one run; the ratio is bare / whole.
 
     python -m benchmarks.epoch [--out FILE] [--encoder digits|resnet18|both] [--threads N]
 """
@@ -43,7 +43,7 @@ from snscc_ray.training.workers import choose_device
 
 
 def views_of(recipe: Recipe, stage: StageName) -> int:
-    """How many views of each image a step looks at."""
+    """Return the number of views per image in a step."""
     return 3 if stage == "train" and recipe.train.mined_from == "images" else 2
 
 
@@ -59,7 +59,7 @@ class _NoCheckpoints:
 
 
 def recipe_for(encoder: str) -> tuple[Recipe, int]:
-    """A recipe of one epoch per stage, and how many synthetic rows to run it on."""
+    """Return a recipe with one epoch per stage, and the number of synthetic rows."""
     common = ["runtime.checkpoint_seconds=1e9"]
     common += [f"{stage}.epochs=1" for stage in STAGES]
     if encoder == "digits":
@@ -70,7 +70,7 @@ def recipe_for(encoder: str) -> tuple[Recipe, int]:
 
 
 def noise(recipe: Recipe, rows: int) -> Tensor:
-    """Random images, uint8 (N, C, H, W)."""
+    """Make random images, uint8 (N, C, H, W)."""
     side = recipe.data.image_size
     generator = torch.Generator().manual_seed(0)
     return torch.randint(
@@ -98,13 +98,16 @@ def stage_for(name: StageName, context: Context) -> Stage:
 
 @functools.cache
 def _mined(rows: int) -> MinedNeighbors:
-    """Neighbours of random features, mined once."""
+    """Mine the neighbours of random features, once."""
     generator = torch.Generator().manual_seed(0)
     return mine(torch.randn(rows, 16, generator=generator), 20)
 
 
 def bare(stage: Stage, context: Context, batch: Tensor, steps: int, passes: int) -> float:
-    """Seconds of `steps` forwards and backwards and `passes` forwards over all rows."""
+    """Time `steps` forward and backward passes and `passes` forward passes over all rows.
+
+    Returns seconds.
+    """
     network = stage.network
     weights = list(network.parameters())
     began = now(context.device)
@@ -131,14 +134,14 @@ def _forward_all(network: nn.Module, context: Context, batch: Tensor) -> None:
 
 
 def whole(name: str, stage: Stage, context: Context) -> float:
-    """Seconds of one epoch of the engine's loop."""
+    """Time one epoch of the engine's loop, in seconds."""
     began = now(context.device)
     fit(stage, context, _NoCheckpoints(context.device), NullMonitor(), name)
     return now(context.device) - began
 
 
 def logits_of(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    # Of the cluster net, the logits: their backward reaches every weight.
+    # For the cluster net, use the logits: their backward pass reaches every weight.
     return output if isinstance(output, Tensor) else output[1]
 
 
@@ -155,7 +158,7 @@ def measure(encoder: str, repeats: int, device: torch.device) -> list[dict[str, 
         context = context_for(recipe, noise(recipe, count), device)
         size = getattr(recipe, name).batch_size
         steps = context.data.steps(size)
-        # Boost looks once more before its first epoch, to select and to know where it began.
+        # Boost has one more clean pass before its first epoch, to select and for the start figures.
         passes = {"pretrain": 0, "train": 1, "boost": 2}[name]
         side = recipe.data.image_size
         batch = torch.randn(

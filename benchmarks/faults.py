@@ -1,12 +1,13 @@
-"""Random faults on every command: never a wrong answer with exit status 0, never a lost result.
+"""Test every command with random faults: no wrong result with exit status 0, no lost result.
 
 python -m benchmarks.faults [--rounds 200] [--seed 0] [--minutes 60] [--save]
 
-In each round one command meets one fault at a random moment: SIGKILL, SIGTERM, files that may not
-grow (as on a full disk), images that vanish, or the same command a second time. Half of the rounds
-begin with a finished result in place. What ends well must have the answer of an undisturbed
-command; what was finished must still be; and the same command again, undisturbed, must end well.
-Every command first meets every fault once. With --save, a piece is added to those saved before.
+In each round one command gets one fault at a random moment: SIGKILL, SIGTERM, files that cannot
+grow (as on a full disk), images that vanish, or the same command run a second time. Half of the
+rounds start with a finished result in place. A command that succeeds must give the same answer as
+without a fault; a finished result must not be lost; and the same command, run again without a
+fault, must succeed. Every command first gets every fault once. With --save, the results are added
+to those saved before.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from snscc_ray.fit import fit  # noqa: F401  (warm)
 
 FAULTS = ("kill", "term", "full", "vanish", "second")
 _PHOTOS = 42
-_PLACES = re.compile(r"/[^\s'\",:]*/(?=(at|setup|snscc_ray|site-packages)/)")  # of this machine
+_PLACES = re.compile(r"/[^\s'\",:]*/(?=(at|setup|snscc_ray|site-packages)/)")  # local paths
 SAVED = Path(__file__).parent / "results" / "faults.json"
 _SMALL = (
     "pretrain.epochs=2", "pretrain.batch_size=16", "pretrain.projection_hidden=16",
@@ -69,8 +70,8 @@ _FIT_SETS = [
 class Command:
     words: Callable[[Path], list[str]]  # in a folder with `photos`, `run` and `out`
     answer: Callable[[Path], Any]  # None while it is not finished
-    again: Callable[[Path], list[str]] | None = None  # what goes on with it, if not the same
-    prepared: str | None = None  # what `out` begins as
+    again: Callable[[Path], list[str]] | None = None  # the command to resume, if another one
+    prepared: str | None = None  # the folder that `out` starts as a copy of
     weight: float = 1.0
 
 
@@ -100,7 +101,7 @@ def _of_pack(out: Path) -> Any:
 
 
 def _of_table(path: Path) -> Any:
-    """A CSV without what depends on the clock and on the place."""
+    """Read a CSV without the columns that depend on time or place."""
     if not path.exists():
         return None
     with path.open() as file:
@@ -176,7 +177,7 @@ COMMANDS = {
             *("--seeds", "1", "--samples", "2", "--out", f"{at}/disk/out", *_SETS),
         ],
         lambda at: _of_table(at / "disk" / "out" / "results.csv"),
-        weight=0.15,  # Ray takes its time to start
+        weight=0.15,  # Ray is slow to start
     ),
 }
 
@@ -185,7 +186,7 @@ COMMANDS = {
 
 
 def start(words: list[str], log: Path, limit: int | None = None) -> int:
-    """The command in a process of its own, forked from this one, which has torch imported."""
+    """Run the command in a process forked from this one, where torch is already imported."""
     child = os.fork()
     if child:
         return child
@@ -197,7 +198,7 @@ def start(words: list[str], log: Path, limit: int | None = None) -> int:
     except BaseException:
         with suppress(OSError):
             traceback.print_exc()
-    finally:  # whatever happens: this process is to tidy nothing of its parent's
+    finally:  # always: the fork must not run its parent's clean-up
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(status)
@@ -209,25 +210,25 @@ def _become(words: list[str], log: Path, limit: int | None) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if words[0] == "sweep":  # Ray in a process that was forked would be a fault of ours
+    if words[0] == "sweep":  # Ray does not work in a forked process
         os.execv(sys.executable, [sys.executable, "-m", "snscc_ray", *words])
     if limit is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error of the write, no death
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails; the process survives
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    # A fork loses torch's pool of threads, which is made again on the next use: by this thread, as
-    # of two that do so at once one would find none.
+    # A fork loses torch's thread pool, which is recreated on the next use. Recreate it in this
+    # thread: of two threads that do so at once, one would find no pool.
     torch.set_num_threads(1)
     sys.argv = ["snscc", *words]
     cli.main()
 
 
 def ended(child: int) -> int:
-    """Its exit status, or minus the signal that ended it."""
+    """Wait for the child; return its exit status, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def sent(child: int, number: int) -> None:
-    """To all of its group where it cannot be caught: what it started is not to outlive it."""
+    """Send a signal to the child. SIGKILL goes to its whole group, to leave no processes behind."""
     with suppress(ProcessLookupError):
         os.killpg(child, number) if number == signal.SIGKILL else os.kill(child, number)
 
@@ -236,12 +237,12 @@ def sent(child: int, number: int) -> None:
 
 
 class Wrong(Exception):
-    """What must never happen."""
+    """A result that must never happen."""
 
 
 def one(command: Command, fault: str, finished: bool, truth: Any, setup: Path, spans: float,
         chance: random.Random) -> str:  # fmt: skip
-    """One round in a new folder; how the disturbed command ended. Raises Wrong."""
+    """Run one round in a new folder; return the command's exit status. Raises Wrong."""
     with tempfile.TemporaryDirectory(prefix="faults") as name:
         at = Path(name) / "at"
         shutil.copytree(setup, at)
@@ -292,7 +293,7 @@ def one(command: Command, fault: str, finished: bool, truth: Any, setup: Path, s
 
 @contextmanager
 def _small_disk(folder: Path, spare: int) -> Iterator[None]:
-    """A file system of its own, with so many bytes to spare, in place of a folder."""
+    """Mount a file system with `spare` free bytes in place of a folder."""
     folder.mkdir(exist_ok=True)
     held = Path(shutil.move(folder, folder.with_name("held")))
     folder.mkdir()
@@ -312,7 +313,7 @@ def _small_disk(folder: Path, spare: int) -> Iterator[None]:
 
 
 def _fewer(now: Any, truth: Any, gone: list[str], text: str) -> bool:
-    """Whether an answer is that for the images that were left, and says which those are."""
+    """Return whether an answer is right for the remaining images, and says which are missing."""
     if not gone or now is None:
         return False
     told = [f"left out {name}" in text for name in gone]
@@ -328,12 +329,12 @@ def _fewer(now: Any, truth: Any, gone: list[str], text: str) -> bool:
 
 def _undisturbed(command: Command, at: Path, truth: Any, log: Path) -> None:
     if command.answer(at) == truth and command.again:
-        return  # `run` refuses to run once more
+        return  # finished: `run` refuses to run again
     begun = command.again and (at / "out" / "recipe.json").exists()
     words = command.again(at) if begun and command.again else command.words(at)
     status = ended(start(words, log))
     tail = log.read_text(errors="replace")[-4000:]
-    if status == 2 and "has just begun; try again in a moment" in tail:  # killed in its first line
+    if status == 2 and "has just begun; try again in a moment" in tail:  # killed at the very start
         time.sleep(21)
         status = ended(start(words, log))
     if status == 2 and ("other images" in tail or "have changed since" in tail):
@@ -344,14 +345,14 @@ def _undisturbed(command: Command, at: Path, truth: Any, log: Path) -> None:
 
 
 def _move_in(at: Path, setup: Path) -> None:
-    """Have the runs that were copied say where their images are now."""
+    """Update the image paths in copied runs."""
     for name in ("recipe.json", "fit.json", "compare.json", "sweep.json"):
         for recipe in at.rglob(name):
             recipe.write_text(recipe.read_text().replace(str(setup), str(at)))
 
 
 def prepared(place: Path) -> Path:
-    """Photos, a finished run and one that was left after Train."""
+    """Prepare photos, a finished run, and a run stopped after Train."""
     at = place / "setup"
     make(at / "photos", 3, _PHOTOS // 3, seed=0)
     run = ["run", "images", "--data", f"{at}/photos", *_SETS, "--out"]
@@ -432,7 +433,7 @@ def _save(piece: dict[str, Any], ends: dict[str, Counter[str]]) -> None:
 
 
 def _truth(command: Command, base: Path, place: Path) -> tuple[Any, Path, float]:
-    """What it answers undisturbed, the folder as it then is, and the seconds that it took."""
+    """Run a command without faults; return its answer, the folder afterwards, and the seconds."""
     shutil.copytree(base, place)
     _move_in(place, base)
     if command.prepared:

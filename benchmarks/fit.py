@@ -1,15 +1,15 @@
-"""`snscc fit` on folders of known content: how many kinds it counts, how right it is, how long.
+"""`snscc fit` on folders with known content: number of kinds estimated, accuracy and time.
 
 digits    scikit-learn's 1,797 digits as PNG files, the number of clusters estimated
 kinds-N   pictures of 3, 7 and 15 kinds (benchmarks.kinds), the number estimated
-uneven    710 of the digits, classes of 174 down to 17, ten clusters asked for, three seeds each:
-          0 the most frequent and 9 the rarest, `even` without and `free` with a
-          --max-cluster-imbalance of 10; `drawn` with it, which digit is how frequent drawn by
-          the seed
-photos    2,100 photographs of CIFAR-10 (its shards: --shards), as many automobiles, horses and
-          ships, three clusters asked for, three seeds
+uneven    710 of the digits, class sizes from 174 down to 17, ten clusters, three seeds each. `even`
+          and `free`: 0 is the most frequent and 9 the rarest; without and with a
+          --max-cluster-imbalance of 10. `drawn`: with it, and the seed draws which digit has
+          which size
+photos    2,100 photographs from CIFAR-10 (its shards: --shards), equally many automobiles, horses
+          and ships, three clusters, three seeds
 
-Labels are looked at afterwards. A case that the JSON holds already is not run again.
+Labels are only used afterwards. A case already in the JSON file is not run again.
 
     python -m benchmarks.fit --out FILE.json --work FOLDER [--shards FOLDER] [--cases NAME,…]
 """
@@ -43,14 +43,14 @@ UNEVEN = np.round(174 * 0.1 ** (np.arange(10) / 9)).astype(int)
 
 @dataclass(frozen=True)
 class Case:
-    images: Callable[[Path], Path]  # writes them into the folder, and returns it
+    images: Callable[[Path], Path]  # writes the images into the folder, and returns it
     kinds: int
     wishes: Preferences
     seed: int = 0
 
 
 def digits(folder: Path, sizes: np.ndarray | None = None) -> Path:
-    """Digits in a sub-folder for each; `sizes`: so many of the first of each."""
+    """Write digits, with a subfolder per class; `sizes`: only the first so many of each."""
     pixels_NHW, label_N = load_digits().images, load_digits().target
     for label in range(10):
         place = folder / str(label)
@@ -63,7 +63,7 @@ def digits(folder: Path, sizes: np.ndarray | None = None) -> Path:
 
 
 def photos(folder: Path, shards: Path) -> Path:
-    """The first images of some classes of CIFAR-10's shards, in a sub-folder for each."""
+    """Write the first images of some classes of CIFAR-10's shards, with a subfolder per class."""
     table = pq.read_table(sorted(shards.glob("*.parquet"))[0])
     for kind in PHOTOS:
         place = folder / kind
@@ -102,7 +102,7 @@ def cases(shards: Path | None) -> dict[str, Case]:
 
 
 def measured(name: str, case: Case, work: Path) -> dict[str, Any]:
-    """One case, run or gone on with."""
+    """Run or resume one case; return its row."""
     images = work / "images" / name
     if not images.exists():
         case.images(images)
@@ -115,7 +115,7 @@ def measured(name: str, case: Case, work: Path) -> dict[str, Any]:
     )
     done = fit_images(request, Console())
     stages = done.result.figures["stages"]
-    told = done.told_seconds  # None: gone on with, so that this was not all of its time
+    told = done.told_seconds  # None: resumed, so the measured time is not the whole
     return {
         "case": name,
         "images": done.result.figures["rows"],

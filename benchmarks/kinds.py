@@ -1,4 +1,4 @@
-"""Pictures of so many kinds: a colour and a pattern, the rest at random."""
+"""Pictures of several kinds: each kind is a colour and a pattern, the rest is random."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HUES = (0, 120, 240, 60, 300)  # degrees
 
 
 def draw(kind: int, drawing: np.random.Generator) -> Image.Image:
-    """One picture of a kind below 15: disc, stripes or checks, in one of five colours."""
+    """Draw one picture of a kind below 15: disc, stripes or checks, in one of five colours."""
     y, x = np.mgrid[:SIDE, :SIDE].astype(float)
     if kind < 5:
         down, right = SIDE / 2 + drawing.uniform(-2, 2, 2)
@@ -34,7 +34,7 @@ def draw(kind: int, drawing: np.random.Generator) -> Image.Image:
 
 
 def make(folder: Path, kinds: int, each: int, seed: int) -> Path:
-    """Files in a sub-folder for each kind."""
+    """Write `each` pictures per kind, in a subfolder per kind."""
     drawing = np.random.default_rng(seed)
     for kind in range(kinds):
         place = folder / f"kind{kind:02}"

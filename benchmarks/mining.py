@@ -1,10 +1,10 @@
-"""Mining neighbours: seconds, and peak memory above the features, per backend.
+"""Mining neighbours: seconds, and peak memory above that of the features, per backend.
 
     python -m benchmarks.mining --out benchmarks/results/mining.json
 
-60,000 × 512 float32 and K = 20 unless told otherwise: CIFAR-10's size at ResNet-18's width. Each
-backend runs in its own process, so that the peak is its own; what it needs to import, and the
-features, are there before the clock starts.
+Default: 60,000 × 512 float32 and K = 20, CIFAR-10's size at ResNet-18's width. Each backend runs in
+its own process, so that the peak is its own. The clock starts after imports and after the features
+are made.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ BACKENDS: tuple[Backend, ...] = ("torch", "faiss")
 
 
 def measure(backend: Backend, rows: int, dim: int, k: int) -> dict[str, float]:
-    """Mine once in this process: seconds, and how far the peak rose above the features."""
+    """Mine once in this process; return seconds, and peak memory above that of the features."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(10, dim, generator=generator)
     features = torch.randn(rows, dim, generator=generator)
     for part in features.split(4096):
         part += centres[torch.randint(10, (len(part),), generator=generator)]
         part /= part.norm(dim=1, keepdim=True)
-    knn(features[:200], 5, backend=backend)  # imports, thread pools
+    knn(features[:200], 5, backend=backend)  # warm up imports and thread pools
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     d_NK, idx_NK = knn(features, k, backend=backend)
@@ -47,7 +47,7 @@ def measure(backend: Backend, rows: int, dim: int, k: int) -> dict[str, float]:
         "seconds": round(seconds, 2),
         "peak_mb_above_features": round((peak - before) / 1024, 1),
         "threads": torch.get_num_threads(),
-        # Equal sums say that the backends agree.
+        # Equal sums show that the backends agree.
         "distance_sum": float(d_NK.double().sum()),
         "index_sum": int(idx_NK.sum()),
     }

@@ -1,11 +1,10 @@
-"""Whole `predict` against the bare model on one fixed batch.
+"""The whole `predict` command against the bare model on one fixed batch.
 
-`bare` runs the network forward on a fixed, normalised batch as often as the rows need. `resident`
-is all that follows decoding: normalisation, the pass, the likeliest clusters, the search for the
-nearest among 20,000 images of the run's own, the rows of the answer, and the Parquet file. `whole`
-is the command without the imports: it loads the run (of 600 images), reads PNG files from disk and
-decodes them, too. The three take turns in one run; ratios are to `bare` of the same round, and
-their medians count.
+`bare` runs the network forward on a fixed, normalised batch, for as many rows. `resident` is
+everything after decoding: normalisation, the forward pass, the top clusters, the search for the
+nearest of 20,000 own images, the table and the Parquet file. `whole` is the command without the
+imports: it also loads the run (of 600 images), and reads and decodes PNG files from disk. The three
+take turns in one run; ratios are to `bare` of the same round, and their medians count.
 
     python -m benchmarks.predict [--out FILE] [--encoder convnet|resnet18|both] [--threads N]
 """
@@ -41,7 +40,7 @@ from snscc_ray.runs.run import Request
 SIDE = 32
 OWN, KNOWN, BATCH = 600, 20_000, 1024
 QUIET = Console(quiet=True)
-# A run of untrained weights: how fast it answers does not depend on what it has learned.
+# A run with untrained weights: the speed does not depend on training.
 SETTINGS = [
     f"data.image_size={SIDE}", "data.mean=[0.5,0.5,0.5]", "data.std=[0.25,0.25,0.25]",
     *(f"{stage}.epochs=0" for stage in ("pretrain", "train", "boost")),
@@ -53,7 +52,7 @@ ENCODERS = {
 
 
 def write_images(recipe: Recipe, rows: int, folder: Path) -> Path:
-    """Random images as PNG files."""
+    """Write random images as PNG files."""
     folder.mkdir()
     for number, pixels in enumerate(noise(recipe, rows).permute(0, 2, 3, 1).numpy()):
         Image.fromarray(pixels).save(folder / f"{number:06}.png")

@@ -1,13 +1,13 @@
-"""Pretexts against each other at equal cost: so many CPU seconds of training each, on real images.
+"""Pretext methods at equal cost: the same CPU seconds of training for each, on real images.
 
-Every entry is the recipe `cifar10` with some settings changed, trained by the engine's own
-loop for as many steps as fit the time; warm-up and cosine are whole. Measured are k-NN accuracy
-(20 neighbours, leave-one-out) and ACC of k-means, both on the features of the clean images.
+Every entry is the recipe `cifar10` with some settings changed. The engine's own loop trains it for
+as many steps as fit the time, with complete warm-up and cosine schedules. The figures are k-NN
+accuracy (20 neighbours, leave-one-out) and ACC of k-means, on the features of the clean images.
 
     python -m benchmarks.pretexts --data DIR [--seconds S] [--seeds 0 1 2] [--only NAME ...]
         [--set FIELD=VALUE] [--out FILE]
 
-Rows that FILE holds already are kept and not measured again.
+Rows already in FILE are kept and not measured again.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from snscc_ray.training.engine import fit
 from snscc_ray.training.stages.pretrain import Pretrain, pretext_features
 
 _MEASURED_STEPS = 5
-# Rows of a view are numbered apart from those of any other view of the run.
+# Most views per pass: spaces their row numbers, so that no two views of a run share them.
 _VIEWS_APART = 64
 
 Loss = Callable[[Tensor, float], Tensor]
 
 
 def pairs(z_VBD: Tensor, temperature: float) -> Tensor:
-    """NT-Xent over V views: every other view of the image is a positive, on average."""
+    """NT-Xent over V views: all other views of an image are positives, averaged."""
     V, B, _ = z_VBD.shape
     z = z_VBD.flatten(0, 1)
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
@@ -61,7 +61,7 @@ def pairs(z_VBD: Tensor, temperature: float) -> Tensor:
 
 
 def to_mean(z_VBD: Tensor, temperature: float) -> Tensor:
-    """Every view has to find the mean of its image's views among those of the batch."""
+    """Each view has to identify the mean of its image's views among those of the batch."""
     V, B, _ = z_VBD.shape
     mean_BD = F.normalize(z_VBD.mean(0), dim=1)
     logits = z_VBD.flatten(0, 1) @ mean_BD.T / temperature
@@ -69,7 +69,7 @@ def to_mean(z_VBD: Tensor, temperature: float) -> Tensor:
 
 
 def coding_rate(z_VBD: Tensor, temperature: float) -> Tensor:
-    """EMP-SSL (Tong et al., 2023): spread every view's rows, draw views to their mean."""
+    """EMP-SSL (Tong et al., 2023): spread the rows of each view, pull views to their mean."""
     _, B, D = z_VBD.shape
     gram_VDD = z_VBD.transpose(1, 2) @ z_VBD * (D / (B * 0.2))
     rate = torch.logdet(torch.eye(D) + gram_VDD).mean() / 2
@@ -84,7 +84,7 @@ class Entry:
     loss: Loss | None = None
     """None: the recipe's method."""
     small_views: int = 0
-    """Further views of small crops, at half the side."""
+    """Additional views of small crops, at half the side."""
 
 
 def _pretrain(**settings: object) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ ENTRIES = (
     Entry("2 views and 4 small, pairs", _SIMCLR + _pretrain(batch_size=128), 2, pairs, 4),
     _simclr("moco", method="moco", queue_size=2048, key_momentum=0.99),
     Entry(
-        "byol, wide heads",  # much as ProPos has it
+        "byol, wide heads",  # similar to ProPos
         _pretrain(method="byol", batch_size=512, optimizer="sgd", learning_rate=0.1,
                   weight_decay=5e-4, projection_dim=256, projection_hidden=4096, key_momentum=0.99),
     ),
@@ -149,7 +149,7 @@ ENTRIES = (
 
 
 class LongEpoch(ResidentData):
-    """`total` steps in one epoch, pass after pass: a schedule then fits any number of steps."""
+    """One epoch of `total` steps over repeated passes: schedules then fit any number of steps."""
 
     def __init__(self, images_NCHW: Tensor, total: int) -> None:
         super().__init__(images_NCHW, torch.device("cpu"))
@@ -170,7 +170,7 @@ class LongEpoch(ResidentData):
 
 
 class ManyViews(Pretrain):
-    """Pretrain with an entry's number of views and its loss over all of them."""
+    """Pretrain with an entry's number of views, and its loss over all of them."""
 
     def __init__(self, context: Context, entry: Entry) -> None:
         super().__init__(context)
@@ -215,7 +215,7 @@ def stage_for(entry: Entry, recipe: Recipe, images: ImageSet, steps: int) -> Pre
 
 
 def train(stage: Pretrain) -> float:
-    """CPU seconds of the engine's loop, to the end."""
+    """Train by the engine's loop, to the end; return CPU seconds."""
     began = time.process_time()
     context = stage.context
     fit(stage, context, _NoCheckpoints(context.device), NullMonitor(), "")
@@ -223,7 +223,7 @@ def train(stage: Pretrain) -> float:
 
 
 def measure(entry: Entry, recipe: Recipe, images: ImageSet, seconds: float) -> dict[str, Any]:
-    """Figures of one entry; of one that fails, why."""
+    """Return the figures of one entry, or the reason if it fails."""
     make = partial(stage_for, entry, recipe, images)
     figures: dict[str, Any] = {}
     try:

@@ -1,7 +1,7 @@
-"""What Ray costs: the digits recipe under one Ray worker against the same in one process.
+"""The cost of Ray: the digits recipe with one Ray worker against the same in one process.
 
-`python -m benchmarks.ray`: pairs of runs one after the other. `ratio` is images/s under Ray over
-images/s without; `start_seconds` is how much longer the command takes in all.
+`python -m benchmarks.ray` makes pairs of runs, one after the other. `ratio` is images/s with Ray
+over images/s without; `start_seconds` is how much longer the whole command takes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ STAGES = ("pretrain", "train")
 
 class Run(NamedTuple):
     seconds: float  # of the whole command
-    speeds: dict[str, float]  # images/s by stage: the median over the epochs but the first
+    speeds: dict[str, float]  # images/s by stage: the median over all epochs but the first
 
 
 def run(folder: Path, epochs: int, threads: int, *more: str) -> Run:
-    """The digits recipe, as a command of its own."""
+    """Run the digits recipe as a separate command."""
     settings = [f"{stage}.epochs={epochs}" for stage in STAGES]
     settings += ["boost.epochs=0", "runtime.checkpoint_seconds=1000"]
     command = [sys.executable, "-m", "snscc_ray", "run", "digits", "--out", str(folder), *more]

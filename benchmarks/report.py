@@ -1,4 +1,4 @@
-"""What every benchmark says of the machine it ran on, and how it shows and keeps its figures."""
+"""Describe the machine, and print and save figures, for all benchmarks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyarrow", "faiss-gpu", 
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    """CPU, GPU, threads, versions, and how busy the machine was with other things."""
+    """Return CPU, GPU, threads, versions, and the machine's load from other programs."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -37,7 +37,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """The git revision of this tree, marked where files were changed since; None without git."""
+    """Return the git revision of this tree, marked if files have changed; None without git."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],

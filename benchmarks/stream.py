@@ -1,15 +1,15 @@
-"""How many images a second are read, decoded, augmented and handed over, set beside a plain loop.
+"""Images per second read, decoded, augmented and handed over, compared with a plain loop.
 
     python -m benchmarks.stream --data PATH [--image-size S] [--out FILE]
 
-Two processes with a core each decode a half of the images and make one SimCLR view of each, in
-three ways: in a plain loop over their files (`plain`); out of Ray Data, in training workers that
-hold both CPUs (`ray`); and, in one process, out of the threads of a local run (`threads`). What
-counts is the middle of an epoch, from 20 to 80 % of its batches, where no queue is filled or
-emptied; `start` is the wait for the first batch, `first_start` that in the first epoch, when
-processes are started. The three are measured in turn, and the best of three passes counts: other
-programs can only slow one down. CPU seconds, of all processes and the whole epoch, are given
-beside it: they say what the work costs even where cores are shared.
+Two processes with one core each decode half of the images and make one SimCLR view of each, in
+three ways: in a plain loop over their files (`plain`); from Ray Data, in training workers that hold
+both CPUs (`ray`); and, in one process, from the threads of a local run (`threads`). Only the middle
+of an epoch counts, from 20 to 80 % of its rows, while no queue is being filled or emptied. `start`
+is the wait for the first batch; `first_start` is the same in the first epoch, when processes start.
+The three are measured in turn, and the best of three passes counts, because other programs can only
+slow a pass down. The rate per CPU second (of all processes, over the whole epoch) is also given: it
+shows what the work costs, even if cores are shared.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NORMALIZE = Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 class Figures(NamedTuple):
-    """Of one process."""
+    """Figures of one process."""
 
     rate: float  # images a second, in the middle of an epoch
     start: float  # seconds until the first batch
@@ -53,7 +53,7 @@ class Figures(NamedTuple):
 
 
 def measure(batches: Iterator[tuple[Tensor, Tensor]], rows: int) -> Figures:
-    """Make views of batches of (images, rows), `rows` in all; be that all a worker does."""
+    """Make views of batches of (images, rows), `rows` in all, as the only work of a worker."""
     began, used = time.perf_counter(), time.process_time()
     ends: list[tuple[int, float]] = []
     seen = 0
@@ -70,7 +70,7 @@ def measure(batches: Iterator[tuple[Tensor, Tensor]], rows: int) -> Figures:
 
 
 def _peak_mb() -> float:
-    """Of this process; what getrusage says may be the parent's."""
+    """Return this process's peak memory; getrusage may report the parent's."""
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(peak[1]) / 1024 if peak else float("nan")
 
@@ -102,7 +102,7 @@ def by_threads(streamed: StreamedSet, memory_mb: int, key: int) -> Figures:
 
 
 class Worker:
-    """A training worker under Ray, which holds one CPU."""
+    """A training worker in Ray that holds one CPU."""
 
     def __init__(self, rank: int, streamed: StreamedSet, memory_mb: int) -> None:
         from snscc_ray.data.loading.ray_stream import ray_reader
@@ -162,7 +162,7 @@ def main() -> None:
     def by_ray(key: int) -> list[Figures]:
         used = _cpu_of_children()
         found = ray.get([worker.epoch.remote(key) for worker in workers])
-        each = (_cpu_of_children() - used) / WORKERS  # with the tasks and Ray itself
+        each = (_cpu_of_children() - used) / WORKERS  # includes the tasks and Ray itself
         return [figures._replace(cpu=each) for figures in found]
 
     ways: dict[str, Callable[[int], list[Figures]]] = {

@@ -1,22 +1,22 @@
-"""Images per second of whole epochs, against the bare network and against the usual ways.
+"""Images per second of whole epochs, against the bare network and against common pipelines.
 
-On the same encoder, batch and precision, in turns, round by round, in one run:
+All use the same encoder, batch and precision, and take turns round by round in one run:
 
   bare        forward, backward and optimiser on one fixed batch, for each stage's network and views
-  ours        whole Pretrain, Train and Boost epochs of the engine, images resident, with all that
-              belongs to an epoch: views, losses, searches, the clean pass
-  lightly     lightly's SimCLR as its CIFAR-10 example sets it up (its transform without blur, its
-              loss and head, one forward per view, 8 loader processes), where lightly is installed
+  ours        whole Pretrain, Train and Boost epochs of the engine with resident images, including
+              views, losses, searches and the clean pass
+  lightly     lightly's SimCLR as in its CIFAR-10 example (its transform without blur, its loss and
+              head, one forward per view, 8 loader processes), if lightly is installed
   torchvision torchvision's transforms on PIL images, 8 loader processes, and our SimCLR loss
 
     python -m benchmarks.throughput [--data DIR] [--rows N] [--batch-size B] [--rounds R]
                                     [--device auto|cpu|cuda] [--encoder NAME] [--compile]
                                     [--out FILE]
 
-`share` is that of the bare network's speed, `utilisation` of the GPU's peak in bfloat16, counting
-the network's forward and backward on training views only. On a CPU the loaders work in the loop's
-own threads (no processes beside it), so that every method has the same cores; on one thread
-(OMP_NUM_THREADS=1) seconds are CPU seconds, so that other programs do not count.
+`share` is the share of the bare network's speed. `utilisation` is the share of the GPU's bfloat16
+peak, counting only the network's forward and backward on training views. On a CPU the loaders run
+in the loop's own thread (no extra processes), so that every method has the same cores. On one
+thread (OMP_NUM_THREADS=1) seconds are CPU seconds, so that other programs do not count.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from snscc_ray.training.context import Context, Stage
 from snscc_ray.training.schedules import build_optimizer
 from snscc_ray.training.workers import choose_device
 
-# Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets; the first name that fits counts.
+# Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets; the first matching name counts.
 _PEAKS = (
     ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("A100", 312),
     ("L40S", 362), ("L4", 121), ("A10G", 70), ("RTX 4090", 165),
@@ -63,7 +63,7 @@ LOADERS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """What is measured: `epoch` trains on so many images and may be called again and again."""
+    """One thing to measure: `epoch` trains on `images` images and may be called repeatedly."""
 
     name: str
     images: int
@@ -72,7 +72,7 @@ class Side:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s by the device's name; None on a CPU or an unknown GPU."""
+    """Return dense bfloat16 FLOP/s by the device's name; None on a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -80,7 +80,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flops_per_image(network: nn.Module, context: Context, views: int) -> float:
-    """Of forward and backward on `views` views of one image."""
+    """Count the FLOPs of forward and backward on `views` views of one image."""
     batch = _fixed_batch(context, 2 * views)
     with FlopCounterMode(display=False) as counter:
         logits_of(network(batch)).float().sum().backward()
@@ -134,7 +134,7 @@ def compiled_sides(context: Context) -> list[Side]:
 
 
 class _Pictures(Dataset[Any]):
-    """PIL images and what turns each into views: what torchvision's CIFAR10 gives a loader."""
+    """PIL images with a view function, as torchvision's CIFAR10 passes them to a loader."""
 
     def __init__(self, images: list[Image.Image], views_of: Callable[[Image.Image], Any]) -> None:
         self.images, self.views_of = images, views_of
@@ -196,7 +196,7 @@ def _twice(one: Callable[[Image.Image], Tensor], image: Image.Image) -> tuple[Te
 
 
 def lightly_side(pictures: list[Image.Image], context: Context) -> Side | None:
-    """None where lightly is not installed."""
+    """Return lightly's side, or None if lightly is not installed."""
     if importlib.util.find_spec("lightly") is None:
         return None
     transforms: Any = importlib.import_module("lightly.transforms")
@@ -232,7 +232,7 @@ def lightly_side(pictures: list[Image.Image], context: Context) -> Side | None:
 
 
 def timed(side: Side, device: torch.device) -> tuple[float, float | None]:
-    """(images per second, peak MiB on the GPU) of one epoch."""
+    """Time one epoch; return (images per second, peak MiB on the GPU)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     clock = _clock(device)
@@ -246,9 +246,9 @@ def timed(side: Side, device: torch.device) -> tuple[float, float | None]:
 def measure(
     sides: list[Side], flops: dict[str, float], rounds: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """A row per side: medians over interleaved rounds, after one that does not count.
+    """Return a row per side: medians over interleaved rounds, after one that does not count.
 
-    `first_seconds` is what that one took: the device warms up, and what is compiled is compiled.
+    `first_seconds` is the time of that first round, which includes warm-up and compilation.
     """
     first = {side.name: side.images / timed(side, device)[0] for side in sides}
     turns = [{side.name: timed(side, device) for side in sides} for _ in range(rounds)]
@@ -274,14 +274,14 @@ def measure(
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """Seconds; on one CPU thread its own, so that other programs do not count."""
+    """Return a clock in seconds; on one CPU thread, CPU seconds, to exclude other programs."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time
     return lambda: now(device)
 
 
 def _ratio(turns: list[dict[str, Any]], name: str, other: str) -> float | None:
-    """The median over rounds of how many times as fast, each round compared within itself."""
+    """Return how many times as fast `name` is: the median over rounds of the ratio in a round."""
     if other not in turns[0]:
         return None
     return float(statistics.median(turn[name][0] / turn[other][0] for turn in turns))
@@ -290,14 +290,14 @@ def _ratio(turns: list[dict[str, Any]], name: str, other: str) -> float | None:
 def recipe_for(arguments: argparse.Namespace) -> Recipe:
     settings = [f"encoder.name={arguments.encoder}", "runtime.checkpoint_seconds=1e9"]
     if arguments.encoder == "convnet":
-        settings.append("encoder.width=16")  # small enough for a CPU to feel what is around it
+        settings.append("encoder.width=16")  # small, so that a CPU shows the cost around it
     for stage in STAGES:
         settings += [f"{stage}.epochs=1", f"{stage}.batch_size={arguments.batch_size}"]
     return override(recipes.get("cifar10"), settings)
 
 
 def images_of(recipe: Recipe, path: Path | None, rows: int) -> Tensor:
-    """The first rows of a set, or noise; uint8 (N, C, H, W)."""
+    """Load the first rows of a dataset, or make noise; uint8 (N, C, H, W)."""
     if path is None:
         return noise(recipe, rows)
     return load_images(recipe.data.model_copy(update={"path": str(path), "limit": rows})).images

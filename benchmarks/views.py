@@ -1,9 +1,9 @@
-"""Views per second of a whole batch at once, against the usual PIL pipeline image by image.
+"""Views per second: a whole batch at once, against the usual PIL pipeline image by image.
 
     python -m benchmarks.views [--out views.json]
 
-Both run in this process on one thread, in turns, and are timed in CPU seconds (on an idle machine
-the same as seconds), so that other programs do not count. The PIL pipeline starts from decoded PIL
+Both run in this process on one thread, in turns. They are timed in CPU seconds (the same as seconds
+on an idle machine), so that other programs do not count. The PIL pipeline starts from decoded PIL
 images and ends with normalised tensors, not yet stacked; ours starts from one uint8 tensor.
 """
 
@@ -109,7 +109,10 @@ def summary(name: str, rates: list[float]) -> dict[str, float]:
 def measure(
     view: SimclrView | StrongView, side: int, channels: int, batch: int
 ) -> dict[str, object]:
-    """Images per CPU second, ours and PIL's, over REPEATS turns of one batch each (ours: five)."""
+    """Measure images per CPU second, ours and PIL's, over REPEATS turns.
+
+    A turn is one batch for PIL and five for ours.
+    """
     normalize = Normalize((0.5,) * channels, (0.25,) * channels)
     images = torch.randint(0, 256, (batch, channels, side, side), dtype=torch.uint8)
     pil_images = [to_pil_image(image) for image in images]

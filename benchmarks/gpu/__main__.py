@@ -1,11 +1,11 @@
-"""The one command of a quarter of an hour on a GPU.
+"""The command for a quarter of an hour on a GPU.
 
     python -m benchmarks.gpu --data DIR --seconds S --out OUT [--from BUNDLE]
 
-Three phases, each in a process of its own with a deadline: the GPU tests, the speed, CIFAR-10 with
-the time that is left. A phase that fails never stops the next one, and the bundle is always packed.
+Three phases, each in its own process with a deadline: the GPU tests, the speed, and CIFAR-10 in the
+remaining time. A failed phase does not stop the next one, and the bundle is always packed.
 OUT gets `report.json`, `log.txt` and `bundle.tar.NN`: at most 8 files of at most 15 MB.
-Exit status 1: a phase failed, which the report names.
+Exit status 1: a phase failed; the report names it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from snscc_ray.core import storage
 
 PHASES = ("tests", "speed", "cifar10")
 _MOST_FILES, _MOST_BYTES = 8, 64 * 2**20
-# Of all the time, the most that each of the first two phases takes, in seconds and as a share.
+# Limits of the first two phases: in seconds, and as a share of the total time.
 _TESTS, _SPEED = (60.0, 0.15), (80.0, 0.25)
-_PACKING = 15.0  # seconds that are kept for the bundle
+_PACKING = 15.0  # seconds reserved for the bundle
 _GRACE = 10.0  # seconds to write a checkpoint after SIGTERM
-# Before anything was measured, from others' figures and the network's operations. They stand in
-# the report beside what is measured.
+# Estimated before any measurement, from others' figures and the network's operations. The report
+# shows them beside the measurements.
 _EXPECTED = {
     "pretrain": "24,000-28,000",
     "train": "14,000-16,000",
@@ -50,7 +50,7 @@ _EXPECTED = {
 
 @dataclass(frozen=True)
 class Ended:
-    """How a phase ended: ok, skipped, stopped (at its deadline, as meant), killed, or failed."""
+    """How a phase ended: ok, skipped, stopped (as intended, at its deadline), killed, or failed."""
 
     phase: str
     status: str
@@ -59,9 +59,9 @@ class Ended:
 
 
 def run_phase(phase: str, command: list[str], seconds: float, log: TextIO) -> Ended:
-    """Run a phase until it ends, or its deadline: SIGTERM, and SIGKILL after a while.
+    """Run a phase until it ends, or to its deadline: then SIGTERM, and later SIGKILL.
 
-    What it prints is shown and logged as it comes.
+    Its output is printed and logged as it comes.
     """
     print(f"--- {phase}: at most {seconds:.0f} s", flush=True)
     log.write(f"--- {phase}\n")
@@ -83,7 +83,7 @@ def run_phase(phase: str, command: list[str], seconds: float, log: TextIO) -> En
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         asked = True
-    finally:  # also where this process itself is asked to stop
+    finally:  # also if this process itself is told to stop
         _end(process)
         reader.join(5)
         log.flush()
@@ -98,7 +98,7 @@ def run_phase(phase: str, command: list[str], seconds: float, log: TextIO) -> En
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Ask a process and its children to stop, and after a while make them."""
+    """Send SIGTERM to a process and its children, and SIGKILL after the grace period."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         try:
@@ -122,7 +122,7 @@ def share(limit: tuple[float, float], seconds: float) -> float:
 
 
 def beside_expected(speed: dict[str, float], utilisation: float | None) -> list[dict[str, Any]]:
-    """What was expected beside what was measured; `-` where it was not."""
+    """Return expected beside measured figures; `-` if not measured."""
     measured: dict[str, float | None] = {
         "pretrain": speed.get("pretrain"),
         "train": speed.get("train"),
@@ -142,7 +142,7 @@ def beside_expected(speed: dict[str, float], utilisation: float | None) -> list[
 
 
 def phases(arguments: argparse.Namespace, run: Path, log: TextIO) -> Iterator[Ended]:
-    """Run the phases that are asked for, one after another."""
+    """Run the requested phases, one after another."""
     ends_at = time.monotonic() + arguments.seconds - _PACKING - _GRACE
     speed: Path = arguments.out / "speed.json"
     tiny = ["--tiny"] if arguments.tiny else []
@@ -177,7 +177,7 @@ def phases(arguments: argparse.Namespace, run: Path, log: TextIO) -> Iterator[En
 
 
 def conclude(arguments: argparse.Namespace, run: Path, ended: list[Ended]) -> int:
-    """Pack the bundle, write the report, show both; the exit status."""
+    """Pack the bundle, write the report, print both; return the exit status."""
     out: Path = arguments.out
     bundled = ""
     if (run / "recipe.json").exists():
@@ -200,7 +200,7 @@ def conclude(arguments: argparse.Namespace, run: Path, ended: list[Ended]) -> in
         "bundle": bundled,
     }
     storage.write_json(out / "report.json", report)
-    speed_file.unlink(missing_ok=True)  # it stands in the report
+    speed_file.unlink(missing_ok=True)  # included in the report
     print_table([asdict(one) for one in ended])
     print_table(report["expected"])
     for stage, found in state["stages"].items():
@@ -258,7 +258,7 @@ def main() -> None:
         if arguments.bundle:
             bundle.unpack(arguments.bundle, run)
         ended: list[Ended] = []
-        # SIGTERM is what a time limit from outside sends: what is there by then is packed.
+        # An outside time limit sends SIGTERM: pack what exists by then.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with (arguments.out / "log.txt").open("w") as log:
             try:

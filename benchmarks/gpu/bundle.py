@@ -1,15 +1,14 @@
-"""A run in a few flat files of at most 15 MB, to be moved where files must be few and small.
+"""Pack a run into a few flat files of at most 15 MB, for transfers with few and small files.
 
-Weights and optimizer-free checkpoints are kept in half precision, so a run that goes on from a
-bundle is not bit for bit the run that never stopped. The momentum of the optimizer starts anew,
-which ten steps make good. What is kept, by how far the run is:
+Weights and checkpoints without optimizer state are stored in half precision, so a run resumed from
+a bundle is not bit for bit the uninterrupted run. The optimizer's momentum starts anew; ten steps
+make up for that. What is kept, by the state of the run:
 
 in Pretrain          Pretrain's checkpoint
 in Train             Pretrain's result, its neighbours, Train's checkpoint
-Train done, or Boost Pretrain's result, its neighbours, Train's result (Boost is short: it begins
-                     again)
+Train done, or Boost Pretrain's result, its neighbours, Train's result (Boost is short: it restarts)
 all done             the last stage's result, the assignments and the figures: a run folder that
-                     `snscc predict` takes
+                     `snscc predict` accepts
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from torch import Tensor
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES
 
-LIMIT = 15 * 10**6  # bytes of a file
+LIMIT = 15 * 10**6  # bytes per file
 _NAME = "bundle.tar"
 _FOR_ALL = ("recipe.json", "metrics.jsonl", "baselines.json", "sittings.json", "compiled.bin")
 _RESULT = ("metrics.json", "assignments.parquet", "pretrain/neighbors.parquet")
 
 
 def pack(run: Path, out: Path, limit: int = LIMIT) -> list[Path]:
-    """Write the run as `bundle.tar.00`, `.01`, … into `out`; the files, in order.
+    """Write the run as `bundle.tar.00`, `.01`, … into `out`; return the files in order.
 
-    Pieces of an older bundle there are removed first. Raises UserError where there is no run.
+    Removes the pieces of an older bundle first. Raises UserError if there is no run.
     """
     if not (run / "recipe.json").exists():
         raise UserError(f"{run} holds no run, so there is nothing to bundle")
@@ -59,9 +58,9 @@ def pack(run: Path, out: Path, limit: int = LIMIT) -> list[Path]:
 
 
 def unpack(bundle: Path, run: Path) -> None:
-    """Make the run folder that a bundle was made of, its numbers in full precision again.
+    """Restore the run folder from a bundle, with tensors in full precision again.
 
-    Raises UserError where a piece is missing or damaged, or where `run` exists.
+    Raises UserError if a piece is missing or damaged, or if `run` exists.
     """
     if run.exists():
         raise UserError(f"{run} exists already; name another folder")
@@ -90,7 +89,7 @@ def _pieces(folder: Path) -> list[Path]:
 
 
 def _kept(run: Path) -> list[str]:
-    """Names of the files that go on with the run, see the module's docstring."""
+    """Return the names of the files to keep; see the module's docstring."""
     done = [stage for stage in STAGES if (run / stage / "stage.json").exists()]
     names = list(_FOR_ALL)
     if (run / "metrics.json").exists() and len(done) == len(STAGES):
@@ -117,7 +116,7 @@ def _half(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.float32:
         return tensor
     half = tensor.half()
-    # What half precision cannot hold (a large variance, say) stays as it is.
+    # Values out of half precision's range, such as a large variance, stay in float32.
     return half if torch.equal(half.isfinite(), tensor.isfinite()) else tensor
 
 
@@ -126,7 +125,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _each(held: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers with every tensor changed."""
+    """Apply `change` to every tensor in nested containers."""
     if isinstance(held, Tensor):
         return change(held)
     if isinstance(held, dict):
@@ -137,6 +136,6 @@ def _each(held: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def describe(files: list[Path]) -> str:
-    """How many files of how many bytes, in one line."""
+    """Describe number and sizes of the files in one line."""
     sizes = [file.stat().st_size for file in files]
     return f"{len(files)} files, {sum(sizes) / 10**6:.1f} MB, none above {max(sizes) / 10**6:.1f}"

@@ -1,10 +1,10 @@
-"""Lay what a GPU machine without a network needs into one ignored folder: `make gpu-pack`.
+"""Collect what a GPU machine without a network needs in one ignored folder: `make gpu-pack`.
 
     python -m benchmarks.gpu.carry --data DIR [--from BUNDLE]
 
-`.gpu/` gets the images, the wheels of what such a machine has not (pydantic, universal-pathlib and
-what they need, for its Python), and the bundle to go on with. The whole of it, with the tracked
-files, must stay below 60 MiB. Prints the command to run there, in a copy of this folder.
+`.gpu/` gets the images, the wheels that such a machine lacks (pydantic, universal-pathlib and their
+dependencies, for its Python), and the bundle to resume from. Together with the tracked files it
+must stay below 60 MiB. Prints the command to run there, in a copy of this folder.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parents[2]
 _FOLDER = ".gpu"
 _MOST_BYTES = 60 * 2**20
-# What torch 2.11 machines with the usual packages lack.
+# Packages that torch 2.11 machines with the usual packages lack.
 _WHEELS = ("pydantic", "universal-pathlib")
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-_SECONDS = 560  # of ten minutes, the rest for unpacking what is carried
+_SECONDS = 560  # of ten minutes; the rest is for unpacking
 
 
 def fetch_wheels(folder: Path, python: str) -> None:
-    """Download the wheels for that Python on Linux, in the versions of constraints.txt."""
+    """Download the wheels for a Python version on Linux, in the versions of constraints.txt."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
     command += ["--python-version", python, "--implementation", "cp"]
     for platform in _PLATFORMS:
@@ -46,7 +46,7 @@ def bytes_below(folder: Path) -> int:
 
 
 def command_there(*, bundle: bool) -> str:
-    """The command for the other machine, in a copy of this folder; `$OUT` is what comes back."""
+    """Return the command to run on the other machine; the folder `$OUT` is copied back."""
     site = f"{_FOLDER}/site"
     install = (
         "python3 -m pip install -q --no-index --no-deps --no-compile --upgrade "

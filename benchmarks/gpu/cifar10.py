@@ -1,7 +1,7 @@
-"""Phase 3: CIFAR-10 through Pretrain, Train and Boost, over as many sittings as it takes.
+"""Phase 3: CIFAR-10 through Pretrain, Train and Boost, over several sittings if needed.
 
-The first sitting fixes the epochs of all stages, so that the schedule of the learning rate is
-whole over all of them. SIGTERM stops at the next step, with a checkpoint. Labels only measure.
+The first sitting fixes the epochs of all stages, so that the learning-rate schedule spans all
+sittings. SIGTERM stops at the next step, with a checkpoint. Labels only measure.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from snscc_ray.training.workers import LocalWorker
 
 _RECIPE = "cifar10_best"
 _SITTINGS = "sittings.json"
-# What is aimed at, and made shorter in this proportion where the sittings do not hold it.
+# The target, reduced in proportion if the sittings are too short for it.
 EPOCHS = {"pretrain": 500, "train": 50, "boost": 30}
-# Of a sitting, what is not spent in epochs: imports, decoding, k-means, mining.
+# Time of a sitting outside epochs: imports, decoding, k-means, mining.
 _ONCE_SECONDS = 30.0
-STOPPED = 75  # exit status of a run that another sitting goes on with
+STOPPED = 75  # exit status of a run to be resumed in another sitting
 
-# Batches that divide 60,000, so that every step of a stage has one shape.
+# Batch sizes that divide 60,000, so that all steps of a stage have the same shape.
 _SETTINGS = (
     "pretrain.batch_size=500",
     "train.batch_size=500",
@@ -59,16 +59,16 @@ _TINY = (
 
 
 def recipe_for(*, tiny: bool) -> Recipe:
-    """The recipe of this phase; tiny: a network and a set that a CPU does in a minute."""
+    """Return the recipe of this phase; tiny: a network and dataset that take a CPU a minute."""
     return override(recipes.get(_RECIPE), [*_SETTINGS, *(_TINY if tiny else ())])
 
 
 def epochs_that_fit(
     speeds: dict[str, float], rows: int, seconds: float, sittings: int
 ) -> dict[str, int]:
-    """EPOCHS, or as many in their proportion as so many sittings of `seconds` hold.
+    """Return EPOCHS, reduced in proportion if needed to fit `sittings` sittings of `seconds`.
 
-    speeds: images per second of each stage, as they were measured; without: EPOCHS.
+    speeds: measured images per second of each stage; if one is missing, EPOCHS is returned.
     """
     if not all(stage in speeds for stage in STAGES):
         return dict(EPOCHS)
@@ -78,7 +78,7 @@ def epochs_that_fit(
 
 
 def speeds_in(file: Path) -> dict[str, float]:
-    """Images per second of our stages, of a file that phase 2 wrote."""
+    """Read images per second of our stages from the file that phase 2 wrote."""
     if not file.exists():
         return {}
     rows = json.loads(file.read_text())["results"]
@@ -86,7 +86,7 @@ def speeds_in(file: Path) -> dict[str, float]:
 
 
 def pays(file: Path) -> bool:
-    """Whether phase 2 found the compiled network at least a twentieth faster."""
+    """Return whether phase 2 measured the compiled network as over a twentieth faster."""
     if not file.exists():
         return False
     rows = json.loads(file.read_text())["results"]
@@ -95,7 +95,7 @@ def pays(file: Path) -> bool:
 
 
 class _Sitting(LocalWorker):
-    """A worker that notes with every checkpoint how long this sitting has worked."""
+    """A worker that records with every checkpoint how long this sitting has run."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         super().__init__(folder, device)
@@ -117,7 +117,7 @@ class _Sitting(LocalWorker):
 
 
 def request_for(arguments: argparse.Namespace) -> Request:
-    """A new run with epochs that fit, or the one in the folder."""
+    """Make a request for a new run with epochs that fit, or to resume the one in the folder."""
     run: Path = arguments.run
     place = [f"data.path={json.dumps(str(arguments.data))}"]
     if (run / "recipe.json").exists():
@@ -135,7 +135,7 @@ def request_for(arguments: argparse.Namespace) -> Request:
 
 
 def progress(run: Path) -> dict[str, Any]:
-    """How far a run is, and what it found so far: epochs done and figures of each stage."""
+    """Return the state of a run: epochs done and figures of each stage so far."""
     if not (run / "recipe.json").exists():
         return {"finished": False, "stages": {}}
     recipe = read_recipe(run)

@@ -1,9 +1,9 @@
 """Phase 2: images per second of the bare network, of ours, and of a plain torchvision pipeline.
 
-Every side runs one epoch that does not count, then three that do (torchvision's, which takes ten
-times as long, one); the table holds the medians. The
-file is written after each side, so what is measured before the deadline is kept. Last, where time
-is left, Pretrain with a compiled network, whose compiled code is kept beside the file.
+Every side runs one epoch that does not count, then three that do (one for torchvision, which takes
+ten times as long); the table holds the medians. The file is written after each side, so results
+from before the deadline are kept. Last, if time is left, Pretrain runs with a compiled network; the
+compiled code is saved beside the file.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from snscc_ray.training.workers import choose_device
 _ROUNDS = 3
 _LOADERS = (8, 16)
 _PROFILED_STEPS = 10
-# Seconds that compiling a ResNet-18 and measuring it may take; without them it is left out.
+# Seconds needed to compile and measure a ResNet-18; skipped if less time is left.
 _COMPILE_SECONDS = 40
 
 
 def sides(context: Context) -> Iterator[Side]:
-    """What is measured, the most needed first."""
+    """Yield what to measure, the most important first."""
     for name in STAGES:
         yield bare_side(name, context)
         yield our_side(name, stage_for(name, context), context)
@@ -73,7 +73,7 @@ def row_of(side: Side, context: Context, flops: dict[str, float]) -> dict[str, A
 
 
 def profiled(context: Context) -> str:
-    """Where ten steps of Pretrain spend their time, as a table."""
+    """Profile ten steps of Pretrain; return a table of where the time goes."""
     from torch.profiler import ProfilerActivity, profile
 
     rows = min(len(context.data), _PROFILED_STEPS * context.recipe.pretrain.batch_size)
@@ -92,7 +92,7 @@ def profiled(context: Context) -> str:
 def compiled_row(
     context: Context, flops: dict[str, float], artifacts: Path
 ) -> dict[str, Any] | None:
-    """Pretrain with a compiled network; None where torch cannot keep what it compiled."""
+    """Measure Pretrain with a compiled network, and save the compiled code if torch can."""
     recipe = override(context.recipe, ["runtime.compile=true"])
     other = dataclasses.replace(context, recipe=recipe)
     side = our_side("pretrain", stage_for("pretrain", other), other)
@@ -104,7 +104,7 @@ def compiled_row(
 
 
 def measure(context: Context, out: Path, seconds: float) -> list[dict[str, Any]]:
-    """Measure every side into `out`; the rows."""
+    """Measure every side, write the rows into `out`, and return them."""
     began = time.monotonic()
     flops = {
         f"bare {name}": flops_per_image(

@@ -1,4 +1,4 @@
-"""What a finished run says of images, old and new: features, predictions, exports, the report.
+"""Use a finished run: features, predictions for new images, exports and the report.
 
 Imports: config, core, models, data, training, runs. Must not import Ray, or train.
 """

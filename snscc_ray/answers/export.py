@@ -1,7 +1,8 @@
-"""A finished run as one file that needs no snscc_ray: uint8 images in, cluster probabilities out.
+"""Export a finished run as one file that works without snscc_ray.
 
-The normalisation of training is in the file. What is written has been loaded again and compared
-with the model first.
+The file takes uint8 images and returns cluster probabilities and features. It contains the
+normalisation of training. Each file is loaded again and compared with the model before it is
+written to its target.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from snscc_ray.models.encoders import ClusterNet
 from snscc_ray.runs.folder import reading
 
 Format = Literal["onnx", "torch"]
-# (B, C, H, W) uint8 to probabilities and features, as the file that was read again answers.
+# The loaded file as a function: uint8 images (B, C, H, W) to probabilities and features.
 Answer = Callable[[Tensor], list[Tensor]]
 
 _TOLERANCE = 1e-4
-_BATCHES = (1, 5)  # neither is the one that is traced
+_BATCHES = (1, 5)  # sizes other than the traced one
 _OUTPUTS = ["probabilities", "features"]
 _METADATA = "snscc.json"
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Classifier(nn.Module):
-    """From uint8 images (B, C, H, W) to cluster probabilities (B, C) and unit features (B, D)."""
+    """Map uint8 images (B, C, H, W) to cluster probabilities (B, C) and unit features (B, D)."""
 
     scale: Tensor
     shift: Tensor
@@ -58,10 +59,11 @@ class Classifier(nn.Module):
 
 
 def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
-    """Write the model of a finished run to each target; the largest difference from it of each.
+    """Write the model of a finished run to each target.
 
-    Raises UserError for a run that is not finished, for packages that are missing, and for a file
-    that answers otherwise than the model; nothing is written then.
+    Returns the largest difference from the model for each target. Raises UserError, and writes
+    nothing, if the run is not finished, a package is missing, or a file's output differs from the
+    model's.
     """
     missing = [name for name in _ONNX_PACKAGES if not find_spec(name)] if "onnx" in targets else []
     if missing:
@@ -85,7 +87,7 @@ def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
                     f"no space left in {folder}, where --{kind} is made first: free some space"
                 ) from error
             found[kind] = difference(model, read(path))
-            if not found[kind] <= _TOLERANCE:  # a NaN is no agreement
+            if not found[kind] <= _TOLERANCE:  # also true for NaN
                 raise UserError(
                     f"--{kind}: the exported file differs from the model by {found[kind]:.2g}, "
                     f"more than {_TOLERANCE:g}; nothing was written, use the other format"
@@ -97,7 +99,7 @@ def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
 
 
 def traced(model: Model) -> torch.export.ExportedProgram:
-    """The model and its normalisation as one graph, for batches of any size."""
+    """Trace the model and its normalisation as one graph, for batches of any size."""
     module = Classifier(model.network, model.normalize).eval()
     module.to(memory_format=torch.contiguous_format)
     batch = {0: torch.export.Dim("batch")}
@@ -106,7 +108,7 @@ def traced(model: Model) -> torch.export.ExportedProgram:
 
 
 def describe(model: Model) -> dict[str, str | int]:
-    """What the file says of itself."""
+    """Return the metadata stored in the file."""
     data = model.recipe.data
     try:
         version = importlib.metadata.version("snscc_ray")
@@ -122,7 +124,7 @@ def describe(model: Model) -> dict[str, str | int]:
 
 
 def difference(model: Model, answer: Answer) -> float:
-    """The largest one between what the model and the file say of random images."""
+    """Return the largest difference between the model's and the file's output on random images."""
     model.network.eval()
     found = []
     for batch in _BATCHES:
@@ -132,7 +134,7 @@ def difference(model: Model, answer: Answer) -> float:
         expected = [logits_HBC[0].softmax(1), features_BD]
         for want, have in zip(expected, answer(images), strict=True):
             found.append((want - have).abs().max())
-    return float(torch.stack(found).max())  # of tensors, so that a NaN is not lost
+    return float(torch.stack(found).max())  # torch's max keeps NaN
 
 
 def _images(model: Model, batch: int) -> Tensor:
@@ -146,14 +148,14 @@ def _images(model: Model, batch: int) -> Tensor:
 
 
 def _write_torch(program: torch.export.ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    # By way of memory: where a disk is full, torch's own writer ends in a page of its C++.
+    # Saved to memory first: on a full disk, torch's own writer prints a page of C++ errors.
     whole = io.BytesIO()
     torch.export.save(program, whole, extra_files={_METADATA: json.dumps(about)})
     path.write_bytes(whole.getvalue())
 
 
 def _read_torch(path: Path) -> Answer:
-    with warnings.catch_warnings():  # torch 2.11 warns of its own reading
+    with warnings.catch_warnings():  # torch 2.11 warns about its own loading code
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         module = torch.export.load(path).module()
 
@@ -172,11 +174,11 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[s
         dynamo=True,
         input_names=["images"],
         output_names=_OUTPUTS,
-        dynamic_shapes=({0: "batch"},),  # only names what the program leaves free
+        dynamic_shapes=({0: "batch"},),  # only names the dimension; the program makes it dynamic
         verbose=False,
     )
     assert written is not None
-    proto = written.model_proto  # weights included: one file
+    proto = written.model_proto  # includes the weights: one file
     onnx.helper.set_model_props(proto, {name: str(value) for name, value in about.items()})
     path.write_bytes(proto.SerializeToString())
 

@@ -1,4 +1,4 @@
-"""Encoder features of a finished run's own images, computed once and kept beside the stage."""
+"""Encoder features of a finished run's own images, computed once and cached beside the stage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from snscc_ray.training.context import Context
 
 @dataclass(frozen=True)
 class RunImages:
-    """A run and the images it was made of, in the order of its assignments.parquet."""
+    """A run and its own images, in the order of its assignments.parquet."""
 
     folder: Path
     recipe: Recipe
@@ -38,7 +38,7 @@ class RunImages:
 
 
 def own_images(folder: Path, device: torch.device, display: Display) -> RunImages:
-    """Read a run's images again. Raises UserError where they are gone or are others by now."""
+    """Read a run's images again. Raises UserError if they are gone or have changed."""
     recipe = read_recipe(folder)
     place = recipe.data.path
     if place is not None and not is_url(place) and not Path(place).exists():
@@ -59,7 +59,7 @@ def own_images(folder: Path, device: torch.device, display: Display) -> RunImage
 
 
 def own_ids(folder: Path) -> list[str]:
-    """The ids of a run's own images, in their order."""
+    """Return the ids of a run's own images, in order."""
     table = checkpoints.read_columns(folder / "assignments.parquet", ["id"])
     ids: list[str] = table["id"].to_pylist()
     return ids
@@ -68,7 +68,10 @@ def own_ids(folder: Path) -> list[str]:
 def load_encoder(
     folder: Path, recipe: Recipe, stage: StageName, device: torch.device
 ) -> tuple[nn.Module, Normalize, Recipe]:
-    """The encoder as a finished stage left it, and the recipe to answer by. Raises UserError."""
+    """Load the encoder of a finished stage, its normalisation and the recipe for inference.
+
+    Raises UserError.
+    """
     path = folder / stage / "final.pt"
     held = checkpoints.load_final(path, recipe.data.channels, device)
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
@@ -86,13 +89,13 @@ def load_encoder(
 def answering(
     recipe: Recipe, held: dict[str, Any], device: torch.device
 ) -> tuple[Recipe, str | None]:
-    """A finished run's recipe in the precision its answers had, and what to say where it cannot be.
+    """Return a finished run's recipe with the precision it was trained in, and a caveat or None.
 
-    held: the stage's `final.pt`. Precision `auto` means bfloat16 on a GPU and float32 on a CPU,
-    whatever the device of today. A CPU answers for a GPU's bfloat16 run in float32: in bfloat16
-    most CPUs take many times as long.
+    held: the stage's `final.pt`. Precision `auto` is the one used in training (bfloat16 on a GPU,
+    float32 on a CPU), whatever the present device. Exception: a bfloat16 run on a CPU uses
+    float32, because most CPUs take many times as long in bfloat16. The caveat says so.
     """
-    trained = held.get("precision")  # absent: a run from before it was kept
+    trained = held.get("precision")  # missing in runs from before it was stored
     if recipe.precision != "auto" or trained is None:
         return recipe, None
     caveat = None
@@ -109,7 +112,10 @@ def answering(
 
 
 def stage_features(own: RunImages, stage: StageName) -> Tensor:
-    """L2-normalised features after a stage, (N, D) float32 on the CPU; half precision is kept."""
+    """Return L2-normalised features after a stage, (N, D) float32 on the CPU.
+
+    They are cached in half precision.
+    """
     kept = kept_features(own.folder, stage, len(own.catalog))
     if kept is not None:
         return kept
@@ -119,15 +125,16 @@ def stage_features(own: RunImages, stage: StageName) -> Tensor:
     identity = storage.read_json(own.folder / stage / "stage.json")["identity"]
     path = own.folder / stage / "features.pt"
     if not is_url(path) and not os.access(path.parent, os.W_OK):
-        return features_ND.float()  # a run that is only lent is asked as well
+        return features_ND.float()  # the run folder is read-only: do not cache
     checkpoints.save(path, {"identity": identity, "features": features_ND})
     return features_ND.float()
 
 
 def kept_features(folder: Path, stage: StageName, rows: int) -> Tensor | None:
-    """What `stage_features` kept of all rows of this very stage.
+    """Return the features that `stage_features` cached for all rows of this stage.
 
-    None if it did not, the stage is newer, or what is kept is damaged: it can be had again.
+    Returns None if there are none, the stage is newer, or the file is damaged; they can be
+    computed again.
     """
     path = folder / stage / "features.pt"
     if not path.exists():

@@ -1,7 +1,7 @@
-"""New images through a finished run: the clusters that it would have put them in.
+"""Assign new images to the clusters of a finished run.
 
 The network, the normalisation and the clean pass are those of training, so an image of the run's
-own set gets the very cluster that assignments.parquet says.
+own dataset gets the same cluster as in assignments.parquet.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from snscc_ray.runs.local import bring, mode_for
 from snscc_ray.training.context import Context
 from snscc_ray.training.workers import choose_device
 
-_CLUSTERING: tuple[StageName, ...] = ("boost", "train")  # the last one there is counts
-# Rows answered at a time: those of a clean pass.
+_CLUSTERING: tuple[StageName, ...] = ("boost", "train")  # the first of these that exists is used
+# Rows per batch: as in a clean pass.
 _ROWS = 1024
 
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """Which images to put into which run's clusters, and what to say of each."""
+    """Which images to assign to which run's clusters, and what to list for each."""
 
     run: Path
     source: str  # folder of images, or shards
     out: Path
     top: int = 3  # clusters to list
-    nearest: int = 3  # images of the run's own to list
+    nearest: int = 3  # of the run's own images to list
 
 
 @dataclass(frozen=True)
 class PredictResult:
-    """What was written, and how many images could not be read."""
+    """The table that was written, and the number of unreadable images."""
 
     table: pa.Table
     left_out: int
@@ -61,22 +61,24 @@ class PredictResult:
 
 @dataclass(frozen=True)
 class Model:
-    """What a finished run has learned."""
+    """The trained network of a finished run."""
 
     recipe: Recipe
     network: ClusterNet
     normalize: Normalize
     device: torch.device
-    trained: dict[str, Any]  # of the stage's final.pt: the precision it had
+    trained: dict[str, Any]  # the entries of the stage's final.pt about its precision
 
     @property
     def caveat(self) -> str | None:
-        """What a person should know of its answers on this device; None: they are the run's."""
+        """How answers on this device may differ from the run's; None: not at all."""
         return answering(self.recipe, self.trained, self.device)[1]
 
     def infer(self, images: Images) -> tuple[Tensor, Tensor]:
-        """L2-normalised features (N, D) and cluster probabilities (N, C) of images in their
-        order, float32 on the device, from one pass."""
+        """Compute L2-normalised features (N, D) and cluster probabilities (N, C) in one pass.
+
+        Rows are in the order of the images; both are float32 on the device.
+        """
 
         def both(x_BCHW: Tensor) -> Tensor:
             z_BD, logits_HBC = self.network(x_BCHW)
@@ -90,25 +92,25 @@ class Model:
         return z_ND, p_NC
 
     def probabilities(self, images: Images) -> Tensor:
-        """Cluster probabilities of images in their order, (N, C) float32 on the CPU."""
+        """Compute cluster probabilities in the order of the images, (N, C) float32 on the CPU."""
         return self.infer(images)[1].cpu()
 
     def on(self, device: torch.device) -> Model:
-        """The same network, moved to another device."""
+        """Move the network to another device."""
         self.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return replace(self, device=device)
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """All that is needed to answer for an image, wherever it is asked."""
+    """Everything needed to predict for images, on any machine."""
 
     model: Model
     top: int
     known: KnownImages | None
 
     def __call__(self, images_BCHW: Tensor) -> pa.Table:
-        """A row for each of any number of uint8 images, see `answers`."""
+        """Return one row per uint8 image, for any number of images; see `answers`."""
         parts = [
             answers(*self.model.infer(ResidentData(part, self.model.device)), self.top, self.known)
             for part in images_BCHW.split(_ROWS)
@@ -123,7 +125,7 @@ class Predictor:
 
 
 def load_model(folder: Path, device: str = "auto") -> Model:
-    """The network of a run's last stage. Raises UserError for a run that is not finished."""
+    """Load the network of a run's last stage. Raises UserError if the run is not finished."""
     recipe = read_recipe(folder)
     if not (folder / "metrics.json").exists():
         begun_by_fit = (folder / FIT_FILE).exists()
@@ -144,19 +146,19 @@ def load_model(folder: Path, device: str = "auto") -> Model:
 
 
 def _last_stage(folder: Path) -> StageName:
-    """The last stage that has clusters. Raises UserError where there is none."""
+    """Return the last stage that has clusters. Raises UserError if there is none."""
     for stage in _CLUSTERING:
-        # One that is finished and has lost its network is an error, not a reason to take another.
+        # A finished stage whose network is missing is an error: do not fall back to another.
         if any((folder / stage / name).exists() for name in ("final.pt", "stage.json")):
             return stage
     raise UserError(f"{folder} holds no Train stage, so there are no clusters to predict")
 
 
 def predict(question: PredictRequest, console: Console, device: str = "auto") -> PredictResult:
-    """Cluster the images in a folder or in Parquet shards, and write a row for each.
+    """Cluster the images in a folder or in Parquet shards, and write one row per image.
 
-    Columns: id and those of `answers`. Unreadable images are left out and said. Raises UserError;
-    nothing is written then.
+    Columns: id and those of `answers`. Unreadable images are left out and reported. Raises
+    UserError; nothing is written then.
     """
     display = Display(console)
     parts: list[pa.Table] = []
@@ -178,7 +180,10 @@ def predict(question: PredictRequest, console: Console, device: str = "auto") ->
 def prepare(
     question: PredictRequest, display: Display, device: str
 ) -> tuple[Predictor, DataSettings, Rows]:
-    """Who answers, on a device, and the images that are asked of. Raises UserError."""
+    """Return the predictor on a device, and the settings and rows of the images.
+
+    Raises UserError.
+    """
     model = load_model(question.run, device)
     if model.caveat:
         display.line(model.caveat)
@@ -197,7 +202,7 @@ def conclude(
     parts: list[pa.Table],
     display: Display,
 ) -> PredictResult:
-    """Say what is left out, and write the answers for the ids, which come in parts."""
+    """Report skipped images, join the parts and write the table with the ids."""
     left_out = 0
     for identifier, reason in skipped:
         left_out += 1
@@ -208,7 +213,7 @@ def conclude(
 
 
 def _settings(recipe: Recipe, source: str) -> DataSettings:
-    """The run's own form of images, from another place."""
+    """Return the run's data settings with another source."""
     return recipe.data.model_copy(
         update={
             "source": "auto",
@@ -223,7 +228,10 @@ def _settings(recipe: Recipe, source: str) -> DataSettings:
 
 
 def _known(question: PredictRequest, model: Model, display: Display) -> KnownImages | None:
-    """The run's own images by the features of its last stage; None, and why, without them."""
+    """Return the run's own images with their last-stage features.
+
+    Without the images, says why and returns None.
+    """
     run, stage = question.run, _last_stage(question.run)
     ids = own_ids(run)
     features_MD = kept_features(run, stage, len(ids))
@@ -235,6 +243,6 @@ def _known(question: PredictRequest, model: Model, display: Display) -> KnownIma
             except (UserError, OSError) as error:
                 display.line(f"no nearest images, as the run's own are not at hand: {error}")
                 return None
-    # They are kept in half precision, in which they are no longer of length 1.
+    # Cached in half precision, they no longer have unit length.
     features_MD = F.normalize(features_MD, dim=1).to(model.device)
     return KnownImages(pa.array(ids, pa.string()), features_MD, question.nearest)

@@ -1,4 +1,4 @@
-"""What is said of each image put into a run's clusters, and the file that it goes into."""
+"""The prediction table: its columns, and writing it as Parquet or CSV."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.core.clustering.neighbors import knn
 from snscc_ray.core.storage import write_whole
 
-# Between the values of a list in a CSV: no spreadsheet takes it for the end of a cell.
+# Separates the values of a list in a CSV: no spreadsheet splits cells at it.
 _BETWEEN = "|"
 
 
 @dataclass(frozen=True)
 class KnownImages:
-    """A run's own images, the nearest of which are to be named."""
+    """A run's own images, searched for nearest neighbours."""
 
     ids: pa.Array
     features_MD: Tensor  # L2-normalised
-    count: int  # of them to name
+    count: int  # neighbours to list
 
 
 def answers(z_BD: Tensor, p_BC: Tensor, top: int, known: KnownImages | None) -> pa.Table:
-    """A row for each image, by its L2-normalised features and its cluster probabilities.
+    """Make one row per image from L2-normalised features and cluster probabilities.
 
-    Columns: cluster, confidence, the `top` clusters with their confidences and, where images are
-    known, the ids of the nearest with their cosines, each list beginning with the greatest.
+    Columns: cluster, confidence, the `top` clusters with their confidences and, with known images,
+    the ids of the nearest ones with their cosines. Lists are in descending order.
     """
-    # Sorted, not topk: of equal probabilities the first cluster stands first, as in training.
+    # Sorted, not topk: among equal probabilities the first cluster wins, as in training.
     order_BC = p_BC.argsort(dim=1, descending=True, stable=True)[:, :top].cpu()
     sorted_BC = p_BC.cpu().gather(1, order_BC)
     columns = {
@@ -48,12 +48,12 @@ def answers(z_BD: Tensor, p_BC: Tensor, top: int, known: KnownImages | None) -> 
         count = min(known.count, len(known.ids))
         d_BK, idx_BK = (found.cpu() for found in knn(known.features_MD, count, queries=z_BD))
         columns["nearest"] = _lists(idx_BK, known.ids.take)
-        columns["nearest_similarity"] = _lists(1 - d_BK.square() / 2)  # of vectors of length 1
+        columns["nearest_similarity"] = _lists(1 - d_BK.square() / 2)  # cosine of unit vectors
     return pa.table(columns)
 
 
 def _lists(values_BK: Tensor, named: Callable[[pa.Array], pa.Array] | None = None) -> pa.Array:
-    """A list for each row, of the values or of what they stand for."""
+    """Make a list per row, of the values or of what `named` maps them to."""
     B, K = values_BK.shape
     values = pa.array(values_BK.reshape(-1).numpy())
     offsets = pa.array(torch.arange(0, B * K + 1, K, dtype=torch.int32).numpy())
@@ -61,13 +61,13 @@ def _lists(values_BK: Tensor, named: Callable[[pa.Array], pa.Array] | None = Non
 
 
 def check_name(file: Path) -> None:
-    """Raises UserError for a file that is neither Parquet nor CSV by its name."""
+    """Raise UserError unless the file name ends in .parquet or .csv."""
     if file.suffix.lower() not in (".parquet", ".csv"):
         raise UserError(f"--out {file}: end its name in .parquet, or in .csv for a spreadsheet")
 
 
 def write(table: pa.Table, file: Path) -> None:
-    """Write Parquet or CSV, as the name says, whole or not at all."""
+    """Write Parquet or CSV, by the file name, atomically."""
     if file.suffix.lower() == ".csv":
         flat = _flat(table)
         write_whole(file, lambda opened: pyarrow.csv.write_csv(flat, opened))
@@ -76,7 +76,7 @@ def write(table: pa.Table, file: Path) -> None:
 
 
 def _flat(table: pa.Table) -> pa.Table:
-    """The table with each list as one text."""
+    """Return the table with each list joined into one string."""
     columns = {}
     for name in table.column_names:
         column = table[name]
@@ -91,5 +91,5 @@ def _flat(table: pa.Table) -> pa.Table:
 def _text(value: object, real: bool) -> str:
     if real:
         return f"{value:.6g}"
-    # A name may hold what stands between the values: there a backslash is put before it.
+    # A name may contain the separator: escape it with a backslash.
     return str(value).replace("\\", "\\\\").replace(_BETWEEN, f"\\{_BETWEEN}")

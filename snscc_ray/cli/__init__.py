@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. A file for each command."""
+"""The command line: parse, call, print. One file per command."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ app.command("pack")(pack_folder)
 app.command("recipes")(list_recipes)
 app.command("doctor")(doctor)
 
-# Older typers raise click's own usage error, newer ones that of the click inside them.
+# Older versions of typer raise click's usage error, newer ones that of their bundled click.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
 
 def main() -> None:
-    """Run the command line; a mistake is one line on stderr and exit status 2."""
+    """Run the command line. A usage error is one line on stderr and exit status 2."""
     _fill_closed()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a console cannot show is escaped
+        if isinstance(stream, io.TextIOWrapper):  # escape what the console cannot show
             stream.reconfigure(errors="backslashreplace")
-    if not _has_current_folder():  # torch itself would end the process
+    if not _has_current_folder():  # torch would abort the process
         fail("the current folder is gone; change to one that exists", 2)
     try:
         status = app(standalone_mode=False)
@@ -70,7 +70,7 @@ def main() -> None:
     except TrainingError as error:
         fail(str(error), 1)
     except _UsageError as error:
-        if not error.format_message():  # no arguments: the help has been printed
+        if not error.format_message():  # no arguments: the help is already printed
             sys.exit(0)
         fail(f"{error.format_message()} (see snscc --help)", 2)
     except (typer.Abort, KeyboardInterrupt):
@@ -78,7 +78,7 @@ def main() -> None:
     except BrokenPipeError:
         _end_unread()
     except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # rich and typer end by 1
+        if isinstance(end.__context__, BrokenPipeError):  # rich and typer exit with status 1
             _end_unread()
         raise
     except OSError as error:
@@ -92,18 +92,18 @@ def main() -> None:
 
 
 def _end_unread() -> NoReturn:
-    """Who read, `head` say, has gone; Python would complain of it once more at its end."""
+    """Exit quietly after a broken pipe (`| head`): Python would report it again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(128 + signal.SIGPIPE)
 
 
 def _fill_closed() -> None:
-    """Give what a shell closed (`>&-`) to nobody: the next file opened would take its place."""
+    """Open streams that a shell closed (`>&-`) on devnull, or the next file would replace them."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if sys.stderr is None:

@@ -1,4 +1,4 @@
-"""`snscc recipes` and `snscc doctor`: what there is."""
+"""`snscc recipes` and `snscc doctor`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def list_recipes(
 
 
 def doctor() -> None:
-    """Say what this machine offers and what a run would use.
+    """Show what this machine offers and what a run would use.
 
     Example:
 

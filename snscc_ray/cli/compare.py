@@ -28,9 +28,9 @@ def compare(
         bool, typer.Option("--overwrite", help="replace the comparison in --out")
     ] = False,
 ) -> None:
-    """Run others' methods beside ours on the same images and encoder, and write one table.
+    """Compare clustering methods, ours included, on the same images and encoder, in one table.
 
-    The same command goes on where it was stopped; further methods join the table.
+    The same command continues a stopped comparison. Methods that you add later join the table.
 
     Examples:
 
@@ -42,7 +42,7 @@ def compare(
     """
     names = chosen(methods)
     wanted = override(recipes.get(recipe), overrides_of(settings, seed, data))
-    # Imported here: torch takes seconds, which --help and a misspelt method should not wait for.
+    # Imported here so that --help and a misspelt method need not wait seconds for torch.
     from snscc_ray.compare.comparison import Request
     from snscc_ray.compare.comparison import compare as run_comparison
     from snscc_ray.compare.table import cells, columns

@@ -13,7 +13,7 @@ from snscc_ray.core.clustering.neighbors import describe_faiss
 
 
 def examine() -> list[tuple[str, str]]:
-    """(what, finding) rows for a person to read."""
+    """Return rows of (what, finding), for display."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     memory = psutil.virtual_memory()
     rows = [

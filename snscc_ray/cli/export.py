@@ -21,11 +21,11 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the files")] = False,
 ) -> None:
-    """Write the model of a finished run as one file that needs no snscc.
+    """Export the model of a finished run as one file that works without snscc.
 
-    In: `images`, uint8 (B, channels, size, size) as RGB or grey values of 0 to 255, any B; the
-    normalisation is in the file. Out: `probabilities` (B, clusters) and `features` (B, D), of unit
-    length. The file is loaded again and compared with the model before it is put in place.
+    Input: `images`, uint8 (B, channels, size, size), RGB or grey values from 0 to 255, any B. The
+    file includes the normalisation. Outputs: `probabilities` (B, clusters) and `features` (B, D) of
+    unit length. The file is loaded again and compared with the model before it is put in place.
 
     Examples:
 
@@ -39,7 +39,7 @@ def export(
 
         torch.export.load("model.pt2").module()(tensor)
     """
-    # Imported here: torch takes seconds, which --help should not wait for.
+    # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.answers.export import Format
     from snscc_ray.answers.export import export as export_run
     from snscc_ray.config.paths import as_path

@@ -58,11 +58,11 @@ def fit(
         bool, typer.Option("--overwrite", help="replace the run in --out")
     ] = False,
 ) -> None:
-    """Find out what is in a folder of images: no labels, no settings.
+    """Cluster a folder of images, without labels or settings.
 
-    Chooses image size, encoder, batch and epochs from the images and the machine, says what and
-    why and how long it will take, runs, and writes a report. Stopped or killed, the same command
-    goes on.
+    Chooses image size, encoder, batch size and epochs from the images and the machine. Prints the
+    choices, the reasons and the expected time, runs, and writes a report. The same command
+    continues a stopped or killed run.
 
     Examples:
 
@@ -79,7 +79,7 @@ def fit(
     count = _count(clusters)
     seconds = None if budget is None else seconds_of(budget)
     place = place_of(data)
-    # Imported here: torch takes seconds, which --help should not wait for.
+    # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.answers.report import report
     from snscc_ray.config.paths import as_path, is_url
     from snscc_ray.core.claim import claimed
@@ -90,7 +90,7 @@ def fit(
     from snscc_ray.training.engine import Interrupted
 
     chosen = None if encoder is None else encoder_settings(encoder)
-    # Of `..` the name is that of the folder it leads to.
+    # Resolve `..` to the name of the folder it points to.
     whole = place if is_url(place) else os.path.abspath(place)
     name = as_path(whole).name.removesuffix(".parquet") or "images"
     folder = as_path(out_folder or f"runs/{name}")

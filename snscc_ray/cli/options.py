@@ -1,4 +1,4 @@
-"""What commands have in common: options, and what they do with them."""
+"""Options shared by several commands, and their handling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import expanded
 
 out = Console(markup=False, emoji=False)
-SCALE = "Scale out"  # a panel of the help
+SCALE = "Scale out"  # a panel of the help text
 
 Settings = Annotated[
     list[str] | None,
@@ -45,7 +45,7 @@ def overrides_of(settings: list[str] | None, seed: int | None, data: str | None)
 
 
 def seconds_of(budget: str) -> float:
-    """90s, 25m or 2h. Raises UserError."""
+    """Parse 90s, 25m or 2h into seconds. Raises UserError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget.strip())
     if found is None or float(found[1]) == 0:
         raise UserError(f"--budget {budget}: give a number and a unit, as in 90s, 25m or 2h")
@@ -53,12 +53,12 @@ def seconds_of(budget: str) -> float:
 
 
 def place_of(data: str) -> str:
-    """A URL as it was given, a path in full: a run is looked at from other folders later."""
+    """Return a URL unchanged and a path absolute: later commands may run in other folders."""
     return data if "://" in data else str(expanded(data).absolute())
 
 
 def launcher() -> Any:
-    """The module of runs on Ray. Raises UserError where Ray is not installed."""
+    """Import the module of runs on Ray. Raises UserError if Ray is not installed."""
     ready_for_ray()
     try:
         from snscc_ray.cluster import run as launch
@@ -71,7 +71,7 @@ def launcher() -> Any:
 
 
 def ready_for_ray() -> None:
-    """Ray wants a home folder and a user's name, which a container's user may not have."""
+    """Set the home folder and user name that Ray needs, if a container's user has none."""
     try:
         Path.home()
     except RuntimeError:
@@ -83,7 +83,7 @@ def ready_for_ray() -> None:
 
 
 def refuse_alone(**given: object) -> None:
-    """Options that mean nothing without workers are mistakes, not wishes to be ignored."""
+    """Raise UserError for options that have no effect without Ray workers."""
     for name, value in given.items():
         if value:
             option = "--" + name.replace("_", "-")
@@ -91,7 +91,7 @@ def refuse_alone(**given: object) -> None:
 
 
 def say(text: str) -> None:
-    """Print one line, as it stands."""
+    """Print one line, unformatted."""
     texts.say(out, text)
 
 

@@ -34,7 +34,7 @@ def pack_folder(
         bool, typer.Option("--verify", help="only check the finished shards in OUT")
     ] = False,
 ) -> None:
-    """Write a folder of images as Parquet shards; the same command again continues.
+    """Write a folder of images as Parquet shards; the same command resumes.
 
     Examples:
 
@@ -44,7 +44,7 @@ def pack_folder(
 
         snscc pack ~/photos shards/photos --verify
     """
-    # Imported here: torch takes seconds, which --help should not wait for.
+    # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.config.paths import as_path, expanded
     from snscc_ray.data import pack
 

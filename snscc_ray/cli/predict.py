@@ -34,7 +34,7 @@ def predict(
     ] = False,
     address: Address = None,
 ) -> None:
-    """Put new images into the clusters of a finished run; no training.
+    """Assign new images to the clusters of a finished run, without training.
 
     Writes id, cluster, confidence, top_clusters, top_confidences, nearest and nearest_similarity.
 
@@ -52,7 +52,7 @@ def predict(
         refuse_alone(gpu=gpu, address=address)
     elif device != "auto":
         raise UserError("--device is of this process; leave it out with --workers, or add --gpu")
-    # Imported here: torch takes seconds, which --help should not wait for.
+    # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.answers.predict import PredictRequest
     from snscc_ray.answers.predict import predict as predict_here
     from snscc_ray.answers.table import check_name
@@ -67,7 +67,7 @@ def predict(
         raise UserError(f"--out {out_file} is a folder; give a file, such as new.parquet")
     check_name(target)
     check_writable(target)
-    if target.suffix.lower() == ".parquet":  # it would be taken for images the next time
+    if target.suffix.lower() == ".parquet":  # inside DATA, the next call would read it as images
         check_apart(target.parent, place_of(data))
     question = PredictRequest(as_path(run), place_of(data), target, top, nearest)
     with claimed_file(target, say):
@@ -81,7 +81,7 @@ def predict(
                 fewer="use fewer --workers",
                 smaller="leave --gpu out",
             )
-            launcher()  # says what is missing where Ray is not installed
+            launcher()  # raises UserError if Ray is not installed
             from snscc_ray.cluster.predict import predict_on_ray
 
             found = predict_on_ray(question, out, scale)

@@ -21,11 +21,12 @@ def report(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     open_it: Annotated[bool, typer.Option("--open", help="open it in the browser")] = False,
 ) -> None:
-    """Make one web page of a finished run, to look at and to pass on.
+    """Make one web page of a finished run, to view and to share.
 
-    The images of each cluster, typical and doubtful; whether the run can be trusted and why; the
-    features as a map; near-duplicates and outliers; every setting. One file, which opens without a
-    network; its numbers are in a .json file beside it. It holds small copies of your images.
+    It shows typical and doubtful images of each cluster; whether the run can be trusted, and why;
+    the features as a map; near-duplicates and outliers; and every setting. It is one file that
+    opens without a network, with small copies of your images. Its numbers are in a .json file
+    beside it.
 
     Examples:
 
@@ -37,7 +38,7 @@ def report(
         raise UserError(f"--device {device}: use auto, cpu or cuda")
     if out_file is not None and not out_file.endswith(".html"):
         raise UserError(f"--out {out_file}: give a name that ends in .html")
-    # Imported here: torch takes seconds, which --help should not wait for.
+    # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.answers.report import report as make_report
     from snscc_ray.config.paths import as_path, is_url
     from snscc_ray.core.claim import claimed, claimed_file
@@ -48,7 +49,7 @@ def report(
     target = as_path(out_file) if out_file is not None else folder / "report.html"
     if open_it and is_url(target):
         raise UserError("--open shows a file on this machine; give one with --out")
-    read_recipe(folder)  # a folder that is no run is not made
+    read_recipe(folder)  # fails before a missing folder could be created
     check_writable(target)
     with claimed(folder, say), claimed_file(target, say):
         data_file = make_report(folder, target, out, device=device)

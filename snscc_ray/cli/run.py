@@ -97,7 +97,7 @@ def run(
 
         snscc run cifar10 --workers 8 --gpu --address auto --storage s3://bucket/runs
     """
-    # Imported here: torch takes seconds, which --help and a misspelt recipe should not wait for.
+    # Imported here so that --help and a misspelt recipe need not wait seconds for torch.
     from snscc_ray.cluster.scale import Scale
     from snscc_ray.config.paths import as_path
     from snscc_ray.runs.local import run_here
@@ -137,7 +137,7 @@ def run(
 
 
 def _workers(text: str) -> tuple[int, int] | None:
-    """Fewest and most, or None for this process."""
+    """Parse the fewest and most workers, or None for this process."""
     try:
         fewest, _, most = text.partition(":")
         counts = int(fewest), int(most or fewest)

@@ -76,7 +76,7 @@ def sweep(
     ] = 1,
     address: Address = None,
 ) -> None:
-    """Run a search space, sharing the stages that trials have in common; the same command resumes.
+    """Run the trials of a search space, training shared stages once; the same command resumes.
 
     Examples:
 

@@ -1,7 +1,7 @@
-"""Ray: joining a cluster, placing workers, running the stages and predictions on them.
+"""Ray: join a cluster, place workers, and run stages and predictions on them.
 
-`scale` says what workers are asked for and imports no Ray; `nodes` joins a cluster, `group` is a
-Ray Train group of workers, `run` a run on it, `predict` predictions on it.
+`scale` describes the workers and does not import Ray; `nodes` joins a cluster; `group` trains on a
+Ray Train worker group; `run` runs a recipe on the cluster, and `predict` predicts on it.
 
 Imports: config, core, data, training, runs, answers. Must not define how a stage trains.
 """

@@ -33,16 +33,16 @@ from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
 from snscc_ray.runs.run import execute
 from snscc_ray.training.engine import Interrupted
 
-# Ray Train's own folder within the run folder; it is removed once the run is finished.
+# Ray Train's own folder in the run folder; removed when the run is finished.
 RAY_FOLDER = "ray"
 _POLL_SECONDS = 0.2
-# How often a worker group is put together again when nodes are missing: Ray tries once a minute.
+# Interval at which Ray retries to start a worker group when nodes are missing.
 _START_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Job:
-    """All a worker needs to know; goes to it pickled."""
+    """Everything a worker needs; sent to it pickled."""
 
     recipe: Recipe
     folder: str
@@ -50,16 +50,16 @@ class Job:
     overwrite: bool
     catalog: Any  # reference to a Catalog
     load: Load
-    store: str | None = None  # of stages, see `execute`
+    store: str | None = None  # folder of stages, see `execute`
 
 
 def train_group(job: Job, scale: Scale, screen: Screen) -> None:
-    """Train a job's stages by a group of workers, retries and all; returns once it is finished.
+    """Train a job's stages on a group of workers, with retries. Returns when all are finished.
 
     Raises UserError, TrainingError, or Interrupted.
     """
     folder = as_path(job.folder)
-    # On this node, as the others may be lost: Ray would put an actor that takes nothing anywhere.
+    # Pinned to this node, since others may be lost: Ray places an actor with num_cpus=0 anywhere.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     relay = (
         ray.remote(Relay).options(num_cpus=0, max_concurrency=16, scheduling_strategy=here).remote()
@@ -76,9 +76,9 @@ def train_group(job: Job, scale: Scale, screen: Screen) -> None:
 
 
 def _fit(trainer: TorchTrainer, relay: Any, screen: Screen) -> None:
-    """Run the trainer in a thread, and show here what its first worker tells.
+    """Run the trainer in a thread, and show the messages of its first worker here.
 
-    In a thread, because Ray would else take Ctrl-C for itself and end without a word.
+    On the main thread, Ray would handle Ctrl-C itself and exit without a message.
     """
     failed: list[BaseException] = []
 
@@ -125,7 +125,7 @@ def _run_config(folder: Path, recipe: Recipe, scale: Scale) -> RunConfig:
         storage_filesystem=filesystem,
         failure_config=FailureConfig(
             max_failures=recipe.runtime.max_failures,
-            # Nodes that do not come back must not be waited for for ever.
+            # Do not wait forever for nodes that do not come back.
             controller_failure_limit=max(1, math.ceil(scale.wait / _START_SECONDS)),
         ),
         checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -136,10 +136,10 @@ def _run_config(folder: Path, recipe: Recipe, scale: Scale) -> RunConfig:
 
 
 def _name_interface() -> None:
-    """Tell gloo which network to use: that of Ray.
+    """Make gloo use the same network interface as Ray.
 
-    By itself it takes the address that the host's name stands for, which on many a machine is its
-    own loopback, where no other host can reach it.
+    By default gloo uses the address of the host's name. On many machines that is the loopback
+    address, which no other host can reach.
     """
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
@@ -161,7 +161,7 @@ class _Torch(TorchConfig):  # type: ignore[misc]
 
 
 class RayWorker:
-    """One of the workers of a Ray Train group; checkpoints go through Ray's own report."""
+    """A worker of a Ray Train group; checkpoints go through Ray's report."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -171,7 +171,7 @@ class RayWorker:
     def report(
         self, stage: str, metrics: dict[str, Any], checkpoint: dict[str, Any] | None
     ) -> None:
-        """Every worker must call it; the first one's metrics and checkpoint count."""
+        """Report metrics and a checkpoint. All workers must call it; only rank 0's values count."""
         if checkpoint is None:
             ray.train.report(metrics)
             return
@@ -189,14 +189,14 @@ class RayWorker:
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What each worker runs, from its start or from where the group was lost."""
+    """Run the job in one worker, from the start or from where the group was lost."""
     job: Job = config["job"]
     relay = config["relay"]
     if ray.get(relay.fault.remote()) is not None:
-        return  # a mistake is not mended by trying again
+        return  # the same error would occur again
     device = get_device()
     first = distributed.rank() == 0
-    # Started again, the workers go on with what they have done, and replace it no more.
+    # After a restart, the workers continue and do not overwrite their own results.
     start = ray.get(relay.started.remote()) if first else 0
     monitor: RunMonitor | NullMonitor = NullMonitor()
     folder = as_path(job.folder)

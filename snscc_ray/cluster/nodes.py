@@ -1,4 +1,4 @@
-"""The nodes of a Ray cluster: joining them, room for workers, and what each can see."""
+"""The nodes of a Ray cluster: join it, reserve workers, and check what each node can see."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ _LINE_SECONDS = 10.0
 
 @contextmanager
 def connected(scale: Scale) -> Iterator[None]:
-    """Join the cluster, or start Ray on this machine. Raises UserError when that fails, or when
-    the memory and the disk of Ray are full in the end."""
+    """Join the cluster, or start Ray on this machine.
+
+    Raises UserError if that fails, or if Ray's memory and disk fill up.
+    """
     address = scale.address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     check_reachable(address)
@@ -58,7 +60,7 @@ def connected(scale: Scale) -> Iterator[None]:
             said.seek(0)
             raise UserError(why_not_joined(address, error, said.read())) from error
     try:
-        # Ray has put its own handler of SIGTERM in place, which aborts with a dump of the stack.
+        # Ray has installed a SIGTERM handler that aborts with a stack dump.
         with terminated_like_interrupted():
             yield
     except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
@@ -73,10 +75,10 @@ def connected(scale: Scale) -> Iterator[None]:
 
 @contextmanager
 def reserved(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
-    """Reserve the fewest workers asked for, probe where they stand, and let go of them after.
+    """Reserve the minimum number of workers, yield a probe of each, and release them at the end.
 
-    Raises UserError when they cannot be placed: at once on this machine alone, which does not
-    grow, and after `scale.wait` seconds on a cluster, saying what is free.
+    Raises UserError if they cannot be placed: immediately on this machine alone, which cannot
+    grow; on a cluster after `scale.wait` seconds. The error says what is free.
     """
     bundle, fewest = bundle_of(scale), scale.workers[0]
     if scale.alone:
@@ -106,7 +108,7 @@ def reserved(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
 
 
 def bundle_of(scale: Scale) -> dict[str, float]:
-    """What each worker holds of the cluster."""
+    """Return the resources that each worker takes."""
     return scale.bundle(ray.cluster_resources().get("CPU", 1))
 
 
@@ -115,7 +117,7 @@ def _free() -> str:
 
 
 def _probe(group: Any, bundle: dict[str, float], workers: int) -> list[Probe]:
-    """What each worker's place offers, looked at from there."""
+    """Probe the node of each worker, from a task running there."""
     task = ray.remote(lambda: probe_node(ray.util.get_node_ip_address()))
     results = [
         task.options(
@@ -141,7 +143,7 @@ def _probe(group: Any, bundle: dict[str, float], workers: int) -> list[Probe]:
 
 
 def check_visible(folder: Path, files: Sequence[str]) -> None:
-    """Refuse a run folder or shards that some node cannot see. Raises UserError naming both."""
+    """Raise UserError, naming both, if a node cannot see the run folder or some shards."""
     marker, token = folder / f"{SEEN}{secrets.token_hex(8)}", secrets.token_hex(8)
     made = [] if is_url(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
     write_whole(marker, lambda file: file.write(token.encode()))
@@ -150,15 +152,15 @@ def check_visible(folder: Path, files: Sequence[str]) -> None:
     finally:
         with suppress(OSError):
             marker.unlink()
-            for place in made:  # what is refused leaves no folder behind
+            for place in made:  # leave no new folders behind
                 place.rmdir()
 
 
 def ask_every_node(problem_of: Callable[..., str | None], *arguments: object) -> None:
-    """Raises UserError for the first node that has a problem with what it is asked.
+    """Call `problem_of` on every node that is up. Raises UserError with the first problem.
 
-    One task on every node that is up, wherever workers will be placed: after a loss they may be
-    placed anywhere.
+    All nodes are asked, not only those of the workers: after a loss, workers may be placed
+    anywhere.
     """
     task = ray.remote(lambda *what: problem_of(ray.util.get_node_ip_address(), *what))
     checks = [

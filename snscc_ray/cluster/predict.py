@@ -1,4 +1,4 @@
-"""`predict` by several workers of a Ray cluster."""
+"""`predict` on several workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from snscc_ray.training.workers import choose_device
 
 
 def predict_on_ray(question: PredictRequest, console: Console, scale: Scale) -> PredictResult:
-    """`predict` by a model on each of the workers, the images read by the whole cluster.
+    """Predict with a model on each worker; the whole cluster reads the images.
 
     Raises UserError.
     """
@@ -43,7 +43,7 @@ def predict_on_ray(question: PredictRequest, console: Console, scale: Scale) -> 
             failed: dict[int, str] = {}
             done = 0
             found = ray_answers(rows, data, held, ready, scale.workers[0], bundle_of(scale))
-            # Ray's C++ part says there that a restart of Ray Data's own actors could fail.
+            # Ray's C++ code warns on stderr that restarts of Ray Data's own actors may fail.
             with tempfile.TemporaryFile("w+") as said, stderr_into(said):
                 try:
                     for read, failures, table in found:

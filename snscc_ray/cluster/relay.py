@@ -1,4 +1,4 @@
-"""What the first worker of a group tells, on its way to where the person looks; needs no Ray."""
+"""Relay display events from the first worker to the user's terminal; does not import Ray."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from snscc_ray.core.display import Screen
 
-# Progress is told this often: a call per step would cost more than small steps themselves.
+# Interval between progress messages: one call per step would cost more than a small step itself.
 _TELL_SECONDS = 0.5
 
-# A method of `Screen`, and what it is called with.
+# A method name of `Screen`, and its arguments.
 Event = tuple[str, tuple[Any, ...]]
 
 
@@ -21,7 +21,7 @@ def show(events: list[Event], screen: Screen) -> None:
 
 
 class Relay:
-    """An actor that carries what the first worker tells to the process the person looks at."""
+    """An actor that passes events from the first worker to the process with the display."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -36,7 +36,7 @@ class Relay:
         return events
 
     def started(self) -> int:
-        """Count the times the workers were started, this one included."""
+        """Return how many times the workers have been started, including this time."""
         self._starts += 1
         if self._starts > 1:
             self._events.append(("finish", ()))
@@ -55,7 +55,7 @@ class Relay:
 
 
 class RelayScreen:
-    """A `Screen` that is elsewhere; progress is told now and then, the rest at once."""
+    """A remote `Screen`. Progress is sent at intervals, everything else immediately."""
 
     def __init__(self, tell: Callable[[list[Event]], object]) -> None:
         self._send = tell

@@ -1,4 +1,4 @@
-"""A run on Ray: the same engine in each worker of a Ray Train group."""
+"""A run on Ray: each worker of a Ray Train group runs the same engine."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from snscc_ray.runs.run import Request, Result, final_figures
 
 
 def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
-    """Run what is asked for on the workers of a cluster, or of Ray on this machine.
+    """Run a recipe on the workers of a cluster, or of Ray on this machine.
 
-    An unfinished run of the same recipe in its folder is continued. Workers that are lost are
-    started again from the last checkpoint, up to `runtime.max_failures` times.
-    Raises UserError, TrainingError, or Interrupted once there is a run to resume.
+    Continues an unfinished run of the same recipe in the folder. Lost workers are restarted from
+    the last checkpoint, up to `runtime.max_failures` times.
+    Raises UserError, TrainingError, or, once there is a run to resume, Interrupted.
     """
     check_apart(request.folder, request.recipe().data.path)
     with claimed(request.folder, Display(console).line):
@@ -48,7 +48,7 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     plan = make_plan(recipe, counts)
     recipe, rows = plan.recipe, plan.rows
     display = Display(console)
-    # A report waits for the controller to look, which by default is every two seconds.
+    # A report waits for the controller's next poll, by default every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(scale):
         with reserved(scale, display.line) as probes:
@@ -56,7 +56,7 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
         where = folder if is_url(folder) else folder.absolute()
         check_visible(where, rows.some_files)
         data = share_images(recipe, rows, free_object_store(probes), display)
-        if data.catalog.skipped:  # fewer than were checked
+        if data.catalog.skipped:  # fewer images than were checked
             for workers in counts:
                 check(recipe, len(data.catalog), workers)
         display.line(_headline(recipe, data.catalog, scale))

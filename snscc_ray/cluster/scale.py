@@ -1,6 +1,6 @@
-"""What a run asks of a cluster, and what is refused before training starts; needs no Ray.
+"""What a run needs from a cluster, and checks before training starts; does not import Ray.
 
-Ray raises its errors late and many lines long; what can be known early is said in one.
+Ray's errors come late and span many lines. These checks fail early, with one line.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _CONNECT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Scale:
-    """How many workers, with what, and where."""
+    """How many workers, their resources, and the cluster."""
 
     workers: tuple[int, int]  # fewest and most
     gpu: bool = False
-    cpus: float | None = None  # per worker; None: 1, or, on this machine alone, an equal share
+    cpus: float | None = None  # per worker; None: 1, or an equal share on this machine alone
     address: str | None = None  # of the cluster; None: RAY_ADDRESS, or this machine alone
     wait: float = 600.0  # seconds until the workers must be placed
-    # What the command has to say against too many workers, and against too large ones.
+    # The command's advice against too many workers, and against too large ones.
     fewer: str = "use fewer --workers, wait longer with --wait"
     smaller: str = "ask for fewer --cpus-per-worker"
 
     def bundle(self, cluster_cpus: float) -> dict[str, float]:
-        """What one worker takes of a cluster with so many CPUs."""
+        """Return the resources of one worker, given the cluster's number of CPUs."""
         if self.cpus is not None:
             cpus = self.cpus
         elif self.gpu or not self.alone:
@@ -56,10 +56,10 @@ class Scale:
 
 
 def check_reachable(address: str) -> None:
-    """Raises UserError for an address where nobody listens: Ray would try for minutes."""
+    """Raise UserError if nothing listens at the address: Ray would retry for minutes."""
     host, colon, port = address.rpartition(":")
     if not colon or "/" in host or not port.isdigit():
-        return  # auto, local or ray://: Ray's own business
+        return  # auto, local or ray://: left to Ray
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except OSError as error:
@@ -70,7 +70,10 @@ def check_reachable(address: str) -> None:
 
 
 def why_not_joined(address: str, error: BaseException, said: str) -> str:
-    """`said`: Ray's words on stderr, where its error does not tell the reason."""
+    """Explain why joining failed.
+
+    said: what Ray wrote to stderr, in case its error does not give the reason.
+    """
     reason = " ".join(str(error).split())
     if "ersion mismatch" in reason:
         return (
@@ -89,7 +92,7 @@ def why_not_joined(address: str, error: BaseException, said: str) -> str:
 
 @contextmanager
 def stderr_into(file: IO[str]) -> Iterator[None]:
-    """Have a file take what this process, Ray's C++ part included, writes to stderr."""
+    """Redirect this process's stderr, including that of Ray's C++ code, into a file."""
     kept = os.dup(2)
     os.dup2(file.fileno(), 2)
     try:
@@ -100,7 +103,7 @@ def stderr_into(file: IO[str]) -> Iterator[None]:
 
 
 def why_failed(error: BaseException) -> str:
-    """The last line of what Ray has to say, which is what happened."""
+    """Return an error message with the last line of Ray's error, which gives the cause."""
     failures = getattr(error, "worker_failures", None) or {}
     cause: object = next(iter(failures.values()), error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
@@ -113,7 +116,7 @@ def why_failed(error: BaseException) -> str:
 def check_fits(
     bundle: Mapping[str, float], fewest: int, free: Mapping[str, float], there: Mapping[str, float]
 ) -> None:
-    """Raises UserError when a cluster that does not grow cannot hold the workers."""
+    """Raise UserError if a cluster that cannot grow is too small for the workers."""
     for kind, amount in bundle.items():
         fit = math.floor(there.get(kind, 0) / amount)
         if fit < fewest:
@@ -126,7 +129,7 @@ def check_fits(
 
 
 def too_small(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """In words, where no node that is up holds even one worker, however many there are."""
+    """Return a message if no node that is up can hold even one worker, else None."""
     if any(all(node.get(k, 0) >= amount for k, amount in bundle.items()) for node in nodes):
         return None
     most = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in bundle}
@@ -147,16 +150,16 @@ def free_of(free: Mapping[str, float], there: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one worker's place offers."""
+    """What the node of one worker offers."""
 
     node: str  # its name and address
     versions: dict[str, str]
-    memory: int  # bytes free, of the node
-    gpu_memory: int | None  # bytes free, of the worker's GPU
+    memory: int  # free bytes of the node
+    gpu_memory: int | None  # free bytes of the worker's GPU
 
 
 def probe_node(address: str) -> Probe:
-    """This node, whose address in the cluster it is."""
+    """Probe this node; `address` is its address in the cluster."""
     return Probe(
         node=_called(address),
         versions={package: importlib.metadata.version(package) for package in _PACKAGES},
@@ -170,7 +173,7 @@ def _called(address: str) -> str:
 
 
 def check_alike(probes: Sequence[Probe], gpu: bool) -> None:
-    """Refuse nodes that differ from this machine in what they would compute. Raises UserError."""
+    """Raise UserError if a node has other package versions or, with `gpu`, torch sees no GPU."""
     here = {package: importlib.metadata.version(package) for package in _PACKAGES}
     for probe in probes:
         for package, version in here.items():
@@ -187,15 +190,15 @@ def check_alike(probes: Sequence[Probe], gpu: bool) -> None:
 
 
 def free_object_store(probes: Sequence[Probe]) -> int:
-    """Bytes that each worker could hold images in."""
+    """Return the bytes that each worker can use for images."""
     on_node = Counter(probe.node for probe in probes)
-    # On a node, each worker holds the set, and the object store holds it once.
+    # On each node, every worker holds the dataset, and the object store holds it once more.
     host = min(probe.memory // (on_node[probe.node] + 1) for probe in probes)
     return min([host, *(probe.gpu_memory for probe in probes if probe.gpu_memory is not None)])
 
 
 def unseen(address: str, marker: str, token: str, files: list[str]) -> str | None:
-    """What this node cannot see of a run folder's marker and of the shards; None: it sees all."""
+    """Return why this node cannot see the run folder's marker or a shard, or None if it can."""
     node = _called(address)
     path = as_path(marker)
     if not path.exists() or path.read_text() != token:
@@ -207,7 +210,7 @@ def unseen(address: str, marker: str, token: str, files: list[str]) -> str | Non
 
 
 def unread(address: str, files: list[str]) -> str | None:
-    """Which of the files this node cannot read; None: it reads them all."""
+    """Return a message about the first file that this node cannot read, or None."""
     for file in files:
         try:
             with as_path(file).open("rb") as opened:

@@ -1,7 +1,7 @@
 """`snscc compare`: several clustering methods on the same images, in one table.
 
-`comparison` runs the methods, `study` is what each is given, `table` writes their figures,
-`methods/` holds each method in a file.
+`comparison` runs the methods, `study` holds the input of a method, `table` writes their figures,
+`methods/` has one file per method.
 
 Imports: config, core, models, data, training, runs. Must not import Ray.
 """

@@ -1,4 +1,4 @@
-"""A comparison: several methods on the same images with the same encoder, into one folder."""
+"""Run a comparison: several methods on the same images with the same encoder, in one folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _MARK = "compare.json"
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asks for."""
+    """The arguments of `snscc compare`."""
 
     recipe: Recipe
     methods: tuple[str, ...]
@@ -57,10 +57,10 @@ class Request:
 
 @terminated_like_interrupted()
 def compare(request: Request, console: Console) -> list[Row]:
-    """Run the methods that have not run yet; the rows of all that the folder holds.
+    """Run the methods that have not finished yet; return the rows of all methods in the folder.
 
-    A method that fails is a row with its reason. Everything that can be refused is refused before
-    the folder is touched. Raises UserError, or Interrupted once there is something to go on from.
+    A method that fails gets a row with the reason. All checks are made before the folder is
+    changed. Raises UserError, or, once there is something to resume, Interrupted.
     """
     display = Display(console)
     check_apart(request.folder, request.recipe.data.path)
@@ -87,7 +87,7 @@ def _compare(request: Request, display: Display) -> list[Row]:
             rows = _rows(study, failed)
             write_table(folder, recipe, rows, images)
             display.line(f"{place}: {line(next(row for row in rows if row.method == method))}")
-    except KeyboardInterrupt as stop:  # between two loops, or a second Ctrl-C
+    except KeyboardInterrupt as stop:  # between two training loops, or on a second Ctrl-C
         raise Interrupted from stop
     finally:
         display.finish()
@@ -96,7 +96,7 @@ def _compare(request: Request, display: Display) -> list[Row]:
 
 
 def _prepare(request: Request, display: Display) -> Study:
-    """Check everything, read the images and mark the folder as a comparison's."""
+    """Check everything, read the images and mark the folder as a comparison."""
     recipe, folder = request.recipe, request.folder
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("a comparison runs in one process; leave torchrun out")
@@ -120,7 +120,7 @@ def _prepare(request: Request, display: Display) -> Study:
 
 
 def _check_folder(request: Request) -> None:
-    """Refuse a folder that holds something else. Raises UserError; changes nothing."""
+    """Raise UserError if the folder holds something else. Changes nothing."""
     folder, recipe = request.folder, request.recipe
     prepare_folder(folder / ours.FOLDER, recipe, resume=False, overwrite=True)
     path = folder / _MARK
@@ -147,7 +147,7 @@ def _check_images(request: Request, catalog: Catalog) -> None:
     if request.overwrite or not path.exists():
         return
     check_images(request.folder, catalog)
-    if storage.read_json(path)["images"] != catalog.fingerprint:  # from before ids were noted
+    if storage.read_json(path)["images"] != catalog.fingerprint:  # older folders have no ids
         raise UserError(
             f"{request.folder} holds a comparison on other images than these; "
             "use another --out, or --overwrite"
@@ -155,9 +155,9 @@ def _check_images(request: Request, catalog: Catalog) -> None:
 
 
 def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Recipe, ImageSet]:
-    """The recipe with what was looked up of the set, and the set, in memory.
+    """Load the dataset into memory; return the recipe completed from it, and the images.
 
-    Raises UserError, also for one that would have to be streamed.
+    Raises UserError, also if the dataset would have to be streamed.
     """
     if recipe.encoder.weights is not None:
         raise UserError(
@@ -176,13 +176,13 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Recip
     images = assemble(rows, recipe.data, recipe.runtime.decode_workers, progress)
     display.finish()
     report_skipped(images.catalog.for_clusters(recipe.data.num_clusters), display)
-    if images.catalog.skipped:  # fewer than were checked
+    if images.catalog.skipped:  # fewer images than were checked
         check(recipe, len(images), 1)
     return recipe, images
 
 
 def _remove(folder: Path) -> None:
-    """Remove what a comparison left, by name."""
+    """Remove the files of an earlier comparison, by name."""
     remove_tree(folder / "methods")
     remove_run(folder / ours.FOLDER)
     for name in (_MARK, IMAGES_FILE, "compare.csv", "compare.md"):
@@ -190,14 +190,14 @@ def _remove(folder: Path) -> None:
 
 
 def _run(study: Study, method: str) -> str | None:
-    """Run one method and keep its answer; why it failed, if it did. Raises Interrupted."""
+    """Run one method and save its result. Return the reason if it failed. Raises Interrupted."""
     own = replace(study, seconds=[])
     went_on = any(method_folder(study.folder, method).glob("*/latest.pt"))
     try:
         found = load(method)(own)
     except Interrupted:
         raise
-    except Exception as error:  # whatever it is, the other methods go on
+    except Exception as error:  # the other methods run in any case
         text = " ".join(str(error).split())
         return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
     if went_on:
@@ -221,7 +221,7 @@ def _keep(study: Study, method: str, found: MethodResult) -> None:
 
 
 def _outcome(study: Study, method: str) -> dict[str, Any] | None:
-    """What is kept of a method that has finished."""
+    """Return the saved outcome of a finished method, or None."""
     place = method_folder(study.folder, method)
     path = place / "outcome.json"
     if not path.exists() or not (place / "assignments.parquet").exists():
@@ -231,7 +231,7 @@ def _outcome(study: Study, method: str) -> dict[str, Any] | None:
 
 
 def _rows(study: Study, failed: dict[str, str]) -> list[Row]:
-    """A row for each method that has finished or failed, in the table's order."""
+    """Return a row for each finished or failed method, in the table's order."""
     mined = None
     neighbors = study.folder / ours.FOLDER / "pretrain" / "neighbors.parquet"
     if neighbors.exists():

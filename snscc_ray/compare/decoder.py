@@ -1,4 +1,4 @@
-"""From features back to images, for the methods that reconstruct."""
+"""A decoder from features to images, for the methods that reconstruct."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ _WIDEST, _NARROWEST = 256, 16
 
 
 class Decoder(nn.Module):
-    """(B, features) to (B, channels, size, size): a linear layer to 4 pixels a side, then a
-    doubling and a convolution until the size is reached."""
+    """Map (B, features) to (B, channels, size, size).
+
+    A linear layer gives at most 4 pixels a side; then doublings, each with a convolution, up to the
+    size.
+    """
 
     def __init__(self, features: int, channels: int, size: int) -> None:
         super().__init__()

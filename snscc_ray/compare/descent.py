@@ -1,4 +1,4 @@
-"""A stage of the engine made of parts: a network, what makes its views, and its loss."""
+"""An engine stage made of a network, a view function and a loss."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from snscc_ray.training.context import Context
 
 @dataclass
 class Descent:
-    """For methods with no state besides their network."""
+    """A stage for methods whose only state is their network."""
 
     network: nn.Module
     settings: StageSettings
-    views: Callable[[int], Viewer]  # of an epoch
+    views: Callable[[int], Viewer]  # epoch to viewer
     terms: Callable[[nn.Module, tuple[Tensor, ...], Batch], dict[str, Tensor]]
-    name: StageName = "train"  # whose settings it trains by
+    name: StageName = "train"  # the stage whose settings are used
 
     def viewer(self, epoch: int) -> Viewer:
         return self.views(epoch)
@@ -53,7 +53,10 @@ class Descent:
 
 
 def views_of(context: Context, part: str, *views: View | None) -> Callable[[int], Viewer]:
-    """What makes the given views of a batch (None: the clean images), drawn anew each epoch."""
+    """Return a function from an epoch to a viewer, which makes the given views of a batch.
+
+    A view of None is the clean images. Views are drawn anew each epoch.
+    """
     return lambda epoch: partial(
         make_views,
         views=views,

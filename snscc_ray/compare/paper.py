@@ -1,14 +1,14 @@
-"""Figures that the paper prints for the methods here: Duan et al., IEEE TIP 2025, Table IV."""
+"""The paper's figures for the methods here: Duan et al., IEEE TIP 2025, Table IV."""
 
 from __future__ import annotations
 
-# (ACC, NMI, ARI) as printed; None where the table has a dash.
+# (ACC, NMI, ARI) as printed; None for a dash in the table.
 Printed = tuple[float | None, float | None, float | None]
 
 SOURCE = "Duan et al., IEEE TIP 2025, Table IV"
-# The table's data sets by their recipes; its CIFAR-100 is that of 20 superclasses.
+# The table's datasets, by recipe name; its CIFAR-100 uses the 20 superclasses.
 DATA_SETS = ("cifar10", "cifar20", "stl10", "imagenet10", "imagenet_dogs")
-# As printed: NMI, ACC and ARI for each data set in turn. `snscc` is the row "Boost Stage".
+# As printed: NMI, ACC and ARI for each dataset in turn. `snscc` is the row "Boost Stage".
 _ROWS = """
 kmeans  .087 .229 .049   .084 .130 .028   .125 .192 .061   .119 .241 .057   .055 .105 .020
 sc      .103 .247 .085   .090 .136 .022   .098 .159 .048   .151 .274 .076   .038 .111 .013
@@ -29,7 +29,7 @@ TABLE_IV = {method: tuple(cells) for method, *cells in map(str.split, _ROWS.spli
 
 
 def printed(method: str, recipe: str) -> Printed | None:
-    """What the table holds of a method on the data set of a recipe, or of a variant of it."""
+    """Return the table's figures of a method on the dataset of a recipe, or of its variants."""
     for place, name in enumerate(DATA_SETS):
         if recipe.startswith(name) and method in TABLE_IV:
             nmi, acc, ari = (

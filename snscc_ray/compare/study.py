@@ -1,4 +1,4 @@
-"""What a method of a comparison is given, what it gives back, and how its network is trained."""
+"""The input and output of a comparison's methods, and training of their networks."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class MethodResult:
-    """A method's answer."""
+    """The result of a method."""
 
     clusters_N: Tensor  # int64, on the CPU
-    epochs: str = ""  # of each of its networks, as in "100 + 30"
+    epochs: str = ""  # of each network, as in "100 + 30"
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Study:
-    """The images, the recipe and the folder of one method's part in a comparison."""
+    """The images, recipe and folder that a method of a comparison works with."""
 
     context: Context
     catalog: Catalog
     folder: Path  # of the comparison
     display: Display
     seconds: list[float] = field(default_factory=list)
-    """Of each part of the method; those that another method trained before count as well."""
+    """Of each part of the method, including parts that another method trained before."""
 
     @property
     def clusters(self) -> int:
@@ -56,14 +56,14 @@ class Study:
         return data
 
     def pixels(self) -> Tensor:
-        """The images as rows of numbers in [0, 1], (N, channels · H · W) float32, on the CPU."""
+        """Return the images as rows in [0, 1], (N, channels · H · W) float32, on the CPU."""
         return self.data.images_NCHW.cpu().flatten(1).float().div_(255)
 
     def key(self, *parts: int | str) -> int:
         return self.context.key(*parts)
 
     def identity(self) -> str:
-        """Of all that determines what any method finds here."""
+        """Return the identity of everything that determines a method's result."""
         recipe, data = self.context.recipe, self.context.data
         return stage_identity(recipe, "boost", self.catalog.fingerprint, data.order_name)
 
@@ -74,19 +74,19 @@ class Study:
         return result
 
     def build(self, part: str, make: Callable[[], Network]) -> Network:
-        """A network with first weights that depend on the seed and the part alone, placed."""
+        """Build a network on the device. Its initial weights depend only on seed and part."""
         with torch.random.fork_rng():
             torch.manual_seed(self.key(part, "init"))
             return self.context.to_device(make())
 
 
 def method_folder(folder: Path, part: str) -> Path:
-    """Where a comparison in `folder` keeps what belongs to one part."""
+    """Return the subfolder of a comparison for one part."""
     return folder / "methods" / part
 
 
 def train(study: Study, part: str, stage: Stage) -> None:
-    """Train the stage's network, go on training it, or take it as an earlier run left it.
+    """Train the stage's network, resume its training, or load it if an earlier run finished it.
 
     Raises TrainingError on a NaN loss, Interrupted on SIGTERM or Ctrl-C.
     """

@@ -1,4 +1,4 @@
-"""Methods that need a number for every pair of rows run on as many rows as that allows."""
+"""Run methods that need an N × N matrix on a subsample of the rows."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.core import rng
 
-# N × N distances of so many rows take 200 MB.
+# N × N distances of this many rows take 200 MB.
 ROWS = 5000
 
 
 def cluster_some(
     study: Study, method: str, assign: Callable[[np.ndarray], np.ndarray]
 ) -> MethodResult:
-    """The clusters `assign` finds in the pixels of at most `ROWS` rows, drawn by the seed.
+    """Cluster the pixels of at most `ROWS` rows, drawn by the seed, with `assign`.
 
-    Every other row joins the cluster with the nearest centroid, which the note then says.
+    Every other row joins the cluster with the nearest centroid; the note then says so.
     """
     pixels_ND, N = study.pixels(), len(study.catalog)
     drawn = torch.randperm(N, generator=rng.generator(study.key(method, "rows")))
     rows_R = drawn[:ROWS].sort().values
 
     def everything() -> Tensor:
-        # Sums over threads differ in their last bits from run to run.
+        # Multithreaded sums differ in the last bits from run to run.
         with threadpool_limits(1):
             found_R = torch.from_numpy(assign(pixels_ND[rows_R].numpy())).long()
         if N <= ROWS:
@@ -47,7 +47,7 @@ def cluster_some(
 def nearest_centroid(
     rows_ND: Tensor, known_RD: Tensor, clusters_R: Tensor, clusters: int
 ) -> Tensor:
-    """For each row the cluster, of those that occur, whose known rows' mean is nearest, (N,)."""
+    """Return the non-empty cluster whose known rows have the nearest mean, per row, (N,)."""
     used = [cluster for cluster in range(clusters) if (clusters_R == cluster).any()]
     centroids = torch.stack([known_RD[clusters_R == cluster].mean(0) for cluster in used])
     return torch.tensor(used)[torch.cdist(rows_ND, centroids).argmin(1)]

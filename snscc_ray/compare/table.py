@@ -1,4 +1,4 @@
-"""The table of a comparison: its rows, as CSV for programs and as Markdown for people."""
+"""The table of a comparison, as CSV and as Markdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _USED = "health/clusters_in_use"
 
 @dataclass(frozen=True)
 class Row:
-    """One method; without figures where it failed."""
+    """One method; without figures if it failed."""
 
     method: str
     figures: dict[str, float] = field(default_factory=dict)
@@ -39,9 +39,9 @@ class Row:
 def figures_of(
     clusters_N: Tensor, labels_N: Tensor | None, neighbors_NK: Tensor | None, clusters: int
 ) -> dict[str, float]:
-    """Oracle figures where there are labels, the label-free ones where there are none.
+    """Return the oracle figures if there are labels, else the label-free ones.
 
-    Without mined neighbours (Pretrain has not run) agreement and score are left out.
+    Without mined neighbours (before Pretrain has run), agreement and score are left out.
     """
     alone = neighbors_NK is None
     nearest_NK = clusters_N.new_empty(len(clusters_N), 0) if neighbors_NK is None else neighbors_NK
@@ -56,13 +56,13 @@ def figures_of(
 
 
 def columns(rows: list[Row]) -> dict[str, str]:
-    """The measured figures' names and headings: all rows' are of one kind."""
+    """Return names and headings of the measured figures, which are of one kind in all rows."""
     labelled = any("oracle/acc" in row.figures for row in rows)
     return ORACLE if labelled else HEALTH
 
 
 def cells(row: Row, shown: dict[str, str]) -> list[str]:
-    """Title, measured figures, clusters used, epochs and seconds; a dash for what is not there."""
+    """Return title, measured figures, clusters used, epochs and seconds; a dash if missing."""
     figures = [f"{row.figures[name]:.3f}" if name in row.figures else "-" for name in shown]
     used = f"{int(row.figures[_USED])}" if _USED in row.figures else "-"
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
@@ -70,7 +70,7 @@ def cells(row: Row, shown: dict[str, str]) -> list[str]:
 
 
 def line(row: Row) -> str:
-    """What a person is told when a method has ended."""
+    """Return the line to print when a method has ended."""
     if row.seconds is None:
         return row.note
     shown = {**ORACLE, **HEALTH}
@@ -79,7 +79,7 @@ def line(row: Row) -> str:
 
 
 def write_table(folder: Path, recipe: Recipe, rows: list[Row], images: int) -> None:
-    """Write compare.csv and compare.md, whole or not at all."""
+    """Write compare.csv and compare.md, each atomically."""
     for name, text in (
         ("compare.csv", as_csv(recipe, rows)),
         ("compare.md", as_markdown(recipe, rows, images)),
@@ -89,7 +89,7 @@ def write_table(folder: Path, recipe: Recipe, rows: list[Row], images: int) -> N
 
 
 def as_csv(recipe: Recipe, rows: list[Row]) -> str:
-    """A line per method; an empty cell for what is not there."""
+    """Format as CSV: a line per method, an empty cell for a missing value."""
     shown = columns(rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -106,7 +106,7 @@ def as_csv(recipe: Recipe, rows: list[Row]) -> str:
 
 
 def as_markdown(recipe: Recipe, rows: list[Row], images: int) -> str:
-    """The table with what a reader has to know to judge it."""
+    """Format as Markdown, with notes for judging the figures."""
     shown = columns(rows)
     beside = recipe.name.startswith(DATA_SETS)
     headings = ["method", *shown.values(), "clusters", "epochs", "seconds"]

@@ -1,6 +1,6 @@
-"""`snscc fit`: own images, with every setting chosen for them.
+"""`snscc fit`: cluster a user's own images, choosing every setting.
 
-`choose` makes the recipe, `count` estimates the number of clusters, `fit` ties both to a run.
+`choose` makes the recipe, `count` estimates the number of clusters, `fit` runs both.
 
 Imports: config, core, models, data, training, runs, answers. Must not import Ray.
 """

@@ -1,7 +1,7 @@
-"""A recipe for a person's own images, from what they look like and what the machine is.
+"""Choose a recipe for a user's own images, from a sample of them and the machine.
 
 Every choice comes with its reason, in words. Only settings are chosen here; the number of
-clusters is given, or estimated later from the features (`cluster_count`).
+clusters is given, or estimated later from the features (`count`).
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from snscc_ray.config.settings import (
 from snscc_ray.data.look import ImageStats
 from snscc_ray.models.encoders import activation_bytes
 
-FEWEST = 20  # images: with fewer there is nothing for a network to learn from
-# Steps, not epochs, are what a network needs: a small set is gone over more often. What digits,
-# whole and cut down to 710 rows, came out well with (docs/log.md).
+FEWEST = 20  # images: too few below this for a network to learn from
+# A network needs a number of steps, not of epochs: a small dataset gets more epochs. These numbers
+# worked well on digits, both whole and cut down to 710 rows (docs/log.md).
 _CPU_STEPS = (750, 200, 120)
 _GPU_STEPS = (20_000, 10_000, 4_000)
-# Of kinds that are rare there is less to learn from, which takes longer (docs/log.md).
+# Factor on the first stage's steps: rare kinds have few images and take longer (docs/log.md).
 _UNEVEN = 2
-_GPU_SIZES = (32, 64, 96)  # of images, in pixels; larger ones only for encoders that know them
-_SMALLEST = 8  # the ConvNet halves twice
-# Of the device's free memory, what the activations of one step may take. The rest is for weights,
-# the optimizer, gradients, and the images themselves.
+_GPU_SIZES = (32, 64, 96)  # image sizes in pixels; larger ones only for pretrained encoders
+_SMALLEST = 8  # the ConvNet halves the side twice
+# Share of the device's free memory for the activations of one step. The rest is for weights, the
+# optimizer, gradients and the images themselves.
 _ACTIVATIONS_SHARE = 0.5
-_VIEWS = 2  # of each image in a step, in every stage of the recipes made here
+_VIEWS = 2  # views per image and step, in every stage of these recipes
 
 
 @dataclass(frozen=True)
 class Pick:
-    """One thing that was chosen, and why."""
+    """One choice, and its reason."""
 
     what: str
     value: str
@@ -57,7 +57,7 @@ class Pick:
 
 @dataclass(frozen=True)
 class Preferences:
-    """What a person said; None: choose."""
+    """What the user asked for; None: choose."""
 
     clusters: int | None
     image_size: int | None = None
@@ -74,10 +74,11 @@ def choose(
     free_bytes: int,
     wishes: Preferences,
 ) -> tuple[Recipe, list[Pick]]:
-    """The recipe, and what was picked for it.
+    """Choose a recipe; return it with the picks made for it.
 
-    data: the fields of DataSettings that say where the images are. free_bytes: memory of the
-    device that trains. Raises UserError for too few images, or for too little memory.
+    data: the fields of DataSettings that say where the images are. free_bytes: free memory of the
+    training device. Raises UserError if no sampled image is readable, there are too few images, or
+    too little memory.
     """
     if seen.unreadable and not seen.sampled:
         raise UserError(
@@ -116,7 +117,7 @@ def choose(
     steps = (first * _UNEVEN if uneven else first, *later)
     counts = [math.ceil(s / math.ceil(seen.rows / batch)) for s in steps]
     if known:
-        counts[0] = 0  # what it knows is more than these images could teach it
+        counts[0] = 0  # the pretrained encoder knows more than these images could teach it
     pick(
         "epochs",
         " + ".join(map(str, counts)),
@@ -151,7 +152,7 @@ def choose(
             epochs=counts[0],
             optimizer="adam",
             learning_rate=1e-3,
-            # A part of an epoch, where there are few: without any, training may collapse.
+            # With few epochs, part of an epoch: without any warm-up, training may collapse.
             warmup_epochs=min(5, counts[0] / 20),
             temperature=0.5,
             projection_dim=64 if encoder.name == "convnet" else 128,
@@ -175,7 +176,7 @@ def choose(
 
 
 def data_settings(where: dict[str, Any], overrides: Sequence[str]) -> DataSettings:
-    """The settings that say which images there are: where they are, and overrides (a limit, say).
+    """Return the data settings: where the images are, and overrides such as a limit.
 
     Raises UserError.
     """
@@ -185,7 +186,7 @@ def data_settings(where: dict[str, Any], overrides: Sequence[str]) -> DataSettin
     return override(recipe.model_copy(update={"data": data}), changed).data
 
 
-# What of a recipe each pick is about.
+# The recipe fields behind each pick.
 _PICKED = {
     "image size": ("data.image_size",),
     "colours": ("data.channels",),
@@ -197,7 +198,7 @@ _PICKED = {
 
 
 def as_set(picks: list[Pick], recipe: Recipe, assignments: Iterable[str]) -> list[Pick]:
-    """The picks, with what a person's `FIELD=VALUE` made of them in the recipe."""
+    """Return the picks, replacing those that the user's `FIELD=VALUE` overrides changed."""
     fields = [assignment.partition("=")[0].strip() for assignment in assignments]
 
     def overruled(pick: Pick) -> bool:
@@ -214,7 +215,7 @@ def as_set(picks: list[Pick], recipe: Recipe, assignments: Iterable[str]) -> lis
 
 
 def used(what: str, recipe: Recipe) -> str:
-    """What a recipe has of one of the things that are picked."""
+    """Return a recipe's value for one of the picks, as text."""
     stages = (recipe.pretrain, recipe.train, recipe.boost)
     if what == "image size":
         return f"{recipe.data.image_size} px"
@@ -259,15 +260,15 @@ def _named(encoder: EncoderSettings) -> str:
 
 
 def _batch(rows: int, most: int) -> int:
-    """The largest power of two that is at most half of the rows."""
+    """Return the largest power of two that is at most half the rows, capped at `most`."""
     return min(most, 1 << int(math.log2(rows // 2)))
 
 
 def _batch_that_fits(
     encoder: EncoderSettings, channels: int, size: int, *, gpu: bool, free_bytes: int
 ) -> int:
-    """The largest power of two of images whose activations fit. Raises UserError below 8."""
-    one = _VIEWS * activation_bytes(encoder, channels, size) // (2 if gpu else 1)  # bfloat16 there
+    """Return the largest power-of-two batch whose activations fit. Raises UserError below 8."""
+    one = _VIEWS * activation_bytes(encoder, channels, size) // (2 if gpu else 1)  # GPU: bfloat16
     fits = int(_ACTIVATIONS_SHARE * free_bytes) // one
     if fits < 8:
         raise UserError(
@@ -278,7 +279,7 @@ def _batch_that_fits(
 
 
 def _views(size: int, channels: int, *, gpu: bool) -> tuple[View, View]:
-    """For Pretrain, and for Train and Boost."""
+    """Return the view for Pretrain, and the view for Train and Boost."""
     if channels == 1:
         grey = SimclrView(
             crop_scale=(0.4, 1.0), flip=0, saturation=0, hue=0, grayscale=0, rotate_degrees=18

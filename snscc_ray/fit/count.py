@@ -1,4 +1,4 @@
-"""How many clusters there are, estimated from pretext features by three criteria.
+"""Estimate the number of clusters from pretext features, by three criteria.
 
 stability    mean adjusted Rand index of k-means on pairs of subsamples (Ben-Hur, Elisseeff &
              Guyon, "A stability based method for discovering structure in clustered data", 2002)
@@ -6,9 +6,9 @@ silhouette   mean silhouette of k-means (Rousseeuw 1987)
 eigengap     λ(k+1) - λ(k) of the normalised Laplacian, affinities scaled locally (Zelnik-Manor &
              Perona, "Self-tuning spectral clustering", NIPS 2004; von Luxburg 2007)
 
-The number with the highest product of stability and silhouette is chosen: a product, because
-each of the two alone has a favourite of its own (few clusters, and many). The eigengap, which
-sees no sizes, is shown beside them.
+The number with the highest product of stability and silhouette is chosen. A product, because
+stability alone favours few clusters and silhouette alone many. The eigengap ignores cluster sizes
+and is only shown beside them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 
-_ROWS = 2000  # a sample that is enough for a few dozen clusters, and bounds what is N×N
+_ROWS = 2000  # sample size: enough for a few dozen clusters; bounds the N×N matrices
 _MOST = 30
 _PAIRS = 8
-_SHARE = 0.8  # of the rows in each subsample
+_SHARE = 0.8  # share of the rows in each subsample
 
 
 def expected_seconds(rows: int, features: int) -> float:
-    """How long `estimate` will take here: one k-means of its size is timed."""
+    """Estimate the seconds that `estimate` will take here, by timing one k-means of its size."""
     sample = np.random.default_rng(0).normal(size=(min(rows, _ROWS), features)).astype(np.float32)
     count = len(_numbers(len(sample)))
     began = time.monotonic()
@@ -47,7 +47,7 @@ def expected_seconds(rows: int, features: int) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The number chosen, the next best one, and what each criterion said of each number."""
+    """The number chosen, the second best, and the value of each criterion for each number."""
 
     chosen: int
     runner_up: int
@@ -62,14 +62,14 @@ class Estimate:
 def estimate(
     features_ND: Tensor, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> Estimate:
-    """Try 2 to 30 clusters (fewer where there are not ten images for each).
+    """Try 2 to 30 clusters (fewer if there are not ten images for each).
 
-    Raises UserError where the features are all the same.
+    Raises UserError if the features are all the same.
     """
     rows_ND = _sample(features_ND, seed)
     tried = _numbers(len(rows_ND))
     stability, silhouette = [], []
-    with threadpool_limits(1):  # the same sums in the same order, on any machine
+    with threadpool_limits(1):  # same order of summation on any machine
         for done, k in enumerate(tried, 1):
             stability.append(_stability(rows_ND, k, seed))
             found_N = _kmeans(rows_ND, k, seed).labels_
@@ -108,7 +108,7 @@ def _sample(features_ND: Tensor, seed: int) -> np.ndarray:
 
 def _kmeans(rows_ND: np.ndarray, k: int, seed: int) -> KMeans:
     with warnings.catch_warnings():
-        # Of fewer different rows than k, which the silhouette takes into account.
+        # Warns of fewer distinct rows than k; the silhouette accounts for that.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return KMeans(k, n_init=3, random_state=seed % 2**32).fit(rows_ND)
 

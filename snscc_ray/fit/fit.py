@@ -1,4 +1,4 @@
-"""`snscc fit`: from a folder of images to clusters, with the settings chosen for it."""
+"""`snscc fit`: from a folder of images to clusters, choosing the settings."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.stages.pretrain import measure_features
 from snscc_ray.training.workers import LocalWorker, choose_device
 
-# Nobody waits longer for a first answer, and --budget says otherwise.
+# Longest run without --budget: users do not wait longer for a first answer.
 _CPU_SECONDS, _GPU_SECONDS = 30 * 60.0, 2 * 3600.0
-_PROVISIONAL = 10  # clusters, until they are counted: Pretrain does not depend on it
+_PROVISIONAL = 10  # number of clusters before counting; Pretrain does not depend on it
 
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What a person asks for. Paths in full."""
+    """The arguments of `snscc fit`, with absolute paths."""
 
     source: str
     folder: Path
     wishes: Preferences
     folders_are_labels: bool = False
     overrides: tuple[str, ...] = ()
-    budget: float | None = None  # seconds; None: at most what a person waits for
+    budget: float | None = None  # seconds; None: at most _CPU_SECONDS or _GPU_SECONDS
     device: str = "auto"
     overwrite: bool = False
 
     def asked(self) -> dict[str, Any]:
-        """What makes another run of it: by this a run that was stopped is known again."""
+        """Return the arguments that identify a run, to recognise a stopped one."""
         wishes = self.wishes
         return {
             "source": self.source,
@@ -71,17 +71,17 @@ class FitRequest:
 @dataclass(frozen=True)
 class FitResult:
     result: Result
-    told_seconds: float | None  # what was said beforehand
+    told_seconds: float | None  # the estimate before the run
     took_seconds: float
     estimate: Estimate | None
 
 
 @terminated_like_interrupted()
 def fit_images(request: FitRequest, console: Console) -> FitResult:
-    """Choose a recipe, say why and how long it will take, and run it.
+    """Choose a recipe, print the reasons and the expected time, and run it.
 
-    The same request goes on with a run that was stopped. Raises UserError before anything is
-    written, TrainingError from the loop, and Interrupted once there is something to go on with.
+    The same request continues a stopped run. Raises UserError before anything is written,
+    TrainingError from the training loop, and Interrupted once there is a run to continue.
     """
     began = time.monotonic()
     device, display, folder = choose_device(request.device), Display(console), request.folder
@@ -132,7 +132,7 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
 
 
 def _begun(request: FitRequest) -> Recipe | None:
-    """The recipe of a run of this very request that was begun in the folder."""
+    """Return the recipe of a run that this same request began in the folder, or None."""
     path = request.folder / FIT_FILE
     if request.overwrite or not path.exists():
         return None
@@ -141,7 +141,7 @@ def _begun(request: FitRequest) -> Recipe | None:
 
 
 def _chosen(request: FitRequest, device: torch.device) -> tuple[Plan, list[Pick]]:
-    """List the images, look at them, and choose the rest by what they show."""
+    """List the images, inspect a sample, and choose the other settings from it."""
     where: dict[str, Any] = {
         "source": "auto",
         "path": request.source,
@@ -172,7 +172,7 @@ def _paced(
     device: torch.device,
     display: Display,
 ) -> tuple[Recipe, float | None]:
-    """The recipe with epochs that fit into the time there is, and the seconds they should take."""
+    """Return the recipe with epochs that fit the time limit, and the expected seconds."""
     if not isinstance(data, ResidentData):
         if request.budget is not None:
             raise UserError("--budget measures images held in memory; leave it out here")
@@ -202,7 +202,7 @@ def _counting_seconds(recipe: Recipe, rows: int) -> float:
 
 
 def _note(request: FitRequest, recipe: Recipe, picks: list[Pick]) -> None:
-    """Keep what was chosen and why, and by what a stopped run is known again."""
+    """Save the request, the picks and the recipe, to recognise and continue a stopped run."""
     if request.overwrite:
         remove_run(request.folder)
     noted = {
@@ -221,7 +221,7 @@ def _counted(
     monitor: RunMonitor,
     display: Display,
 ) -> tuple[Recipe, Estimate]:
-    """Pretrain, then the recipe with the number of clusters that its features suggest."""
+    """Pretrain, estimate the number of clusters from the features, and put it into the recipe."""
     folder, path = worker.folder, worker.folder / COUNT_FILE
     if path.exists():
         found = Estimate(**storage.read_json(path))
@@ -234,7 +234,7 @@ def _counted(
     display.finish()
     display.line(found.why)
     recipe = override(recipe, [f"data.num_clusters={found.chosen}"])
-    # Pretrain's own figures were of the provisional number.
+    # Pretrain's figures were for the provisional number of clusters: measure them again.
     context = Context(recipe, data, catalog.labels, normalisation(recipe, catalog), worker.device)
     mined = MinedNeighbors.load(folder / "pretrain" / "neighbors.parquet")
     place = folder / "pretrain" / "stage.json"

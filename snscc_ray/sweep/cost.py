@@ -1,4 +1,4 @@
-"""What a sweep costs: estimated before it, and counted after it."""
+"""The cost of a sweep: estimated before it, and measured after it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def say_plan(
     concurrent: int,
     seconds: Seconds,
 ) -> None:
-    """Print which of the jobs are left to train, which are shared, and for about how long."""
+    """Print how many jobs are left to train, shared and done, and about how long they take."""
     table = Table("stage", "to train", "reused", "already there", "epochs", "minutes", box=None)
     total = 0.0
     for stage in STAGES:
@@ -57,7 +57,7 @@ def say_plan(
 
 
 def _scratch(jobs: Jobs, trials: Sequence[Trial], seconds: Seconds) -> float:
-    """Minutes that the trials would take if each trained all of its stages itself."""
+    """Return the minutes that the trials would take if each trained all of its own stages."""
     total = 0.0
     for stage, found in jobs.items():
         if found:
@@ -68,7 +68,7 @@ def _scratch(jobs: Jobs, trials: Sequence[Trial], seconds: Seconds) -> float:
 
 
 def what_sharing_saved(trials: Sequence[Trial], jobs: Jobs, ledger: Ledger) -> str:
-    """In a sentence: stages and measured seconds, against each trial training its own."""
+    """Compare stages and measured seconds with each trial training its own, in a sentence."""
     shared = sum(len(found) for found in jobs.values())
     apart = sum(len(trial.chain) for trial in trials)
     spent = {
@@ -93,7 +93,7 @@ def what_sharing_saved(trials: Sequence[Trial], jobs: Jobs, ledger: Ledger) -> s
 
 
 def _epochs(jobs: Jobs, ledger: Ledger) -> tuple[int, int]:
-    """How many were trained, and how many there are where nothing is stopped."""
+    """Return the epochs trained, and the epochs in full, without early stopping."""
     trained = total = 0
     for stage, found in jobs.items():
         for job in found:

@@ -1,4 +1,4 @@
-"""A sweep as a picture, in the form of the paper's own figures; matplotlib, without a screen."""
+"""Plot a sweep in the form of the paper's figures, with matplotlib and without a display."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from tune_spaces.space import SYMBOLS, Figures, Space
 
 # Lines of metrics.jsonl: point label -> seed -> lines.
 Curves = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
-# One series: label -> mean, and standard deviation over seeds (0 with one seed).
+# One series: label -> mean and standard deviation over seeds (0 with one seed).
 Series = Mapping[str, tuple[float, float]]
 
-# Okabe and Ito's colours, told apart with any colour vision; markers and dashes differ as well.
+# Okabe and Ito's colours, distinct for any colour vision; markers and dashes also differ.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _MARKERS = ("o", "s", "^")
 _DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
@@ -53,12 +53,12 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "snscc",  # the same rows give the same file
 }
 _WIDTH, _HEIGHT = 4.3, 3.3  # of a panel, in inches
-_NARROWEST = 6.0  # of a picture: the legend stands below the panels
+_NARROWEST = 6.0  # least width of a figure, in inches, to fit the legend
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """Labels along an axis, and a series for each metric; `paper` has hollow markers."""
+    """Labels along an axis, and a series per metric; `paper` is drawn with hollow markers."""
 
     title: str
     axis: str
@@ -72,9 +72,9 @@ def draw(
 ) -> list[Path]:
     """Write NAME.png and NAME.svg of a space into the folder: mean and spread over seeds.
 
-    The paper's own values share a panel with ours where the recipe is of the same data set, and
-    have one of their own beside it otherwise. A space of the form `curves` needs the curves, and
-    is drawn as bars without them.
+    The paper's values share a panel with ours if the recipe uses the same dataset; otherwise they
+    get a panel beside it. A space of the form `curves` needs the curves; without them, it is drawn
+    as bars.
     """
     metrics = shown_metrics(rows)
     with mpl.rc_context(_STYLE):
@@ -85,7 +85,7 @@ def draw(
         else:
             handles = _draw_panels(figure, space, rows, metrics)
         where = f" ({space.where})" if space.where else ""
-        # The picture's title is the legend's: two things at the top would overlap.
+        # The figure's title is the legend's title: two separate ones at the top would overlap.
         figure.legend(
             handles=handles,
             loc="outside upper center",
@@ -99,7 +99,7 @@ def draw(
         figure.supxlabel("\n".join(notes), fontsize=8, color="0.3")
         png, svg = folder / f"{space.name}.png", folder / f"{space.name}.svg"
         write_whole(png, lambda file: figure.savefig(file, format="png", dpi=150))
-        # Without the date, which would make every file another.
+        # Without a date, so that the same figure gives the same file.
         write_whole(svg, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
     return [png, svg]
 
@@ -142,7 +142,7 @@ def _series(found: Mapping[str, Mapping[int, float]]) -> Series:
 def _draw_panels(
     figure: Figure, space: Space, rows: Sequence[Row], metrics: Sequence[str]
 ) -> list[Line2D]:
-    """The panels of a space; returns the keys of the legend."""
+    """Draw the panels of a space; return the legend handles."""
     name = next(iter(paper_sets(space, rows)), None) if tuple(metrics) == ORACLE else None
     if space.form == "grid":
         panels = _field_panels(space, rows, metrics)
@@ -171,7 +171,7 @@ def _key(number: int | None, label: str) -> Line2D:
 def _point_panels(
     space: Space, rows: Sequence[Row], metrics: Sequence[str], name: str | None
 ) -> list[_Panel]:
-    """One panel per stage, and one for what the paper prints of another data set."""
+    """Make one panel per stage, and one for the paper's values on another dataset."""
     labels = [point.label for point in space.points]
     panels = []
     for stage in space.stages:
@@ -191,7 +191,7 @@ def _point_panels(
 
 
 def _printed(space: Space, name: str | None, stage: StageName) -> list[Series]:
-    """The paper's figures of a stage: ACC, NMI and ARI."""
+    """Return the paper's ACC, NMI and ARI of a stage."""
     cells: Mapping[str, Figures] = space.paper.get(name or "", {}).get(stage, {})
     found = [
         {label: (value, 0.0) for label, of in cells.items() if (value := of[place]) is not None}
@@ -201,7 +201,7 @@ def _printed(space: Space, name: str | None, stage: StageName) -> list[Series]:
 
 
 def _field_panels(space: Space, rows: Sequence[Row], metrics: Sequence[str]) -> list[_Panel]:
-    """One panel per field: the mean over the other fields, of each seed."""
+    """Make one panel per field, with each seed's mean over the other fields."""
     stage = space.stages[-1]
     panels = []
     for name, values in _fields(space).items():
@@ -225,9 +225,9 @@ def _field_panels(space: Space, rows: Sequence[Row], metrics: Sequence[str]) -> 
 
 
 def _fields(space: Space) -> dict[str, dict[str, str]]:
-    """What the points differ in: name -> point label -> value.
+    """Return the fields in which the points differ: name -> point label -> value.
 
-    Fields that always change together (K of Train and of Boost) are one.
+    Fields that always change together (K of Train and of Boost) are merged.
     """
     fields = dict.fromkeys(field for point in space.points for field in point.overrides)
     found: dict[tuple[str, ...], str] = {}
@@ -246,10 +246,10 @@ def _text(value: object) -> str:
 
 
 def _lines(axes: Axes, panel: _Panel) -> None:
-    """A line with markers and error bars per series, over evenly spaced labels."""
+    """Draw a line with markers and error bars per series, over evenly spaced labels."""
     for hollow, group in ((False, panel.ours), (True, panel.paper)):
         for number, series in enumerate(group):
-            # Beside one another, or close figures would hide each other's error bars.
+            # Shifted sideways: the error bars of close values would overlap.
             shift = 0.07 * (number - 1) + (0.21 if hollow and panel.ours else 0)
             there = [place for place, label in enumerate(panel.labels) if label in series]
             means, spreads = np.array([series[panel.labels[p]] for p in there]).reshape(-1, 2).T
@@ -268,7 +268,7 @@ def _lines(axes: Axes, panel: _Panel) -> None:
 
 
 def _bars(axes: Axes, panel: _Panel) -> None:
-    """Bars side by side with their values; the paper's values as hollow markers."""
+    """Draw bars side by side with their values; the paper's values as hollow markers."""
     everything = [value for series in (*panel.ours, *panel.paper) for value in series.values()]
     floor = _floor(everything) if panel.ours else min(everything)[0]
     top = max((mean + spread for mean, spread in everything), default=1.0)
@@ -278,7 +278,7 @@ def _bars(axes: Axes, panel: _Panel) -> None:
             at = panel.labels.index(label) + (number - 1) * width
             color = _COLORS[number]
             axes.bar(at, mean - floor, 0.9 * width, floor, color=color, yerr=spread or None)
-            _write(axes, mean, at, floor)  # at its foot, where nothing else is
+            _write(axes, mean, at, floor)  # at the foot of the bar, which is free
     for number, series in enumerate(panel.paper):
         for label, (mean, _) in series.items():
             at = panel.labels.index(label) + (number - 1) * width
@@ -287,7 +287,7 @@ def _bars(axes: Axes, panel: _Panel) -> None:
                 _write(axes, mean, at, mean)
     axes.set_xticks(range(len(panel.labels)), _broken(panel.labels))
     axes.set_xlim(-0.6, len(panel.labels) - 0.4)
-    room = 0.25 * (top - floor)  # for the numbers
+    room = 0.25 * (top - floor)  # space for the numbers
     axes.set_ylim(floor if panel.ours else floor - room, top + room)
     axes.grid(visible=False, axis="x")
     if panel.ours and floor > 0:
@@ -295,7 +295,7 @@ def _bars(axes: Axes, panel: _Panel) -> None:
 
 
 def _write(axes: Axes, value: float, x: float, y: float) -> None:
-    """The value in figures, upright, from (x, y) on."""
+    """Write the value as vertical text, starting at (x, y)."""
     axes.annotate(
         f"{value:.3f}",
         (x, y),
@@ -309,7 +309,7 @@ def _write(axes: Axes, value: float, x: float, y: float) -> None:
 
 
 def _floor(everything: Sequence[tuple[float, float]]) -> float:
-    """Where bars begin: at 0, or higher where they differ by too little to be seen from there."""
+    """Return where bars begin: 0, or higher if their differences would be too small to see."""
     if not everything:
         return 0.0
     lowest = min(mean - spread for mean, spread in everything)
@@ -321,7 +321,7 @@ def _floor(everything: Sequence[tuple[float, float]]) -> float:
 
 
 def _broken(labels: Sequence[str]) -> list[str]:
-    """Long labels in lines, so that neighbours on the axis do not touch."""
+    """Wrap long labels, so that neighbours on the axis do not touch."""
     letters = max(8, 42 // len(labels))
     return [
         textwrap.fill(label, letters, break_long_words=False, break_on_hyphens=False)
@@ -335,7 +335,7 @@ def _broken(labels: Sequence[str]) -> list[str]:
 def _draw_curves(
     figure: Figure, space: Space, rows: Sequence[Row], metrics: Sequence[str], curves: Curves
 ) -> list[Line2D]:
-    """A panel per metric over the epochs of Train and Boost; returns the keys of the legend."""
+    """Draw a panel per metric over the epochs of Train and Boost; return the legend handles."""
     name = next(iter(paper_sets(space, rows)), None)
     own = name if tuple(metrics) == ORACLE and name is not None and _is_of(rows, name) else None
     for place, axes in enumerate(_subplots(figure, len(metrics))):
@@ -371,7 +371,7 @@ def _length(lines: Sequence[Mapping[str, Any]], stage: str) -> int:
 def _over_epochs(
     seeds: Sequence[Sequence[Mapping[str, Any]]], metric: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Epochs counted from 1 through Train and Boost, and mean and spread of the seeds there."""
+    """Return epochs, counted from 1 through Train and Boost, with mean and spread over seeds."""
     found: dict[int, dict[int, float]] = {}
     for seed, lines in enumerate(seeds):
         before = {"train": 0, "boost": _length(lines, "train")}

@@ -1,4 +1,4 @@
-"""What a sweep has to train: each distinct stage once, whatever the number of trials it serves."""
+"""What a sweep trains: each distinct stage once, however many trials need it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kind = Literal["stopped", "failed"]
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of a space with one seed, and the stages it is made of."""
+    """One point of a space with one seed, and its stages."""
 
     point: Point
     seed: int
@@ -35,7 +35,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Job:
-    """One stage to train, for as many trials as need it."""
+    """One stage to train, for all trials that need it."""
 
     stage: StageName
     identity: str
@@ -46,7 +46,7 @@ class Job:
 
 
 def check_points(space: Space, recipe: Recipe) -> None:
-    """Raises UserError that names every point the recipe does not take."""
+    """Raise a UserError that names every point with overrides the recipe does not accept."""
     wrong = []
     for point in space.points:
         try:
@@ -67,7 +67,7 @@ def trials_of(
     seeds: int,
     identity: Callable[[Recipe, StageName], str],
 ) -> list[Trial]:
-    """Every point with the seeds recipe.seed, +1, ... Raises UserError as `check_points` does."""
+    """Make a trial of every point with the seeds recipe.seed, +1, ... Raises UserError."""
     trials = []
     for point, number in itertools.product(points, range(seeds)):
         own = override(recipe, [*_assignments(point), f"seed={recipe.seed + number}"])
@@ -78,7 +78,7 @@ def trials_of(
 
 
 def jobs_of(trials: Sequence[Trial]) -> dict[StageName, list[Job]]:
-    """The distinct stages of all trials, in the order in which they can be trained."""
+    """Return the distinct stages of all trials, in training order."""
     jobs: dict[StageName, dict[str, Job]] = {stage: {} for stage in STAGES}
     for trial in trials:
         parent = None
@@ -92,14 +92,16 @@ def jobs_of(trials: Sequence[Trial]) -> dict[StageName, list[Job]]:
 
 
 def searched(jobs: Sequence[Job]) -> bool:
-    """Whether the jobs of a stage differ in more than their seed."""
+    """Return whether the jobs of a stage differ in more than their seed."""
     return len(jobs) > len({job.seed for job in jobs})
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What has been done. Finished stages lie in a store that sweeps share, and are found by what
-    determines them; which trials a sweep stopped or lost is its own business, in its folder.
+    """Record of what has been done.
+
+    Finished stages are in a store shared between sweeps, and found by their identity. Each sweep
+    records its stopped and failed trials in its own folder.
     """
 
     store: Path
@@ -109,14 +111,14 @@ class Ledger:
         return stage_folder(self.store, job.stage, job.identity)
 
     def figures(self, stage: StageName, identity: str) -> dict[str, Any] | None:
-        """Of a finished stage."""
+        """Return the figures of a finished stage, or None."""
         return finished(stage_folder(self.store, stage, identity) / stage, stage, identity)
 
     def finished(self, job: Job) -> bool:
         return self.figures(job.stage, job.identity) is not None
 
     def ended(self, job: Job) -> bool:
-        """Whether there is nothing left to do: it is finished, or was stopped early for good."""
+        """Return whether nothing is left to do: the job is finished or was stopped early."""
         return self.finished(job) or self.read("stopped", job.identity) is not None
 
     def write(self, kind: Kind, identity: str, record: dict[str, Any]) -> None:
@@ -130,7 +132,7 @@ class Ledger:
         (self.folder / kind / f"{identity}.json").unlink(missing_ok=True)
 
     def lines(self, stage: StageName, identity: str) -> list[dict[str, Any]]:
-        """The figures of the epochs trained so far."""
+        """Return the figures of the epochs trained so far."""
         path = stage_folder(self.store, stage, identity) / "metrics.jsonl"
         if not path.exists():
             return []
@@ -144,7 +146,7 @@ class Ledger:
 
 
 def row_of(trial: Trial, space: Space, ledger: Ledger) -> dict[str, Any]:
-    """One trial as a line of the results table: settings, figures per stage, and how it ended."""
+    """Return a trial's row of the results table: settings, figures per stage, how it ended."""
     row: dict[str, Any] = {
         "space": space.name,
         "recipe": trial.recipe.name,
@@ -159,7 +161,7 @@ def row_of(trial: Trial, space: Space, ledger: Ledger) -> dict[str, Any]:
         figures = ledger.figures(stage, identity)
         if figures is not None:
             if stage == "pretrain" and "data.num_clusters" in trial.point.overrides:
-                # Pretrain is shared by all numbers of clusters; what k-means found in it is not.
+                # Pretrain is shared by all numbers of clusters, but its k-means figures are not.
                 figures = {"seconds": figures["seconds"]}
             row |= {f"{stage}/{name}": value for name, value in figures.items()}
             row[f"{stage}/epochs"] = getattr(trial.recipe, stage).epochs

@@ -1,9 +1,9 @@
-"""What a sweep found: tables, the paper's claims judged, the best setting. Functions of rows.
+"""The results of a sweep as tables. All are functions of rows.
 
 A row is one trial: `space`, `recipe`, `point` (its label), `seed`, `status` (finished, stopped or
 failed), `reason`, `stopped_at` ("boost epoch 4"), the overridden fields by name, and the figures
-of its stages: `train/oracle/acc`, `boost/seconds`. Figures of a stage in which the trial was
-stopped early are kept in the table and count in nothing else.
+of its stages: `train/oracle/acc`, `boost/seconds`. If a trial was stopped early in a stage, the
+table keeps that stage's figures, but nothing else uses them.
 
 A `metric` is a figure's name within its stage: `oracle/acc`, `health/score`. Larger is better.
 """
@@ -41,16 +41,16 @@ METRIC_NAMES = {
 }
 STAGE_NAMES: dict[StageName, str] = {"pretrain": "Pretrain", "train": "Train", "boost": "Boost"}
 _TRIAL = ("space", "recipe", "point", "seed", "status", "reason", "stopped_at")
-_LISTED = 8  # trials named one by one below a table
+_LISTED = 8  # most trials listed by name below a table
 
 
 # ------------------------------------------------------------------------------ figures of trials
 
 
 def figure(row: Row, stage: StageName, metric: str) -> float | None:
-    """A trial's figure after a stage; after its last one, for a finished trial that has fewer.
+    """Return a trial's figure after a stage, or after its last one if a finished trial has fewer.
 
-    None where there is no such figure: not finished, not measured, or not a number.
+    Returns None if there is no such figure: not finished, not measured, or not a number.
     """
     if _stopped_in(row) == stage:
         return None
@@ -67,25 +67,25 @@ def _stopped_in(row: Row) -> str | None:
 
 
 def _has_stage(row: Row, stage: str) -> bool:
-    # A table read back holds every column in every row, and None where a trial has no such figure.
+    # A table read from disk has every column in every row; missing figures are None.
     return any(key.startswith(f"{stage}/") and value is not None for key, value in row.items())
 
 
 def by_seed(rows: Iterable[Row], label: str, stage: StageName, metric: str) -> dict[int, float]:
-    """Figures of one point, by seed; seeds without one are left out."""
+    """Return the figures of one point by seed; seeds without one are left out."""
     found = {row["seed"]: figure(row, stage, metric) for row in rows if row["point"] == label}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
 def shown_metrics(rows: Iterable[Row]) -> tuple[str, ...]:
-    """ACC, NMI and ARI where any trial has labels, the label-free figures otherwise."""
+    """Return ACC, NMI and ARI if any trial has labels, else the label-free figures."""
     keys = {key for row in rows for key, value in row.items() if value is not None}
     labelled = any(key.endswith(ORACLE[0]) for key in keys)
     return ORACLE if labelled else HEALTH
 
 
 def paper_sets(space: Space, rows: Sequence[Row]) -> list[str]:
-    """The paper's data sets to compare with: the recipe's own, or all it prints."""
+    """Return the paper's datasets to compare with: the recipe's own if printed, else all."""
     own = DATA_SETS.get(str(rows[0]["recipe"])) if rows else None
     return [own] if own is not None and own in space.paper else list(space.paper)
 
@@ -102,9 +102,9 @@ def seeds_of(rows: Iterable[Row]) -> list[int]:
 
 
 def write_table(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write results.parquet and results.csv: a line per trial, the columns of all of them.
+    """Write results.parquet and results.csv: a row per trial, with the columns of all trials.
 
-    The trial comes first, then the overridden fields, then the figures stage by stage.
+    Columns: the trial first, then the overridden fields, then the figures stage by stage.
     """
     columns = sorted({key for row in rows for key in row} | set(_TRIAL), key=_place)
     table = pa.table({name: _column([row.get(name) for row in rows], name) for name in columns})
@@ -126,7 +126,7 @@ def _place(column: str) -> tuple[int, int, str]:
 
 
 def _column(values: list[Any], name: str) -> pa.Array:
-    """Of one type: numbers of both kinds become floats, other mixtures JSON."""
+    """Make a column of one type: mixed ints and floats become floats, other mixtures JSON."""
     kinds = {type(value) for value in values if value is not None}
     if not kinds and name in _TRIAL:
         return pa.array(values, pa.int64() if name == "seed" else pa.string())
@@ -141,10 +141,10 @@ def _column(values: list[Any], name: str) -> pa.Array:
 
 
 def markdown(space: Space, rows: Sequence[Row]) -> str:
-    """The table of the paper's form: a line per point, mean ± standard deviation over seeds.
+    """Format as a table in the paper's form: a row per point, mean ± standard deviation over seeds.
 
-    The paper's own values stand beside; what failed, was stopped or is missing stands below. The
-    best of each column is bold, among the points with figures for the most seeds.
+    The paper's values are beside ours; failed, stopped and missing trials are listed below. Among
+    the points with figures for the most seeds, the best of each column is bold.
     """
     metrics = shown_metrics(rows)
     columns = [(stage, metric) for stage in space.stages for metric in metrics]
@@ -177,7 +177,7 @@ def markdown(space: Space, rows: Sequence[Row]) -> str:
         label = point.label
         counts = list(dict.fromkeys(len(found[stage, metrics[0]][label]) for stage in space.stages))
         if space.form == "grid" and counts == [0]:
-            continue  # random search tries few of them; how many is said below
+            continue  # random search tries few points of a grid; their number is given below
         lines.append(
             _line(
                 [
@@ -205,7 +205,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _formatted(found: Mapping[str, Mapping[int, float]]) -> dict[str, str]:
-    """Cells of one column, by label; the best of those with the most seeds is bold."""
+    """Format one column's cells by label; the best of those with the most seeds is bold."""
     means = {label: f"{np.mean(list(of.values())):.3f}" for label, of in found.items() if of}
     most = max((len(of) for of in found.values()), default=0)
     best = max((mean for label, mean in means.items() if len(found[label]) == most), default="")
@@ -219,7 +219,7 @@ def _formatted(found: Mapping[str, Mapping[int, float]]) -> dict[str, str]:
 
 
 def _formatted_paper(cells: Mapping[str, Figures]) -> dict[str, str]:
-    """ "ACC / NMI / ARI" by label, the best of each in bold; a figure not printed is left out."""
+    """Format "ACC / NMI / ARI" by label, the best of each in bold; missing figures are omitted."""
     printed = [
         [value for value in column if value is not None]
         for column in zip(*cells.values(), strict=True)
@@ -237,7 +237,7 @@ def _formatted_paper(cells: Mapping[str, Figures]) -> dict[str, str]:
 
 
 def only_printed(space: Space, sets: Sequence[str]) -> str:
-    """In words, where the paper prints a single point; a column of dashes would say no more."""
+    """Describe the paper's value in words if it prints a single point, instead of a column."""
     found: dict[str, list[str]] = {}
     for name in sets:
         for stage, cells in space.paper[name].items():
@@ -251,7 +251,7 @@ def only_printed(space: Space, sets: Sequence[str]) -> str:
 
 
 def shortfalls(space: Space, rows: Sequence[Row]) -> list[str]:
-    """What failed, was stopped early, is missing, or was never tried; a sentence each."""
+    """List what failed, was stopped early, is missing or was never tried, in a sentence each."""
     labels = [point.label for point in space.points]
     tried = {(row["point"], row["seed"]) for row in rows}
     untried = [label for label in labels if all(label != point for point, _ in tried)]
@@ -274,7 +274,7 @@ def shortfalls(space: Space, rows: Sequence[Row]) -> list[str]:
     if missing:
         said.append(f"{_counted(len(missing))} missing: {_listed(missing)}.")
     if untried:
-        # Random search leaves most of a grid out: their names would say nothing.
+        # Random search skips most of a grid: a long list of names would not help.
         names = (
             f": {_listed([in_markdown(label) for label in untried])}"
             if len(untried) <= _LISTED

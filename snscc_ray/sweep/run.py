@@ -1,4 +1,4 @@
-"""`snscc sweep` from its space to its table, figure and verdicts."""
+"""Run `snscc sweep`, from the search space to the table, figure and verdicts."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ _PLAN, _NOTES = "sweep.json", "results.md"
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asks for."""
+    """The arguments of `snscc sweep`."""
 
-    space: str  # by its name, or FILE.py:FUNCTION
+    space: str  # a name, or FILE.py:FUNCTION
     recipe: Recipe
     folder: Path
     options: Options
@@ -59,7 +59,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sweep found."""
+    """The results of a sweep."""
 
     folder: Path
     rows: list[dict[str, Any]]
@@ -69,8 +69,8 @@ class Summary:
 def run_sweep(request: Request, console: Console) -> Summary | None:
     """Run every trial of a space, sharing the stages they have in common.
 
-    The same call again goes on where it was left. With `dry`, only a few steps of each stage are
-    run, outside of the folder, and the plan is printed. Raises UserError, or Interrupted.
+    The same call again continues a stopped sweep. With `dry`, runs only a few steps of each stage,
+    outside the folder, and prints the plan. Raises UserError, or Interrupted.
     """
     space = load(request.space)(request.recipe)
     check_points(space, request.recipe)
@@ -94,7 +94,7 @@ def _run(space: Space, request: Request, console: Console) -> Summary | None:
             trials = _trials(next(search), session, seeds)
             _say_plan(trials, session, session.measure(), console)
             return None
-        if request.overwrite:  # not the finished stages, which are what they are
+        if request.overwrite:  # keep the finished stages: they are found by identity
             for ours in ("stopped", "failed", "tune", "tensorboard"):
                 remove_tree(session.folder / ours)
             (session.folder / IMAGES_FILE).unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def _run(space: Space, request: Request, console: Console) -> Summary | None:
 def _train_all(
     space: Space, session: Session, search: Search, seeds: int, console: Console
 ) -> tuple[list[Trial], list[dict[str, Any]]]:
-    """Train what the search asks for, round after round; all trials, and a row for each."""
+    """Train the points of the search, round by round. Return all trials, and a row for each."""
     points, trials, seconds = next(search), list[Trial](), Seconds()
     while True:
         trials += _trials(points, session, seeds)
@@ -158,14 +158,14 @@ def _say_plan(
 def _search(space: Space, request: Request, places: int) -> Search:
     samples, seed = request.samples, request.recipe.seed
     if request.options.searcher == "optuna":
-        # As many as keep all places busy: every point is trained with each of the seeds.
+        # Enough points to fill all places; each is trained with every seed.
         together = max(1, places // request.seeds)
         return by_optuna(space, samples or len(space.points), seed, together)
     return at_once(space, samples, seed)
 
 
 def _means(rows: list[dict[str, Any]], metric: str, stage: StageName) -> dict[str, float | None]:
-    """The mean of a figure over the seeds of each point, where all of them have one."""
+    """Return each point's mean over seeds of a figure, or None if a seed lacks it."""
     found = {}
     for label in sweep_results.labels_of(rows):
         values = sweep_results.by_seed(rows, label, stage, metric)
@@ -175,7 +175,7 @@ def _means(rows: list[dict[str, Any]], metric: str, stage: StageName) -> dict[st
 
 
 def _describe(space: Space, request: Request) -> dict[str, Any]:
-    """What makes a sweep this one and no other, as JSON holds it."""
+    """Return what identifies the sweep, as values that JSON can hold."""
     described = {
         "space": space.name,
         "points": [dict(point.overrides) for point in space.points],
@@ -188,14 +188,14 @@ def _describe(space: Space, request: Request) -> dict[str, Any]:
 
 
 def _searched_by(options: Options) -> str:
-    """What decides which trials there are and which are stopped."""
+    """Describe what decides which trials are run and which are stopped."""
     if options.searcher == "random" and options.scheduler == "none":
         return "nothing"
     return f"{options.searcher}, {options.scheduler}, by {options.metric}"
 
 
 def _refuse_another(folder: Path, described: dict[str, Any]) -> None:
-    """Refuse a folder that holds another sweep, or something else. Raises UserError."""
+    """Raise UserError if the folder holds another sweep or something else."""
     if not holds_something(folder):
         return
     if not (folder / _PLAN).exists():
@@ -224,7 +224,7 @@ def _findings(
     folder: Path,
     curves: dict[str, dict[int, list[dict[str, Any]]]] | None,
 ) -> list[str]:
-    """Write the table and the figure; what they say, in sentences."""
+    """Write the table and the figure, and return the findings as sentences."""
     sweep_results.write_table(rows, folder)
     figures = draw(space, rows, folder, curves)
     last = space.stages[-1]
@@ -251,7 +251,7 @@ def _best_line(space: Space, best: Best | None, metric: str) -> str:
 
 
 def _curves(trials: Sequence[Trial], ledger: Ledger) -> dict[str, dict[int, list[dict[str, Any]]]]:
-    """The figures of every epoch of each trial, for figures that are drawn over epochs."""
+    """Return each trial's metrics for every epoch, for plots over epochs."""
     found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for trial in trials:
         epochs = [
@@ -267,7 +267,7 @@ def _curves(trials: Sequence[Trial], ledger: Ledger) -> dict[str, dict[int, list
 def _write_hyperparameters(
     trials: Sequence[Trial], rows: list[dict[str, Any]], folder: Path
 ) -> None:
-    """A line of TensorBoard's HPARAMS page for each trial."""
+    """Write a row of TensorBoard's HPARAMS page for each trial."""
     for trial, row in zip(trials, rows, strict=True):
         figures = {
             name: float(value)
@@ -276,5 +276,5 @@ def _write_hyperparameters(
         }
         name = f"{trial.point.label}-seed{trial.seed}".replace("/", "-").replace(" ", "")
         settings = dict(trial.point.overrides) | {"seed": trial.seed}
-        if not is_url(folder):  # events are appended to, which an object store cannot do
+        if not is_url(folder):  # event files are appended to; an object store cannot do that
             write_hyperparameters(folder / "tensorboard" / name, settings, figures)

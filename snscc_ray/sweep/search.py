@@ -1,8 +1,8 @@
-"""Which points of a space a sweep tries: all, some drawn at random, or what Optuna asks for.
+"""Choose the points of a space that a sweep tries: all, a random sample, or Optuna's proposals.
 
-A search is a generator: it yields points to try in rounds, and is sent the mean figure of every
-point tried so far by its label (None: failed, or stopped early). It needs no state of its own to
-go on after a kill: asked again with the same figures, it gives the same points.
+A search is a generator. It yields the points of each round, and receives the mean figure of every
+point tried so far, by label (None: failed, or stopped early). It needs no saved state to resume
+after a kill: the same figures give the same points.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tune_spaces.space import Point, Space
 Found = Mapping[str, float | None]
 Search = Generator[Sequence[Point], Found, None]
 
-# Optuna proposes points that were tried before, and such as are not in the space.
+# Attempts per round: Optuna may propose points tried before, or points outside the space.
 _TRIES = 50
 
 
 def at_once(space: Space, samples: int | None, seed: int) -> Search:
-    """All points in one round, or `samples` of them drawn at random."""
+    """Yield all points in one round, or `samples` of them drawn at random."""
     points: Sequence[Point] = space.points
     if samples is not None and samples < len(points):
         points = random.Random(seed).sample(points, samples)
@@ -29,10 +29,10 @@ def at_once(space: Space, samples: int | None, seed: int) -> Search:
 
 
 def by_optuna(space: Space, samples: int, seed: int, together: int) -> Search:
-    """`samples` points that Optuna's TPE asks for, `together` of them in a round.
+    """Yield `samples` points proposed by Optuna's TPE, `together` of them per round.
 
-    Fields whose values always go together, such as K of Train and of Boost, are one parameter.
-    Raises UserError where Optuna is not installed.
+    Fields that always change together, such as K of Train and of Boost, are one parameter.
+    Raises UserError if Optuna is not installed.
     """
     try:
         import optuna
@@ -72,14 +72,14 @@ def by_optuna(space: Space, samples: int, seed: int, together: int) -> Search:
             elif point.label in found:
                 tell(trial, found[point.label])
             elif point in asked:
-                tell(trial, None)  # of this very round
+                tell(trial, None)  # already in this round
             else:
                 asked.append(point)
                 waiting.append((trial, point))
             if len(waiting) == together or len(asked) == min(samples, len(space.points)):
                 break
         if not waiting:
-            return  # it only asks for what is known
+            return  # Optuna proposes only known points
         found = yield [point for _, point in waiting]
         for trial, point in waiting:
             tell(trial, found.get(point.label))

@@ -1,7 +1,7 @@
-"""Sweeps on Ray Tune: each distinct stage is one trial of Tune, trained once for all who need it.
+"""Sweeps on Ray Tune: each distinct stage is one Tune trial, trained once for all that need it.
 
-Nothing but the folder of stages says what has been done: the same command finds what is finished
-by its identity, continues what was begun, and trains the rest.
+Only the folder of stages records what has been trained: the same command finds finished stages by
+their identity, continues unfinished ones, and trains the rest.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ from snscc_ray.sweep.plan import Job, Ledger, searched
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.workers import LocalWorker, choose_device
 
-# Tune's own reports on every trial; ours are a bar and a table.
+# Turn off Tune's reports on every trial; we show a progress bar and a table.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
-# It prints pages of every trial that fails; ours is a line.
+# Tune prints pages for every trial that fails; we print one line.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 Scheduler = Literal["none", "asha", "median"]
@@ -67,21 +67,21 @@ Searcher = Literal["random", "optuna"]
 
 @dataclass(frozen=True)
 class Options:
-    """How a sweep is searched, and what each of its trials takes."""
+    """How to search, and the resources of each trial."""
 
     searcher: Searcher = "random"
     scheduler: Scheduler = "none"
     metric: str = "health/score"
     grace: int = 1  # epochs before ASHA may stop a trial
-    reduction: float = 3.0  # ASHA keeps one in so many at each rung
+    reduction: float = 3.0  # ASHA keeps one in this many at each rung
     workers_per_trial: int = 1
-    cpus_per_trial: float = 1.0  # of each worker
+    cpus_per_trial: float = 1.0  # per worker
     gpus_per_trial: float = 0.0
     max_concurrent: int | None = None
     address: str | None = None
 
     def scale(self) -> Scale:
-        """What the workers of one trial are asked of a cluster as."""
+        """Return the scale of one trial's workers."""
         workers = (self.workers_per_trial, self.workers_per_trial)
         return Scale(
             workers,
@@ -93,14 +93,14 @@ class Options:
         )
 
     def needs(self) -> dict[str, float]:
-        """What one trial takes in all."""
+        """Return the total resources of one trial."""
         each = {"CPU": self.cpus_per_trial, "GPU": self.gpus_per_trial}
         return {kind: amount * self.workers_per_trial for kind, amount in each.items() if amount}
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """What every trial needs; lies in the object store."""
+    """What every trial needs; kept in the object store."""
 
     images: Shared
     ledger: Ledger
@@ -113,23 +113,23 @@ class Session:
     def __init__(self, recipe: Recipe, folder: Path, options: Options, console: Console) -> None:
         self.options, self.display = options, Display(console)
         self.folder = folder if is_url(folder) else folder.absolute()
-        # Beside the sweep: what one has trained, the next one finds.
+        # Beside the sweep's folder, so that other sweeps can reuse the stages.
         self.ledger = Ledger(self.folder.parent / "stages", self.folder)
         plan = make_plan(recipe, (options.workers_per_trial,))
         self.recipe, rows = plan.recipe, plan.rows
         probes = _probed(options, self.display.line)
         check_visible(self.folder, rows.some_files)
         self.concurrent = _concurrent(options)
-        # Each trial holds the set, and the object store holds it once.
+        # Each trial holds the dataset, and the object store holds it once more.
         free = free_object_store(probes) // (self.concurrent + 1)
         self.images = share_images(self.recipe, rows, free, self.display)
         report_skipped(self.images.catalog, self.display)
         self._shared = ray.put(_Shared(self.images, self.ledger, options))
 
     def train(self, stage: StageName, jobs: Sequence[Job]) -> None:
-        """Train a level of stages whose parents are finished. Raises Interrupted on Ctrl-C.
+        """Train the jobs of one stage, whose parents are finished. Raises Interrupted on Ctrl-C.
 
-        A job that fails is tried again once, and then recorded in its home with the reason.
+        A failed job is retried once, and then recorded in the ledger with the reason.
         """
         open_jobs = [job for job in jobs if not self.ledger.ended(job)]
         if not open_jobs:
@@ -180,7 +180,7 @@ class Session:
             raise Interrupted
 
     def measure(self) -> Seconds:
-        """`pace.measure`, where a trial would run. Empty for a streamed set."""
+        """Run `pace.measure` where a trial would run. Empty for a streamed dataset."""
         if self.images.order_name != ResidentData.order_name:
             return {}
         task = ray.remote(_measure).options(
@@ -190,7 +190,8 @@ class Session:
 
     def _resources(self) -> dict[str, float]:
         if self.options.workers_per_trial > 1:
-            # A trial only waits for its workers: on the head, which no cloud takes back.
+            # The trial itself only waits for its workers: keep it on the head node, which a cloud
+            # does not take back.
             return {"node:__internal_head__": 0.001}
         return self.options.needs()
 
@@ -207,7 +208,7 @@ class Session:
                 max_t=max(epochs, 1),
                 grace_period=min(options.grace, max(epochs, 1)),
                 reduction_factor=options.reduction,
-                stop_last_trials=False,  # the last epoch is not the end: the stage is finished then
+                stop_last_trials=False,  # after the last epoch, the stage still has to finish
             ),
             "median": lambda: MedianStoppingRule(
                 time_attr="epoch", metric=options.metric, mode="max", grace_period=options.grace
@@ -231,10 +232,10 @@ class Session:
 
 
 class _PerSeed(FIFOScheduler):  # type: ignore[misc]
-    """One scheduler for each seed: a trial is compared with those of its own start only.
+    """One scheduler per seed: a trial is compared only with trials of the same seed.
 
-    Writes each decision to stop down at once; it is final, also for a sweep that is continued.
-    What ended before the sweep was continued is told to the schedulers first.
+    Records each decision to stop at once; it is final, also when the sweep is resumed. On resuming,
+    the results of trials that ended before are replayed to the schedulers first.
     """
 
     def __init__(
@@ -291,7 +292,7 @@ class _Progress(tune.Callback):  # type: ignore[misc]
         self._display = display
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune writes down its callbacks to restore them, which we never do
+        return {}  # Tune saves its callbacks to restore them; we never restore
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
@@ -300,9 +301,9 @@ class _Progress(tune.Callback):  # type: ignore[misc]
 
 
 def _probed(options: Options, say: Callable[[str], None]) -> list[Probe]:
-    """See where one trial finds its place, for which a cluster may have to grow first.
+    """Probe where one trial would run; a cluster may have to grow first.
 
-    Raises UserError when there is none, or when nodes differ from this machine.
+    Raises UserError if a trial does not fit, or if nodes differ from this machine.
     """
     scale = options.scale()
     if scale.alone:
@@ -319,13 +320,13 @@ def _probed(options: Options, say: Callable[[str], None]) -> list[Probe]:
 
 
 def _fitting(options: Options) -> int:
-    """How many trials all nodes that are up could hold."""
+    """Return how many trials fit on all nodes that are up."""
     there = ray.cluster_resources()
     return min(int(there.get(kind, 0) / need + 1e-6) for kind, need in options.needs().items())
 
 
 def _concurrent(options: Options) -> int:
-    """How many trials may be under way: on a cluster, which can grow, as many as are asked for."""
+    """Return how many trials may run at once; a cluster can grow to `max_concurrent`."""
     if options.max_concurrent and not options.scale().alone:
         return options.max_concurrent
     fitting = max(1, _fitting(options))
@@ -333,7 +334,7 @@ def _concurrent(options: Options) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of a trial's error, which says what happened."""
+    """Return the last line of a trial's error, which gives the cause."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     return said[-1][:300] if said else type(error).__name__
 
@@ -349,16 +350,16 @@ def _measure(shared: _Shared, recipe: Recipe) -> Seconds:
 
 
 class _TuneScreen(NullScreen):
-    """A `Screen` whose figures go to Tune, which may stop the trial for them."""
+    """A `Screen` that reports figures to Tune, which may then stop the trial."""
 
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
         tune.report({**figures, "epoch": epoch + 1})
 
 
 def _trainable(config: dict[str, Any], given: _Shared, jobs: Sequence[Job]) -> None:
-    """Train one stage, from its beginning or from where it was left."""
+    """Train one stage, from the start or from its checkpoint."""
     job = jobs[config["trial"]["job"]]
-    # Two sweeps may want the same stage at a time: the one who comes second finds it finished.
+    # Two sweeps may need the same stage at once: the second waits and finds it finished.
     with claimed(given.ledger.stage_folder(job), lambda _: None, patient=True):
         if not given.ledger.finished(job):
             _train(job, given)

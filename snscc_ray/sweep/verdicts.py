@@ -1,4 +1,4 @@
-"""What the trials of a sweep say: of the paper's claims, of the best setting, of the metric."""
+"""Evaluate the trials of a sweep: the paper's claims, the best setting, and the metric itself."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _CONFIDENCE = 0.95  # of every interval
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the trials say of a claim; `text` is one line."""
+    """The outcome for a claim; `text` is one line."""
 
     outcome: Literal["holds", "does not hold", "cannot be told"]
     text: str
     rival: str | None = None  # the best of the other points
-    difference: float | None = None  # of the claimed best over the rival, mean over seeds
+    difference: float | None = None  # claimed best minus rival, mean over seeds
     interval: float | None = None  # half of its 95 % interval; None with fewer than two seeds
-    seeds: int = 0  # that both points have a figure for
+    seeds: int = 0  # for which both points have a figure
 
 
 def judge(claim: Claim, rows: Sequence[Row], metric: str) -> Verdict:
-    """Whether the claimed point is the best, by its paired differences over seeds to the rival.
+    """Judge whether the claimed point is best, by its paired differences over seeds to the rival.
 
-    The rival is the point with the highest mean difference to it, over the seeds that both have.
-    The claim holds where the 95 % t-interval lies above 0, fails where it lies below, and cannot
-    be told otherwise; nor can it be held while one of the other points has no figure at all. The
-    interval is the pair's own: it is not widened for the choice of the rival among several.
+    The rival is the other point that does best against it, by the mean difference over the seeds
+    that both have. The claim holds if the 95 % t-interval lies above 0, fails if it lies below,
+    and cannot be told otherwise. It cannot hold while some other point has no figure at all. The
+    interval is for this pair alone: it is not widened for choosing the rival among several.
     """
     best = by_seed(rows, claim.best, claim.stage, metric)
     differences: dict[str, list[float]] = {}
@@ -84,7 +84,7 @@ def judge(claim: Claim, rows: Sequence[Row], metric: str) -> Verdict:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of its 95 % t-interval; None instead with fewer than two values."""
+    """Return the mean and half its 95 % t-interval, which is None with fewer than two values."""
     mean, number = float(np.mean(values)), len(values)
     if number < 2:
         return mean, None
@@ -122,10 +122,10 @@ class Best:
 def best_setting(
     rows: Sequence[Row], metric: str = "health/score", stage: StageName = "boost"
 ) -> Best | None:
-    """The point with the highest mean of a metric after a stage; None when no trial has it.
+    """Return the point with the highest mean of a metric after a stage; None if no trial has it.
 
-    Only points with figures for the most seeds compete: a lucky seed alone would win too easily.
-    Of equal points the first one is taken.
+    Only points with figures for the most seeds compete: a single lucky seed would win too easily.
+    The first of equal points is taken.
     """
     found = {label: by_seed(rows, label, stage, metric) for label in labels_of(rows)}
     most = max((len(of) for of in found.values()), default=0)
@@ -139,7 +139,7 @@ def best_setting(
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """Spearman's ρ; None where fewer than three trials, or a constant, leave it undefined."""
+    """Spearman's ρ; None if undefined: fewer than three trials, or a constant."""
 
     per_seed: dict[int, float | None]
     pooled: float | None
@@ -149,7 +149,7 @@ class RankCorrelation:
 def rank_correlation(
     rows: Sequence[Row], metric: str, truth: str = "oracle/acc", stage: StageName = "boost"
 ) -> RankCorrelation:
-    """Whether a label-free metric orders the trials as the truth does."""
+    """Measure how well a label-free metric orders the trials as the truth does."""
     pairs = [(row["seed"], figure(row, stage, metric), figure(row, stage, truth)) for row in rows]
     known = [(seed, a, b) for seed, a, b in pairs if a is not None and b is not None]
     per_seed = {

@@ -1,4 +1,4 @@
-"""`snscc report`: a finished run as one page for a person, and the same as data beside it."""
+"""`snscc report`: a finished run as one HTML page, with the same content as JSON beside it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from snscc_ray.core import storage
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.display import Display
 
-_MARK_BYTES = 1000  # within which a report says that it is one
+_MARK_BYTES = 1000  # GENERATOR stands within the first bytes of a report
 
 
 def report(run: Path, out: Path, console: Console, *, device: str = "auto") -> Path:
-    """Write the page, and report.json (its numbers) beside it; the path of the latter.
+    """Write the page, and its numbers as a .json file beside it; return the path of the latter.
 
-    Raises UserError for a run that is not finished, whose images are gone, or an `out` that holds
-    something else; nothing is written then but features, which are kept for the next time.
+    Raises UserError if the run is not finished, its images are gone, or `out` is some other file.
+    Nothing is written then, except features, which are cached for the next call.
     """
     data_file = out.with_suffix(".json")
     for path in (out, data_file):
@@ -44,7 +44,7 @@ def report(run: Path, out: Path, console: Console, *, device: str = "auto") -> P
     p_NC = model.probabilities(own.data)
     digests = sprites.row_digests(own.data)
 
-    # The last stage's are asked for twice in a row; all at once may be more than memory holds.
+    # The last stage's features are used twice in a row; all stages' may not fit in memory.
     @lru_cache(maxsize=1)
     def features(stage: StageName) -> Tensor:
         return stage_features(own, stage)
@@ -59,7 +59,7 @@ def report(run: Path, out: Path, console: Console, *, device: str = "auto") -> P
 
 
 def _check_ours(path: Path) -> None:
-    """Refuse to replace what is no report. Raises UserError."""
+    """Raise UserError if the path exists and is not a report."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; give --out a file, such as report.html")
     if path.exists():

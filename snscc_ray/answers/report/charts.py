@@ -1,4 +1,4 @@
-"""Small line charts: the geometry that the page's template draws as SVG."""
+"""Small line charts: the geometry, which the page's template draws as SVG."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Chart:
     """Coordinates within WIDTH × HEIGHT."""
 
     path: str
-    dots: list[tuple[float, float]]  # where a line would not be seen
+    dots: list[tuple[float, float]]  # isolated points, where a line would be invisible
     marks: list[tuple[float, float, str]]
     low: float
     high: float
@@ -29,10 +29,10 @@ class Chart:
 def draw(
     points: Sequence[Point], *, from_zero: bool, marks: Sequence[tuple[float, str]] = ()
 ) -> Chart:
-    """A line through the points that have a value, broken where one has none.
+    """Draw a line through the points that have a value, with gaps where there is none.
 
-    from_zero: the scale begins there and reaches 1 at least, so that charts compare.
-    marks: positions on the first axis, with what to write there.
+    from_zero: the scale covers at least [0, 1], so that charts can be compared.
+    marks: positions on the first axis, with their labels.
     """
     values = [y for _, y in points if y is not None] or [0.0]
     low, high = min(values), max(values)

@@ -1,4 +1,4 @@
-"""What a report says, as plain values: the same that report.json holds."""
+"""The content of a report as plain values, as stored in report.json."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from snscc_ray.core.clustering import metrics
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.data.imageset import Catalog
 
-GENERATOR = "snscc report"  # by which a file is known as ours
-_SKIPPED = 1000  # named, at most
+GENERATOR = "snscc report"  # marks a file as a report
+_SKIPPED = 1000  # most skipped images listed by name
 _IDENTICAL_GROUPS, _IDENTICAL_EACH = 20, 6
-_CONFUSION = 40  # classes of a table that can be read
+_CONFUSION = 40  # most classes in a readable table
 
 
 def build(
@@ -35,7 +35,10 @@ def build(
     digests: Sequence[bytes],
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """features: those of a stage, (N, D). tell: is told what takes long."""
+    """Build the content.
+
+    features: returns a stage's features, (N, D). tell: receives a message before each slow step.
+    """
     seed, recipe = own.recipe.seed, own.recipe
     stages = list(facts.stages)
     clusters_N = facts.clusters_N
@@ -69,7 +72,7 @@ def build(
 
 
 def shown_rows(content: dict[str, Any]) -> list[int]:
-    """Every row that a page shows an image of, ascending."""
+    """Return every row whose image the page shows, ascending."""
     rows = set(content["scatter"]["rows"])
     for gallery in content["galleries"]:
         rows |= {*gallery["typical"], *gallery["doubtful"], *gallery["random"]}
@@ -154,7 +157,7 @@ def _neighbors(
 
 
 def _health(facts: Facts) -> dict[str, dict[str, list[tuple[int, float | None]]]]:
-    """Of each stage, the figures that it has, by epoch counted from 1."""
+    """Return each stage's figures by epoch, counted from 1."""
     return {
         stage: {
             name: [(line["epoch"] + 1, line.get(name)) for line in lines]
@@ -187,12 +190,12 @@ def _outliers(mined: MinedNeighbors) -> list[dict[str, Any]]:
 
 
 def _confusion(catalog: Catalog, clusters_N: Tensor) -> dict[str, Any] | None:
-    """Labels by clusters, each cluster under the label it is matched with."""
+    """Return the confusion table, with clusters in the order of the labels they match."""
     if catalog.labels is None:
         return None
     counts, matched = metrics.confusion(catalog.labels, clusters_N)
     if max(counts.shape) > _CONFUSION:
-        # Too large to be read: of each label only its own cluster.
+        # Too large to read: list only the matched cluster of each label.
         return {"clusters": None, "lines": _matches(counts, matched)}
     order = [cluster for cluster in matched if cluster is not None]
     order += [cluster for cluster in range(counts.shape[1]) if cluster not in order]
@@ -218,7 +221,7 @@ def _matches(counts: np.ndarray, matched: list[int | None]) -> list[dict[str, An
 def _images(
     catalog: Catalog, facts: Facts, p_NC: Tensor, rows: list[int]
 ) -> dict[int, dict[str, Any]]:
-    """What is known of each image that is shown."""
+    """Return id, cluster and confidence of each image shown, and its label if there is one."""
     index_N, second_N = pick.runners_up(p_NC, facts.clusters_N)
     found = {}
     for row in rows:

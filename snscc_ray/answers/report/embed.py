@@ -1,4 +1,4 @@
-"""Features in two dimensions, for the eye (the paper's Fig. 6)."""
+"""Features in two dimensions, for plotting (the paper's Fig. 6)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-_DIMENSIONS = 50  # t-SNE is given no more
+_DIMENSIONS = 50  # PCA reduces to this before t-SNE
 _PERPLEXITY = 30.0
 _DIGITS = 4
 
 
 def embed(features_ND: Tensor, seed: int) -> list[list[float]]:
-    """t-SNE (van der Maaten & Hinton, JMLR 2008) of rows: points in [0, 1]², (N, 2).
+    """Embed rows by t-SNE (van der Maaten & Hinton, JMLR 2008): points in [0, 1]², (N, 2).
 
-    Rows that are all but the same, and sets of fewer than four, which t-SNE cannot place, are at
-    the centre.
+    t-SNE cannot place nearly identical rows, or fewer than four: they all go to the centre.
     """
     values = features_ND.double().numpy()
     if len(values) < 4 or values.std(0).max() < 1e-6:
@@ -30,7 +29,7 @@ def embed(features_ND: Tensor, seed: int) -> list[list[float]]:
 
 
 def _into_unit_square(points: np.ndarray) -> list[list[float]]:
-    """Shifted and scaled alike in both directions, so that shapes stay."""
+    """Shift and scale both axes by the same factor, to preserve shapes."""
     low, high = points.min(0), points.max(0)
     side = float((high - low).max()) or 1.0
     placed = (points - (low + high) / 2) / side + 0.5

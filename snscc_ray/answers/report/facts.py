@@ -1,4 +1,4 @@
-"""What a run folder holds besides images and networks, read for a page."""
+"""Read the metrics, assignments and choices in a run folder, for the report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NumberChosen(BaseModel):
 
 
 class _Figures(BaseModel):
-    """metrics.json: what the stages came to."""
+    """metrics.json: the final figures of the stages."""
 
     stages: dict[StageName, dict[str, Any]] = Field(min_length=1)
     notes: list[str] = []
@@ -43,14 +43,14 @@ class _Choice(BaseModel):
 
 
 class Picked(BaseModel):
-    """fit.json: settings that were chosen for the person."""
+    """fit.json: the settings that `snscc fit` chose."""
 
     picked: list[_Choice]
 
 
 @dataclass(frozen=True)
 class Facts:
-    stages: dict[StageName, dict[str, float]]  # the final figures of those there are
+    stages: dict[StageName, dict[str, float]]  # final figures of each stage that was run
     versions: dict[str, str]
     epochs: dict[StageName, list[dict[str, Any]]]  # lines of metrics.jsonl
     warnings: list[dict[str, Any]]
@@ -58,10 +58,10 @@ class Facts:
     confidence_N: Tensor
     number: NumberChosen | None
     picked: Picked | None
-    notes: list[str]  # what was left aside or assumed
+    notes: list[str]  # what was ignored or assumed
 
     def last_figures(self) -> dict[str, float]:
-        """Health of the last stage, what only Train notes, and what only a last epoch says."""
+        """Return the last stage's figures, Train's forced balance and two last-epoch figures."""
         last = {"pretrain": "health/projection_spread", "boost": "health/selected_share"}
         found = dict(list(self.stages.values())[-1])
         forced = self.stages.get("train", {}).get("health/forced_balance")
@@ -75,7 +75,7 @@ class Facts:
 
 
 def read_facts(folder: Path) -> Facts:
-    """Raises UserError for a file that cannot be read."""
+    """Read the facts of a run folder. Raises UserError if a file cannot be read."""
     figures = _read(folder / "metrics.json", _Figures)
     if figures is None:
         raise UserError(f"{folder} holds a run that is not finished")
@@ -101,7 +101,7 @@ def read_facts(folder: Path) -> Facts:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; figures that are no numbers are None."""
+    """Read the lines of metrics.jsonl; NaN and infinite figures become None."""
     found = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:

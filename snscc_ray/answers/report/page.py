@@ -1,4 +1,4 @@
-"""The content of a report as one HTML file that needs nothing else."""
+"""Render the content of a report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _GOLDEN_ANGLE = 137.508
 
 
 def render(content: dict[str, Any], sprites: Sprites) -> str:
-    """`content` is what report.json holds; names and ids in it may be anything, and stay text.
+    """Render `content`, the values of report.json. Names and ids may be any text; all is escaped.
 
-    What would turn the reading of a line is written as an escape here, and not in report.json.
+    Characters that change the reading direction are escaped here, but not in report.json.
     """
     content = _shown(content)
     environment = Environment(
@@ -49,7 +49,7 @@ def render(content: dict[str, Any], sprites: Sprites) -> str:
             for sheet in sprites.sheets
         ],
         pixelated=sprites.size <= 48,
-        # Ours, as they stand; all else is escaped.
+        # Our own style and script, unescaped; everything else is escaped.
         style=Markup(_text("page.css")),
         script=Markup(script),
         script_hash=digest,
@@ -74,7 +74,7 @@ def _shown(value: Any) -> Any:
 
 
 def _data(content: dict[str, Any], sprites: Sprites, clusters: int) -> dict[str, Any]:
-    """What the page's script reads."""
+    """Return the data for the page's script."""
     return {
         "images": content["images"],
         "places": {
@@ -87,7 +87,7 @@ def _data(content: dict[str, Any], sprites: Sprites, clusters: int) -> dict[str,
 
 
 def colors(count: int) -> list[str]:
-    """Colours as far apart as can be, of a lightness that is seen on white and on black."""
+    """Return colours as far apart as possible, visible on white and on black."""
     step = 360 / count if count <= 12 else _GOLDEN_ANGLE
     return [
         f"oklch({0.58 + 0.12 * (number % 2)} 0.16 {number * step % 360:.1f})"
@@ -100,19 +100,19 @@ def percent(share: float) -> str:
 
 
 def fraction(share: float) -> str:
-    """A percentage to a tenth, which is 0 only where nothing is."""
+    """Format as a percentage with one decimal; only exactly 0 is shown as 0."""
     return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
 def number(value: float) -> str:
-    """Whole numbers whole, others to three digits; very small ones short, to fit beside an axis."""
+    """Format integers in full and others to three digits; tiny ones short, to fit an axis."""
     if float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.0e}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as a person would say it."""
+    """Format a duration as seconds, minutes, or hours and minutes."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""Which rows a page shows: a bounded number, whatever the size of the set."""
+"""Choose the rows that a page shows: a bounded number for any size of dataset."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from snscc_ray.core import rng
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 
 SAMPLED = 2000  # rows in the scatter
-CLUSTERS = 200  # that are shown with images, the largest first
-_IMAGES = 1200  # in all of their galleries together
-_EACH = 12  # images of a kind in a cluster, at most
+CLUSTERS = 200  # most clusters with a gallery; the largest are taken
+_IMAGES = 1200  # in all galleries together
+_EACH = 12  # most images of a kind (typical, doubtful, random) per cluster
 _NEIGHBOR_ROWS, _NEIGHBOR_ROWS_EACH = 40, 2
-_NEIGHBORS = 20  # of a row, at most
+_NEIGHBORS = 20  # at most, per row
 LISTED = 50  # near-duplicates and outliers, at most
-_CLOSEST = 10  # pairs that are shown even where none is a near-duplicate
-NEAR = 0.995  # cosine of near-duplicates
+_CLOSEST = 10  # pairs shown even if none is a near-duplicate
+NEAR = 0.995  # least cosine of near-duplicates
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Pair:
 
 
 def runners_up(p_NC: Tensor, clusters_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest other cluster of each row, and its probability."""
+    """Return the second-choice cluster of each row, and its probability."""
     others_NC = p_NC.scatter(1, clusters_N[:, None], -1)
     second_N, index_N = others_NC.max(1)
     return index_N, second_N
 
 
 def galleries(features_ND: Tensor, p_NC: Tensor, clusters_N: Tensor, seed: int) -> list[Gallery]:
-    """Typical, doubtful and random rows of the largest clusters, in the order of their numbers.
+    """Pick typical, doubtful and random rows of the largest clusters, in order of cluster number.
 
-    Typical are those nearest to their cluster's mean feature, doubtful those that were almost put
-    elsewhere.
+    Typical rows are nearest to their cluster's mean feature; doubtful ones have the smallest
+    margin over their second-choice cluster.
     """
     own_N = p_NC.gather(1, clusters_N[:, None])[:, 0]
     margin_N = own_N - runners_up(p_NC, clusters_N)[1]
@@ -76,18 +76,18 @@ def galleries(features_ND: Tensor, p_NC: Tensor, clusters_N: Tensor, seed: int) 
 
 
 def with_neighbors(shown: Sequence[Gallery]) -> list[int]:
-    """Rows whose neighbours are shown: random ones of each cluster, so none is flattered."""
+    """Return the rows whose neighbours are shown: random ones of each cluster, for a fair view."""
     each = max(1, min(_NEIGHBOR_ROWS_EACH, _NEIGHBOR_ROWS // max(len(shown), 1)))
     return [row for gallery in shown for row in gallery.random[:each]][:_NEIGHBOR_ROWS]
 
 
 def neighbors_shown(mined: MinedNeighbors, num_neighbors: int) -> int:
-    """How many neighbours of a row are shown: K, within reason."""
+    """Return how many neighbours are shown per row: K, but at most 20."""
     return min(num_neighbors, _NEIGHBORS, mined.neighbors_NK.shape[1])
 
 
 def sample(rows: int, seed: int) -> list[int]:
-    """A seeded sample of the rows, ascending; all of them where they are few."""
+    """Draw a seeded sample of the rows, ascending; all rows if there are at most `SAMPLED`."""
     if rows <= SAMPLED:
         return list(range(rows))
     order = torch.randperm(rows, generator=rng.generator(seed, "report", "scatter"))
@@ -95,7 +95,7 @@ def sample(rows: int, seed: int) -> list[int]:
 
 
 def identical(digests: Sequence[bytes]) -> list[list[int]]:
-    """Groups of rows with the same digest, the largest first."""
+    """Group rows with the same digest, the largest group first."""
     groups: dict[bytes, list[int]] = {}
     for row, digest in enumerate(digests):
         groups.setdefault(digest, []).append(row)
@@ -103,9 +103,10 @@ def identical(digests: Sequence[bytes]) -> list[list[int]]:
 
 
 def close_pairs(mined: MinedNeighbors, digests: Sequence[bytes]) -> tuple[list[Pair], int]:
-    """The closest pairs that are not identical, and how many there are of cosine `NEAR` or more.
+    """Return the closest pairs that are not identical, and the number with cosine ≥ `NEAR`.
 
-    Ten are given even where none is that close. Distances are Euclidean, of unit features.
+    Up to ten pairs are returned even if none is that close. Distances are Euclidean, of unit
+    features.
     """
     N, K = mined.neighbors_NK.shape
     numbers: dict[bytes, int] = {}
@@ -122,7 +123,7 @@ def close_pairs(mined: MinedNeighbors, digests: Sequence[bytes]) -> tuple[list[P
 
 
 def outliers(mined: MinedNeighbors) -> tuple[list[int], Tensor]:
-    """The rows farthest from their neighbours, farthest first, and every row's mean distance."""
+    """Return the rows farthest from their neighbours, farthest first, and mean distances (N,)."""
     mean_N = mined.distances_NK.mean(1)
     count = min(LISTED, max(len(mean_N) // 20, 1))
     return mean_N.argsort(descending=True, stable=True)[:count].tolist(), mean_N

@@ -1,4 +1,4 @@
-"""Thumbnails in a few sheets, so that a page of thousands of images is one small file."""
+"""Thumbnails packed into a few sheets, so that a page with thousands of images stays small."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from snscc_ray.data.imageset import digests
 from snscc_ray.data.loading.resident import Images
 
 LARGEST = 96  # side of a thumbnail, in pixels
-_SHEET = 1024  # side of a sheet, about: what is decoded at a time stays small on a phone
-_EXACT = 16  # a thumbnail this small is kept without loss: an artefact would be a part of it
+_SHEET = 1024  # approximate side of a sheet, in pixels: small enough for a phone to decode
+_EXACT = 16  # thumbnails up to this side are lossless: artefacts would be visible
 _QUALITY = 82
 _DIGEST, _ROWS = 16, 1024
 
@@ -43,13 +43,13 @@ class Sprites:
 
 
 def row_digests(data: Images) -> list[bytes]:
-    """16 bytes for each image: equal where the pixels, as the run saw them, are."""
+    """Return 16 bytes per image, equal exactly when the pixels that the run saw are equal."""
     whole = b"".join(digests(part.cpu().numpy()) for part in data.slices(0, len(data), _ROWS))
     return [whole[start : start + _DIGEST] for start in range(0, len(whole), _DIGEST)]
 
 
 def take(data: Images, rows: Sequence[int]) -> Tensor:
-    """Images of the rows, which ascend: uint8 (R, C, S, S) on the CPU, at most 96 px a side."""
+    """Return the images of ascending rows: uint8 (R, C, S, S) on the CPU, S at most 96."""
     wanted, first, found = torch.tensor(rows), 0, []
     for part in data.slices(0, len(data), _ROWS):
         own = wanted[(wanted >= first) & (wanted < first + len(part))] - first
@@ -66,7 +66,7 @@ def _small(images_BCHW: Tensor) -> Tensor:
 
 
 def pack(rows: Sequence[int], images_BCHW: Tensor) -> Sprites:
-    """Put the images of the rows, in their order, into sheets of WebP."""
+    """Pack the images of the rows, in order, into WebP sheets."""
     size = images_BCHW.shape[-1]
     columns = max(_SHEET // size, 1)
     places: dict[int, Place] = {}

@@ -1,4 +1,4 @@
-"""Can a run be trusted? Figures that need no labels, put into sentences and one word."""
+"""Judge whether a run can be trusted: label-free figures as sentences and a verdict."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Literal
 
 from snscc_ray.core.clustering.imbalance import enough_entropy, forced_warning
 
-# Warnings that a figure of the finished run tells as well.
+# Warnings that a figure of the finished run also covers.
 TOLD_BY_FIGURES = ("forced-balance", "boost-worse")
 
 Level = Literal["good", "note", "caution", "bad"]
 
-# Where a sentence changes its tone. Experience with runs of this tool, not theory.
+# Thresholds between good, caution and bad, from experience with runs of this tool, not theory.
 _AGREE_GOOD, _AGREE_BAD = 0.8, 0.5
 _EVEN_GOOD, _EVEN_BAD = 0.8, 0.4
 _SURE_GOOD, _SURE_BAD = 0.5, 0.1
 _ABOVE_CHANCE_BAD = 0.2
-# As in `metrics`: networks that learn have stayed above .4, and below .05 nothing is left.
+# As in `metrics`: networks that learn stayed above .4; below .05 they have collapsed.
 _SPREAD_GOOD, _SPREAD_BAD = 0.4, 0.05
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One finding: what a figure says, and what to do about it ("" where there is nothing)."""
+    """One finding: what a figure says, and what to do about it ("" for nothing)."""
 
     level: Level
     text: str
@@ -58,11 +58,11 @@ def judge(
     *,
     max_imbalance: float = 1.0,
 ) -> Trust:
-    """A verdict on the label-free figures of a run's last stage.
+    """Judge the label-free figures of a run's last stage.
 
-    figures: `health/...` by name; a figure that is absent is not mentioned.
-    warnings: those given while it trained; each is told and, as it may have passed since, none
-    decides.
+    figures: `health/...` by name; missing figures are not mentioned.
+    warnings: those given during training; each is listed, but none changes the verdict, because
+    its cause may have passed.
     max_imbalance: how uneven the clusters were allowed to be.
     """
     sentences = (
@@ -140,7 +140,7 @@ def _balance(
         return
     value = figures[name]
     equal = math.exp(value * math.log(num_clusters))
-    # As in health/score: what the settings allow is not held against a run.
+    # As in health/score: imbalance that the settings allow does not count against a run.
     of_allowed = value * math.log(num_clusters) / enough_entropy(num_clusters, max_imbalance)
     if of_allowed >= _EVEN_GOOD:
         kind = "of similar sizes" if max_imbalance == 1 else "no more uneven than was allowed"
@@ -188,7 +188,7 @@ def _confidence(figures: Mapping[str, float], num_clusters: int) -> Iterator[Sen
     if value >= _SURE_GOOD:
         yield Sentence("good", f"{text}.", "", name, value)
         return
-    # Clusters that keep look-alikes together may be right before the network is sure of them.
+    # Clusters that keep look-alikes together may be right even if the network is not confident.
     together = figures.get("health/neighbor_agreement", 0) >= _AGREE_GOOD and _spread_enough(
         figures
     )
@@ -230,7 +230,7 @@ def _spread_enough(figures: Mapping[str, float]) -> bool:
 
 
 def _percent(share: float) -> str:
-    """Whole percents, and never 0% or 100% for what is not quite that."""
+    """Format as whole percent; 0% and 100% only if exact."""
     if 0 < share < 0.01:
         return "under 1%"
     if 0.995 <= share < 1:

@@ -1,4 +1,4 @@
-"""Names and settings in words, for who never read the paper."""
+"""Names and settings in words, for readers who do not know the paper."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STAGE_MEANING = {
     "boost": "sharpens the clusters with the answers it is surest of",
 }
 
-# Figures that are shown over time: title, what it means, and whether its scale begins at 0.
+# Figures shown over time: title, meaning, and whether the scale starts at 0.
 FIGURES = {
     "loss/total": ("Loss", "What training makes smaller; only its course means anything.", False),
     "health/score": ("Score", "Neighbour agreement times balance; higher is better.", True),
@@ -60,7 +60,7 @@ _METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 
 
 def in_words(recipe: Recipe, images: int) -> list[str]:
-    """The settings of a run in a few sentences."""
+    """Describe the settings of a run in a few sentences."""
     data = recipe.data
     colour = "in colour" if data.channels == 3 else "in grey"
     return [

@@ -1,7 +1,7 @@
-"""The methods of a comparison: a file each, and a line here.
+"""The methods of a comparison: one file each, and one line here.
 
-A method is a function from a `Study` to a `MethodResult`. Importing this needs no torch, so that
-`snscc compare --help` is quick.
+A method is a function from a `Study` to a `MethodResult`. This module does not import torch, to
+keep `snscc compare --help` fast.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ METHODS = {
 
 
 def load(name: str) -> Callable[[Study], MethodResult]:
-    """The function that is the method of that name."""
+    """Return the function of the named method."""
     method = METHODS[name]
     module = import_module(f"{__name__}.{method.file}")
     function: Callable[[Study], MethodResult] = getattr(module, method.function)
@@ -51,9 +51,9 @@ def load(name: str) -> Callable[[Study], MethodResult]:
 
 
 def chosen(text: str) -> tuple[str, ...]:
-    """The methods that `all` or `name,…` means, in the table's order, each once.
+    """Parse `all` or `name,…` into methods, in the table's order, each once.
 
-    Raises UserError for a name that is none.
+    Raises UserError for an unknown name.
     """
     if text.strip() == "all":
         return tuple(METHODS)

@@ -1,5 +1,7 @@
-"""Agglomerative clustering on raw pixels (Gowda & Krishna, 1978, is what the paper cites), with
-Ward's criterion (Ward, 1963), by scikit-learn."""
+"""Agglomerative clustering of raw pixels with Ward's criterion (Ward, 1963), by scikit-learn.
+
+The paper cites Gowda & Krishna, 1978.
+"""
 
 from __future__ import annotations
 

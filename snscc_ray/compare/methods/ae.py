@@ -1,5 +1,8 @@
-"""AE: an autoencoder (Bengio et al., "Greedy Layer-Wise Training of Deep Networks", NeurIPS 2006;
-here all layers at once), then K-Means on its features."""
+"""AE: an autoencoder, then K-Means on its features.
+
+Bengio et al., "Greedy Layer-Wise Training of Deep Networks", NeurIPS 2006; here all layers train
+at once.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from snscc_ray.models.encoders import build_encoder, out_features
 
 
 class AutoEncoder(nn.Module):
-    """The recipe's encoder and a decoder; forward gives the reconstruction of the images."""
+    """The recipe's encoder and a decoder; forward returns the reconstructed images."""
 
     def __init__(self, encoder: nn.Module, channels: int, size: int) -> None:
         super().__init__()
@@ -27,7 +30,7 @@ class AutoEncoder(nn.Module):
 
 
 def reconstruction(made_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """The mean over rows and values of the squared error. Returns a scalar."""
+    """Mean squared error over rows and values. Returns a scalar."""
     return (made_BCHW.to(x_BCHW.dtype) - x_BCHW).square().mean()
 
 
@@ -49,7 +52,7 @@ def cluster(study: Study) -> MethodResult:
 
 
 def kmeans_of(study: Study, network: nn.Module, encoder: nn.Module) -> MethodResult:
-    """K-Means on what `encoder`, a part of `network`, makes of the clean images."""
+    """Run K-Means on the features of the clean images from `encoder`, a part of `network`."""
     features_ND = study.context.clean_pass(network, encoder)
     _, clusters_N = study.timed(lambda: kmeans(features_ND, study.clusters, study.key("kmeans")))
     return MethodResult(

@@ -1,4 +1,4 @@
-"""CC (Li et al., "Contrastive Clustering", AAAI 2021): contrast of rows and of columns at once."""
+"""CC (Li et al., "Contrastive Clustering", AAAI 2021): contrasts rows and columns at once."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from snscc_ray.core.losses import cluster_contrast, marginal_entropy, nt_xent
 from snscc_ray.data.loading.resident import Batch
 from snscc_ray.models.encoders import build_encoder, out_features
 
-# τ_I, τ_C and the width of the instance head, as in the paper.
+# τ_I, τ_C and the output width of the instance head, as in the paper.
 INSTANCE_TEMPERATURE, CLUSTER_TEMPERATURE = 0.5, 1.0
 PROJECTION = 128
 
 
 def cluster_level(p_BC: Tensor, q_BC: Tensor, temperature: float) -> Tensor:
-    """The cluster-level loss: NT-Xent over the columns of both views' predictions, less H(Y), the
-    sum of the entropies of both views' mean predictions. Returns a scalar."""
+    """Cluster-level loss: NT-Xent over the columns of both views' predictions, minus H(Y).
+
+    H(Y) is the sum of the entropies of both views' mean predictions. Returns a scalar.
+    """
     spread = marginal_entropy(p_BC) + marginal_entropy(q_BC)
     return cluster_contrast(p_BC, q_BC, temperature) - spread
 
 
 class ContrastNet(nn.Module):
-    """Encoder with two MLPs; forward gives projections (B, 128) and cluster logits (B, C)."""
+    """Encoder with two MLPs; forward returns projections (B, 128) and cluster logits (B, C)."""
 
     def __init__(self, encoder: nn.Module, clusters: int) -> None:
         super().__init__()

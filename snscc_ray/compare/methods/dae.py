@@ -1,5 +1,5 @@
 """DAE: a denoising autoencoder (Vincent et al., "Stacked Denoising Autoencoders", JMLR 2010),
-then K-Means on its features. All layers at once; noise by masking, as in the paper's Section 3.3.
+then K-Means on its features. All layers train at once; the noise is masking, as in Section 3.3.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def cluster(study: Study) -> MethodResult:
 
 
 def trained(study: Study) -> AutoEncoder:
-    """The network, trained once for all methods that start from it."""
+    """Return the network, trained once for all methods that start from it."""
     network, settings = build(study, "dae"), study.context.recipe.train
     train(study, "dae", Descent(network, settings, _clean_and_masked(study.context), _terms))
     return network
 
 
 def masked(x_BCHW: Tensor, rows_B: Tensor, key: int, share: float) -> Tensor:
-    """x with that share of each image's pixels, drawn by row and key, at 0: the mean value."""
+    """Set a share of each image's pixels, drawn by row and key, to 0, the mean value."""
     B, _, H, W = x_BCHW.shape
     keep_BP = rng.uniform(rows_B, key, H * W) >= share
     return torch.where(keep_BP.view(B, 1, H, W), x_BCHW, 0)

@@ -1,7 +1,7 @@
 """DEC (Xie, Girshick & Farhadi, "Unsupervised Deep Embedding for Clustering Analysis", ICML 2016).
 
-Starts from the denoising autoencoder's encoder and from k-means centres of its features. The
-target distribution is taken anew over the whole set each epoch.
+Starts from the denoising autoencoder's encoder and the k-means centres of its features. The target
+distribution is recomputed over the whole dataset each epoch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def soft_assignment(z_BD: Tensor, centres_CD: Tensor) -> Tensor:
 
 
 def target_distribution(q_NC: Tensor) -> Tensor:
-    """Eq. 3: p_ij ∝ q_ij² / f_j with f_j = Σ_i q_ij, over the whole set. Returns (N, C)."""
+    """Eq. 3: p_ij ∝ q_ij² / f_j with f_j = Σ_i q_ij, over the whole dataset. Returns (N, C)."""
     sharp_NC = q_NC.square() / q_NC.sum(dim=0).clamp(min=torch.finfo(q_NC.dtype).tiny)
     return sharp_NC / sharp_NC.sum(dim=1, keepdim=True)
 
@@ -41,7 +41,7 @@ def divergence(p_BC: Tensor, q_BC: Tensor) -> Tensor:
 
 
 class DecNet(nn.Module):
-    """Encoder and C centres in its feature space; forward gives the soft assignment (B, C)."""
+    """Encoder and C centres in its feature space; forward returns the soft assignment (B, C)."""
 
     def __init__(self, encoder: nn.Module, centres_CD: Tensor) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class DecNet(nn.Module):
 
 
 class _Dec:
-    """The engine's stage: its target is state that a checkpoint has to hold."""
+    """The engine stage; checkpoints hold its target distribution."""
 
     name: StageName = "train"
 

@@ -1,7 +1,7 @@
 """IIC (Ji, Henriques & Vedaldi, "Invariant Information Clustering", ICCV 2019).
 
-Several linear heads, and as many for its auxiliary over-clustering. Both kinds train at once,
-where the paper takes them in turns.
+Several linear heads, and as many for the auxiliary over-clustering. Both kinds train at once; the
+paper alternates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from snscc_ray.core.losses.instance import matmul, safe_log
 from snscc_ray.data.loading.resident import Batch
 from snscc_ray.models.encoders import ClusterHeads, build_encoder, out_features
 
-# Auxiliary clusters for each cluster: 50 for the paper's 10 of MNIST.
+# Auxiliary clusters per cluster, as the paper's 50 for the 10 of MNIST.
 OVERCLUSTERING = 5
 
 
@@ -32,7 +32,7 @@ def mutual_information(p_BC: Tensor, q_BC: Tensor) -> Tensor:
 
 
 class OverclusteringNet(nn.Module):
-    """forward gives logits of the heads (H, B, C) and of the auxiliary heads (H, B, 5 C)."""
+    """forward returns logits of the heads (H, B, C) and of the auxiliary heads (H, B, 5 C)."""
 
     def __init__(self, encoder: nn.Module, settings: TrainSettings, clusters: int) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ def cluster(study: Study) -> MethodResult:
         return OverclusteringNet(encoder, linear, study.clusters)
 
     network = study.build("iic", build)
-    # Both at random: an image can be told from a view of it, and telling them apart makes a joint
-    # distribution whose information is log 2, in two clusters that have nothing to do with images.
+    # Both views are random. With a clean image and a view, the network could tell the two apart:
+    # two clusters unrelated to the content, with mutual information log 2.
     views = views_of(context, "iic", recipe.pretrain.view, recipe.pretrain.view)
     train(study, "iic", Descent(network, recipe.train, views, _terms))
     p_NHC = context.clean_pass(network, lambda x: network(x)[0].softmax(2).transpose(0, 1)).cpu()
-    # The head of the lowest loss, as in the paper; no label is read.
+    # The head with the lowest loss, as in the paper; no labels are used.
     information = [float(mutual_information(p_NC, p_NC)) for p_NC in p_NHC.unbind(1)]
     best = max(range(len(information)), key=information.__getitem__)
     return MethodResult(p_NHC[:, best].argmax(1), str(recipe.train.epochs), "from scratch")

@@ -1,7 +1,7 @@
 """Non-negative matrix factorisation of raw pixels (Lee & Seung, Nature 1999), by scikit-learn.
 
-One part per cluster; a row belongs to the part it has most of (Xu, Liu & Gong, SIGIR 2003). The
-paper cites a form that also keeps neighbours together (Cai et al., IJCAI 2009).
+One component per cluster; a row belongs to its largest component (Xu, Liu & Gong, SIGIR 2003). The
+paper cites a variant that also keeps neighbours together (Cai et al., IJCAI 2009).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from snscc_ray.compare.study import MethodResult, Study
 
 
 def largest_part(weights_NC: np.ndarray, parts_CD: np.ndarray) -> np.ndarray:
-    """The part each row has most of, (N,); a part counts by its length, which is arbitrary."""
+    """Return the largest component of each row, (N,).
+
+    Weights are multiplied by the component's norm, since its scale is arbitrary.
+    """
     return np.asarray((weights_NC * np.linalg.norm(parts_CD, axis=1)).argmax(axis=1))
 
 
@@ -28,7 +31,7 @@ def cluster(study: Study) -> MethodResult:
 
     def factorise() -> Tensor:
         with threadpool_limits(1), warnings.catch_warnings():
-            # Its 200 steps are the customary ones; near enough, the largest part is settled.
+            # The default 200 steps suffice: the largest component settles before convergence.
             warnings.simplefilter("ignore", ConvergenceWarning)
             weights_NC = model.fit_transform(study.pixels().numpy())
         return torch.from_numpy(largest_part(weights_NC, model.components_)).long()

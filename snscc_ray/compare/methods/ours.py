@@ -1,4 +1,4 @@
-"""The recipe's own stages: Pretrain, which other methods start from as well, and the whole run."""
+"""The recipe's own stages: Pretrain, from which other methods also start, and the whole run."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FOLDER = "snscc"
 
 @dataclass(frozen=True)
 class Pretext:
-    """What Pretrain leaves."""
+    """The results of Pretrain."""
 
     network: PretextNet
     mined: MinedNeighbors
 
 
 def pretext(study: Study) -> Pretext:
-    """Our Pretrain, trained once for all methods that start from it."""
+    """Return our Pretrain, trained once for all methods that start from it."""
     _run(study, ("pretrain",))
     recipe, place = study.context.recipe, study.folder / FOLDER / "pretrain"
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
@@ -42,7 +42,7 @@ def pretext(study: Study) -> Pretext:
 
 
 def pretext_kmeans(study: Study) -> MethodResult:
-    """K-Means on the features of SimCLR (Chen et al., ICML 2020) or of the recipe's pretext."""
+    """K-Means on the features of SimCLR (Chen et al., ICML 2020) or the recipe's pretext method."""
     network = pretext(study).network
     features_ND = pretext_features(study.context, network)
     _, clusters_N = study.timed(lambda: kmeans(features_ND, study.clusters, study.key("kmeans")))
@@ -51,7 +51,7 @@ def pretext_kmeans(study: Study) -> MethodResult:
 
 
 def cluster(study: Study) -> MethodResult:
-    """Pretrain, Train and Boost (Duan et al., IEEE TIP 2025): a run like any other."""
+    """Pretrain, Train and Boost (Duan et al., IEEE TIP 2025), as an ordinary run."""
     _run(study, STAGES)
     with (study.folder / FOLDER / "assignments.parquet").open("rb") as file:
         found = pq.read_table(file)

@@ -20,15 +20,19 @@ ENTROPY_WEIGHT = 2.0
 
 
 def partition_uncertainty(p_BC: Tensor, q_BC: Tensor) -> Tensor:
-    """The first part of its objective: each cluster's column of p has to find that of the
-    transformed images' q by its cosine, the partition uncertainty index, among all columns of q.
-    Returns a scalar."""
+    """First term: each cluster's column of p has to identify its own column among all of q.
+
+    q are the predictions of the transformed images. Columns are compared by cosine, the partition
+    uncertainty index. Returns a scalar.
+    """
     return one_way_column_contrast(p_BC, q_BC)
 
 
 def imbalance(p_BC: Tensor) -> Tensor:
-    """The second part: log C less the entropy of the cluster sizes, ≥ 0; 0 if all are equal.
-    Returns a scalar."""
+    """Second term: log C minus the entropy of the cluster sizes, ≥ 0; 0 if all are equal.
+
+    Returns a scalar.
+    """
     return math.log(p_BC.shape[1]) - marginal_entropy(p_BC)
 
 

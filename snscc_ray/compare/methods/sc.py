@@ -1,5 +1,5 @@
-"""Spectral clustering on raw pixels (Zelnik-Manor & Perona, "Self-Tuning Spectral Clustering",
-NeurIPS 2004), by scikit-learn; the number of clusters is given, and k-means finds them."""
+"""Spectral clustering of raw pixels (Zelnik-Manor & Perona, "Self-Tuning Spectral Clustering",
+NeurIPS 2004), by scikit-learn; with a given number of clusters, found by k-means."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.compare.subsample import cluster_some
 from snscc_ray.core.clustering.kmeans import kmeans
 
-# The neighbour whose distance is a row's scale: the paper's K.
+# A row's scale is the distance to this neighbour: the paper's K.
 NEIGHBOR = 7
 
 
 def affinity(pixels_RD: np.ndarray) -> np.ndarray:
-    """Its local scaling: exp(-d_ij² / (σ_i σ_j)), σ_i the distance to the 7th nearest row, and 0
-    on the diagonal.
+    """Locally scaled affinity: exp(-d_ij² / (σ_i σ_j)), with 0 on the diagonal. Returns (R, R).
 
-    Returns (R, R). Where a scale is 0 (seven duplicates) only duplicates are alike.
+    σ_i is the distance to the 7th nearest row. If it is 0 (seven duplicates), only duplicates are
+    similar.
     """
     square_RR = pairwise_distances(pixels_RD, metric="sqeuclidean").astype(np.float64)
     nearest = min(NEIGHBOR, len(square_RR) - 1)
@@ -33,8 +33,10 @@ def affinity(pixels_RD: np.ndarray) -> np.ndarray:
 
 
 def spectral(pixels_RD: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-    """k-means of the first eigenvectors' rows at unit length (Ng, Jordan & Weiss, NeurIPS 2001,
-    which the paper's algorithm is but for the scaling). Returns (R,)."""
+    """Run k-means on the unit-length rows of the first eigenvectors. Returns (R,).
+
+    Ng, Jordan & Weiss, NeurIPS 2001; the paper's algorithm differs from it only in the scaling.
+    """
     embedding_RC = spectral_embedding(
         affinity(pixels_RD), n_components=clusters, drop_first=False, random_state=seed
     )

@@ -1,7 +1,7 @@
 """SCAN (Van Gansbeke et al., "SCAN: Learning to Classify Images without Labels", ECCV 2020).
 
-Its clustering step on the neighbours that our Pretrain mined, then its self-labelling. Settings
-the paper gives are constants here: the entropy weight λ of Eq. 2 and the threshold of Section 2.3.
+The clustering step uses the neighbours mined by our Pretrain; self-labelling follows. The paper's
+settings are constants here: the entropy weight λ of Eq. 2 and the threshold of Section 2.3.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ THRESHOLD = 0.99
 
 
 def consistency(p_BC: Tensor, q_BC: Tensor) -> Tensor:
-    """First term of Eq. 2: the mean over rows of -log <p_i, q_i>, q_i that of a neighbour.
+    """First term of Eq. 2: the mean over rows of -log <p_i, q_i>, where q_i is a neighbour's.
 
-    Returns a scalar; rows that agree in nothing are held at 1e-19.
+    Returns a scalar. Products of 0 are clamped to 1e-19.
     """
     return reduce_rows(-safe_log((p_BC * q_BC).sum(dim=1)), "mean")
 
 
 def self_labelling(p_BC: Tensor, logits_BC: Tensor, threshold: float) -> Tensor:
-    """Section 2.3: cross-entropy of `logits` against the argmax of p, where that is above
-    `threshold`; every class that occurs weighs the same.
+    """Section 2.3: cross-entropy of the logits against pseudo-labels, the argmax of p.
 
-    p comes from the weakly augmented (here: clean) images and gets no gradient. Returns a scalar,
-    exactly 0 if no row is confident.
+    Only rows whose maximum of p is above `threshold` count; all classes that occur have the same
+    weight. p comes from the weakly augmented (here: clean) images and gets no gradient. Returns a
+    scalar, exactly 0 if no row is confident.
     """
     confidence_B, y_B = p_BC.detach().max(dim=1)
     confident_B = confidence_B > threshold
@@ -73,7 +73,7 @@ def cluster(study: Study) -> MethodResult:
 
 
 def _pairs(study: Study, neighbors_NK: Tensor) -> Callable[[int], Viewer]:
-    """Views of each row and of one of its mined neighbours, drawn anew each epoch."""
+    """Make views of each row and of one of its mined neighbours, drawn anew each epoch."""
     context, view = study.context, study.context.recipe.train.view
 
     def of_epoch(epoch: int) -> Viewer:
@@ -114,7 +114,7 @@ def _self_labelling(
 
 
 def _best_head(p_NHC: Tensor, neighbors_NK: Tensor) -> int:
-    """The head whose Eq. 2 is lowest on the clean images: the paper's choice, free of labels."""
+    """Return the head with the lowest Eq. 2 on the clean images, as in the paper; no labels."""
     losses = []
     for p_NC in p_NHC.unbind(1):
         K = neighbors_NK.shape[1]

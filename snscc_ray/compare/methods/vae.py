@@ -1,5 +1,5 @@
 """VAE (Kingma & Welling, "Auto-Encoding Variational Bayes", ICLR 2014), then K-Means on the means
-of its codes, which are as wide as the recipe's pretext projections."""
+of its codes. Codes have the width of the recipe's pretext projections."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from snscc_ray.training.context import Context
 
 
 class VariationalAutoEncoder(nn.Module):
-    """forward(images, noise) gives the reconstruction, and mean and log variance of the code."""
+    """forward(images, noise) returns the reconstruction, and the code's mean and log variance."""
 
     def __init__(self, encoder: nn.Module, code: int, channels: int, size: int) -> None:
         super().__init__()
@@ -37,15 +37,17 @@ class VariationalAutoEncoder(nn.Module):
 
 
 def reconstruction(made_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """-log p(x | z) for a Gaussian of variance 1, less its constant: the mean over rows of half
-    the squared error. Returns a scalar."""
+    """-log p(x | z) for a Gaussian of variance 1, without its constant. Returns a scalar.
+
+    This is half the squared error, averaged over rows.
+    """
     return (made_BCHW - x_BCHW).square().sum() / (2 * max(len(x_BCHW), 1))
 
 
 def divergence(mean_BD: Tensor, log_variance_BD: Tensor) -> Tensor:
     """KL(q(z | x) ‖ N(0, I)) as in Appendix B, mean over rows, ≥ 0. Returns a scalar.
 
-    With `reconstruction` it adds up to -ELBO.
+    The sum with `reconstruction` is -ELBO.
     """
     each_BD = mean_BD.square() + log_variance_BD.exp() - 1 - log_variance_BD
     return each_BD.sum() / (2 * max(len(mean_BD), 1))
@@ -65,7 +67,7 @@ def cluster(study: Study) -> MethodResult:
 
 
 def _clean_and_noise(context: Context, code: int) -> Callable[[int], Viewer]:
-    """Noise comes with the views: drawn by row and epoch, a resumed run needs no generator."""
+    """Pass the noise as a view, drawn by row and epoch: a resumed run needs no generator state."""
 
     def of_epoch(epoch: int) -> Viewer:
         key = context.key("vae", epoch)
@@ -80,8 +82,8 @@ def _clean_and_noise(context: Context, code: int) -> Callable[[int], Viewer]:
 
 
 def normal(rows_B: Tensor, key: int, count: int) -> Tensor:
-    """Standard normal float32 numbers, (B, count), drawn by row and key."""
-    # Half a step above the uniform numbers, which may be 0 and are never 1.
+    """Draw standard normal float32 numbers by row and key, (B, count)."""
+    # Shift up by half a step: the uniform numbers may be 0 and are never 1.
     uniform = rng.uniform(rows_B, key, count).double() + 2.0**-25
     normal: Tensor = torch.special.ndtri(uniform)
     return normal.float()
