@@ -159,7 +159,7 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_end(
         one, other = (checkpoints.load(f / "methods" / part / "final.pt") for f in (whole, cut))
         assert equal_states(one["network"], other["network"])
     assert table(cut)[method]["acc"] == table(whole)[method]["acc"]
-    assert "seconds of its last go" in table(cut)[method]["note"]
+    assert "seconds of the last attempt only" in table(cut)[method]["note"]
 
 
 def test_without_labels_the_table_holds_label_free_figures(

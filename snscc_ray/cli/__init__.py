@@ -27,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="""Find out what is in a pile of images without labels: Pretrain → Train → Boost.
+    help="""Cluster images without labels: Pretrain → Train → Boost.
 
     Examples:
 

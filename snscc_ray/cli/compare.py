@@ -22,7 +22,7 @@ def compare(
     out_folder: Annotated[
         str | None, typer.Option("--out", help="folder  [default: runs/RECIPE-compare]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="of everything random")] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed")] = None,
     settings: Settings = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace the comparison in --out")

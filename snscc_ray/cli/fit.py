@@ -27,7 +27,7 @@ def fit(
     ] = None,
     max_cluster_imbalance: Annotated[
         float,
-        typer.Option(min=1, help="how many times the rarest kind the most frequent one may be"),
+        typer.Option(min=1, help="largest allowed ratio of the most frequent to the rarest kind"),
     ] = 1.0,
     encoder: Annotated[
         str | None,
@@ -51,7 +51,7 @@ def fit(
         bool,
         typer.Option("--labels", help="sub-folders are classes: measure by them, learn nothing"),
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="of everything random in the run")] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed")] = None,
     settings: Settings = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     overwrite: Annotated[

@@ -51,7 +51,9 @@ def predict(
     if workers == 0:
         refuse_alone(gpu=gpu, address=address)
     elif device != "auto":
-        raise UserError("--device is of this process; leave it out with --workers, or add --gpu")
+        raise UserError(
+            "--device applies only without --workers; leave it out with --workers, or add --gpu"
+        )
     # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.answers.predict import PredictRequest
     from snscc_ray.answers.predict import predict as predict_here

@@ -36,7 +36,7 @@ def run(
         str | None, typer.Option("--out", help="run folder or URL  [default: runs/RECIPE]")
     ] = None,
     stages: Annotated[str, typer.Option(help="which stages to run")] = ",".join(STAGES),
-    seed: Annotated[int | None, typer.Option(help="of everything random in the run")] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed")] = None,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
     overwrite: Annotated[
@@ -48,7 +48,8 @@ def run(
     budget: Annotated[
         str | None,
         typer.Option(
-            metavar="TIME", help="choose the epochs so that all ends in 90s, 25m or 2h, or so"
+            metavar="TIME",
+            help="choose the epochs to finish in about this time, such as 90s, 25m or 2h",
         ),
     ] = None,
     workers: Annotated[

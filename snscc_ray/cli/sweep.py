@@ -52,7 +52,7 @@ def sweep(
         str, typer.Option(help="none, asha or median: stops trials that fall behind")
     ] = "none",
     metric: Annotated[
-        str, typer.Option(help="what is searched for; label-free unless you name oracle/acc")
+        str, typer.Option(help="metric to maximise; oracle/… metrics use the labels")
     ] = "health/score",
     grace: Annotated[int, typer.Option(min=1, help="epochs before a trial may be stopped")] = 2,
     overwrite: Annotated[

@@ -201,7 +201,9 @@ def _run(study: Study, method: str) -> str | None:
         text = " ".join(str(error).split())
         return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
     if went_on:
-        found = replace(found, note="; ".join(filter(None, [found.note, "seconds of its last go"])))
+        found = replace(
+            found, note="; ".join(filter(None, [found.note, "seconds of the last attempt only"]))
+        )
     _keep(own, method, found)
     return None
 

@@ -58,10 +58,11 @@ class DataSettings(Settings):
     std: tuple[float, ...] | None = Field(None, description="None: measured on the images")
     folders_are_labels: bool = Field(False, description="sub-folder names become labels")
     value_range: tuple[float, float] | None = Field(
-        None, description="values of 16- and 32-bit images that are black and white; None: looked"
+        None, description="black and white values of 16- and 32-bit images; None: measured"
     )
     background: Annotated[int, Field(ge=0, le=255)] | None = Field(
-        None, description="grey behind what is transparent; None: white where all can be seen on it"
+        None,
+        description="grey level behind transparent pixels; None: white if the content shows on it",
     )
     max_pixels: Count = Field(500_000_000, description="of an image; a larger one is unreadable")
     skip_corrupt: bool = Field(False, description="count and leave out unreadable images")
@@ -69,7 +70,9 @@ class DataSettings(Settings):
     mode: Literal["auto", "resident", "stream"] = Field(
         "auto", description="all in memory, or read again each epoch; auto: by size and memory"
     )
-    memory_mb: Count = Field(1024, description="what a streamed set may hold, per worker")
+    memory_mb: Count = Field(
+        1024, description="memory limit of a streamed dataset, in MB per worker"
+    )
     augment_in: Literal["device", "data"] = Field(
         "device", description="where a streamed set's views are made: data: where it is decoded"
     )

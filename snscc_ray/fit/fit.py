@@ -90,8 +90,8 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     if begun is None:
         if holds_something(folder) and not request.overwrite:
             raise UserError(
-                f"{folder} already holds something else than this very run; use --overwrite to "
-                "replace it, or another --out"
+                f"{folder} already holds files of something other than this run; use --overwrite "
+                "to replace it, or another --out"
             )
         plan, picks = _chosen(request, device)
         prepare_folder(folder, plan.recipe, resume=False, overwrite=request.overwrite)
