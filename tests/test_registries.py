@@ -13,10 +13,12 @@ from snscc_ray.compare import methods
 from snscc_ray.config.recipes import RECIPES
 from snscc_ray.config.settings import (
     LIBRARIES,
+    DataSettings,
     PretrainSettings,
     Settings,
     TrainSettings,
 )
+from snscc_ray.data.sources import READERS
 from snscc_ray.models import libraries
 from snscc_ray.training.stages.objectives import OBJECTIVES
 from snscc_ray.training.stages.pretext import PRETEXTS
@@ -30,6 +32,10 @@ def allowed(settings: type[Settings], field: str) -> set[Any]:
 def test_every_pretext_and_objective_is_a_setting() -> None:
     assert allowed(PretrainSettings, "method") == set(PRETEXTS)
     assert allowed(TrainSettings, "objective") == set(OBJECTIVES)
+
+
+def test_every_source_of_images_is_a_setting() -> None:
+    assert allowed(DataSettings, "source") == {"auto", *READERS}
 
 
 def test_every_library_of_encoders_is_a_setting() -> None:

@@ -98,30 +98,7 @@ def list_rows(data: DataSettings) -> Rows:
 
 def _list(data: DataSettings) -> Rows:
     source, found = _resolve(data)
-    if source == "digits":
-        return _digits(data.limit)
-    if source in ARCHIVES and data.download and data.path is not None:
-        path = as_path(data.path)  # torchvision creates the folder
-    else:
-        path = _existing_path(data)
-    if source in ARCHIVES:
-        if is_url(path):
-            raise UserError(
-                f"{path}: torchvision's copy of {source} must be a folder on this machine; give "
-                "one, or Parquet shards at that address"
-            )
-        return read_archive(source, path, download=data.download, limit=data.limit)
-    if source == "shards":
-        rows = read_shards(path, data.limit)
-        if found is not None and found.files:
-            beside = f"left aside: {len(found.files):,} image files, as the shards hold more"
-            rows = replace(rows, notes=(*rows.notes, beside))
-        return rows
-    if not path.is_dir():
-        raise UserError(f"{path} is a file: source {source!r} needs a folder")
-    if source == "imagenet":
-        return _imagenet(path, data.classes, data.limit)
-    return _folder(path, found or find_images(path), data.folders_are_labels, data.limit)
+    return READERS[source](data, source, found)
 
 
 def _existing_path(data: DataSettings) -> Path:
@@ -132,6 +109,13 @@ def _existing_path(data: DataSettings) -> Path:
     if not path.exists():
         fetch = ", or add --set data.download=true to fetch it" * (data.source in ARCHIVES)
         raise UserError(f"{path} does not exist: give an existing folder or file{fetch}")
+    return path
+
+
+def _existing_folder(data: DataSettings, source: str) -> Path:
+    path = _existing_path(data)
+    if not path.is_dir():
+        raise UserError(f"{path} is a file: source {source!r} needs a folder")
     return path
 
 
@@ -152,29 +136,53 @@ def _reaching(place: str | None) -> Iterator[None]:
 # ------------------------------------------------------------------------------------ digits
 
 
-def _digits(limit: int | None) -> Rows:
+def _digits(data: DataSettings, source: str, found: ImageListing | None) -> Rows:
     from sklearn.datasets import load_digits
 
     values, labels = load_digits(return_X_y=True)
-    images = np.round(values[:limit] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    images = np.round(values[: data.limit] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     return Rows(
         place="the digits of scikit-learn",
         ids=[f"digits/{row:04d}" for row in range(len(images))],
         batches=Batches(images),
-        labels=labels[:limit].astype(np.int64),
+        labels=labels[: data.limit].astype(np.int64),
         class_names=tuple("0123456789"),
     )
+
+
+# ------------------------------------------------------------- torchvision's copies, and shards
+
+
+def _archive(data: DataSettings, source: str, found: ImageListing | None) -> Rows:
+    fetch = data.download and data.path is not None  # torchvision creates the folder
+    path = as_path(str(data.path)) if fetch else _existing_path(data)
+    if is_url(path):
+        raise UserError(
+            f"{path}: torchvision's copy of {source} must be a folder on this machine; give "
+            "one, or Parquet shards at that address"
+        )
+    return read_archive(source, path, download=data.download, limit=data.limit)
+
+
+def _shards(data: DataSettings, source: str, found: ImageListing | None) -> Rows:
+    rows = read_shards(_existing_path(data), data.limit)
+    if found is not None and found.files:
+        beside = f"left aside: {len(found.files):,} image files, as the shards hold more"
+        rows = replace(rows, notes=(*rows.notes, beside))
+    return rows
 
 
 # ---------------------------------------------------------------------------- image folders
 
 
-def _folder(path: Path, found: ImageListing, folders_are_labels: bool, limit: int | None) -> Rows:
-    """List every image below `path` by its relative path. The first sub-folder may be its class."""
+def _folder(data: DataSettings, source: str, found: ImageListing | None) -> Rows:
+    """List every image of a folder by its relative path. The first sub-folder may be its class."""
+    path, limit = _existing_folder(data, source), data.limit
+    found = found or find_images(path)
     files = found.files
     if not files:
         raise UserError(f"{no_images(path, found)}: give a folder that holds some")
-    if not folders_are_labels:
+    if not data.folders_are_labels:
         return _file_rows(path, files[:limit], None, None, found.notes())
     classes = folder_classes(path, files, _NO_LABELS)
     labels = np.array([classes[file.split("/", 1)[0]] for file in files[:limit]], np.int64)
@@ -197,8 +205,9 @@ def folder_classes(root: Path, files: list[str], remedy: str) -> dict[str, int]:
     return {name: label for label, name in enumerate(sorted({f.split("/", 1)[0] for f in files}))}
 
 
-def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
+def _imagenet(data: DataSettings, source: str, found: ImageListing | None) -> Rows:
     """List the images of the named class folders, in the order of the names."""
+    path, classes, limit = _existing_folder(data, source), data.classes, data.limit
     if not classes:
         raise UserError("source 'imagenet' needs class folders: name them in data.classes")
     root = path / "train" if (path / "train").is_dir() else path
@@ -212,15 +221,14 @@ def _imagenet(path: Path, classes: tuple[str, ...], limit: int | None) -> Rows:
                 "ImageNet, or leave the class out of data.classes"
             )
         held = find_images(root / name)
-        found = [f"{name}/{file}" for file in held.files]
         aside.aside += held.aside
-        if not found:
+        if not held.files:
             raise UserError(
                 f"class folder {root / name} holds no images: unpack it again, or leave the "
                 "class out of data.classes"
             )
-        files += found
-        labels += [number] * len(found)
+        files += [f"{name}/{file}" for file in held.files]
+        labels += [number] * len(held.files)
     kept = np.array(labels[:limit], np.int64)
     return _file_rows(root, files[:limit], kept, classes, aside.notes())
 
@@ -247,3 +255,15 @@ def _file_rows(
         files=paths,
         notes=notes,
     )
+
+
+# A reader gets the settings, the source that they mean, and the images of the folder if it was
+# searched for them. `_resolve` says what `auto` means.
+Reader = Callable[[DataSettings, str, ImageListing | None], Rows]
+READERS: dict[str, Reader] = {
+    "digits": _digits,
+    **dict.fromkeys(ARCHIVES, _archive),
+    "imagenet": _imagenet,
+    "folder": _folder,
+    "shards": _shards,
+}
