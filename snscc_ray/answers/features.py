@@ -16,6 +16,7 @@ from snscc_ray.config.paths import is_url
 from snscc_ray.config.settings import Recipe, StageName
 from snscc_ray.core import checkpoints, storage
 from snscc_ray.core.display import Display
+from snscc_ray.core.tables import read_table
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.resident import Images
@@ -60,7 +61,7 @@ def own_images(folder: Path, device: torch.device, display: Display) -> RunImage
 
 def own_ids(folder: Path) -> list[str]:
     """Return the ids of a run's own images, in order."""
-    table = checkpoints.read_columns(folder / "assignments.parquet", ["id"])
+    table = read_table(folder / "assignments.parquet", ["id"])
     ids: list[str] = table["id"].to_pylist()
     return ids
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.core.clustering.neighbors import knn
 from snscc_ray.core.storage import write_whole
+from snscc_ray.core.tables import write_table
 
 # Separates the values of a list in a CSV: no spreadsheet splits cells at it.
 _BETWEEN = "|"
@@ -72,7 +72,7 @@ def write(table: pa.Table, file: Path) -> None:
         flat = _flat(table)
         write_whole(file, lambda opened: pyarrow.csv.write_csv(flat, opened))
     else:
-        write_whole(file, lambda opened: pq.write_table(table, opened))
+        write_table(file, table)
 
 
 def _flat(table: pa.Table) -> pa.Table:

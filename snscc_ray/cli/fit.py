@@ -127,10 +127,9 @@ def _count(text: str) -> int | None:
 
 
 def _show(fitted: FitResult, folder: Path) -> None:
-    import pyarrow.parquet as pq
+    from snscc_ray.core.tables import read_table
 
-    with (folder / "assignments.parquet").open("rb") as file:
-        found = pq.read_table(file, columns=["id", "cluster", "confidence"])
+    found = read_table(folder / "assignments.parquet", ["id", "cluster", "confidence"])
     table = Table("cluster", "images", "share", "mean confidence", box=None)
     sizes = found.group_by("cluster").aggregate([("id", "count"), ("confidence", "mean")])
     for row in sizes.sort_by("cluster").to_pylist():

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
@@ -17,7 +16,7 @@ from snscc_ray.compare.study import MethodResult, Study, method_folder
 from snscc_ray.compare.table import Row, figures_of, line, write_table
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import Recipe
-from snscc_ray.core import storage
+from snscc_ray.core import storage, tables
 from snscc_ray.core.claim import claimed
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.display import Display
@@ -212,7 +211,7 @@ def _keep(study: Study, method: str, found: MethodResult) -> None:
     place = method_folder(study.folder, method)
     clusters = pa.array(found.clusters_N.int().numpy())
     table = pa.table({"id": pa.array(study.catalog.ids), "cluster": clusters})
-    storage.write_whole(place / "assignments.parquet", lambda file: pq.write_table(table, file))
+    tables.write_table(place / "assignments.parquet", table)
     outcome = {
         "identity": study.identity(),
         "epochs": found.epochs,
@@ -243,8 +242,8 @@ def _rows(study: Study, failed: dict[str, str]) -> list[Row]:
         if method in failed:
             rows.append(Row(method, note=f"failed: {failed[method]}"))
         elif outcome := _outcome(study, method):
-            with (method_folder(study.folder, method) / "assignments.parquet").open("rb") as file:
-                found = pq.read_table(file)
+            path = method_folder(study.folder, method) / "assignments.parquet"
+            found = tables.read_table(path, ["cluster"])
             clusters_N = torch.tensor(found["cluster"].to_pylist())
             rows.append(
                 Row(

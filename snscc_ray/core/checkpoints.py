@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
-from snscc_ray.core.storage import WRITE_ANEW, write_whole
+from snscc_ray.core.storage import write_whole
 
 FORMAT = 1
 # How to recover a damaged file of a run; valid for every command that may report one.
@@ -91,16 +89,6 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
         if not weight.isfinite().all()
         or (name.endswith("running_var") and bool((weight < 0).any()))
     ]
-
-
-def read_columns(path: Path, columns: list[str]) -> pa.Table:
-    """Read columns of a run's Parquet file. Raises UserError if they cannot be read."""
-    try:
-        with path.open("rb") as file:  # pyarrow takes UTF-8 names only
-            return pq.read_table(file, columns=columns)
-    except (pa.ArrowException, FileNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is damaged or gone ({reason}): {WRITE_ANEW}") from error
 
 
 def load_weights(module: nn.Module, state: dict[str, torch.Tensor], origin: object) -> None:

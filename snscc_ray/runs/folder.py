@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import validate
@@ -20,6 +19,7 @@ from snscc_ray.config.paths import is_url
 from snscc_ray.config.settings import STAGES, Recipe
 from snscc_ray.core import storage
 from snscc_ray.core.claim import CLAIM, refuse_in_use
+from snscc_ray.core.tables import read_table, write_table
 from snscc_ray.data.imageset import Catalog
 
 # The files of a run besides TensorBoard's events. _STAGE_FILES are in the folders of its stages.
@@ -145,12 +145,10 @@ def check_images(folder: Path, catalog: Catalog) -> None:
     """
     path = folder / IMAGES_FILE
     if path.exists():
-        with path.open("rb") as file:
-            table = pq.read_table(file)
+        table = read_table(path)
         same = (table.schema.metadata or {}).get(_FINGERPRINT) == catalog.fingerprint.encode()
     elif (folder / "assignments.parquet").exists():  # a run from before IMAGES_FILE was written
-        with (folder / "assignments.parquet").open("rb") as file:
-            table = pq.read_table(file, columns=["id"])
+        table = read_table(folder / "assignments.parquet", ["id"])
         same = table["id"].to_pylist() == catalog.ids
     else:
         return
@@ -171,7 +169,7 @@ def note_images(folder: Path, catalog: Catalog) -> None:
     if not path.exists():
         table = pa.table({"id": pa.array(catalog.ids, pa.string())})
         table = table.replace_schema_metadata({_FINGERPRINT: catalog.fingerprint.encode()})
-        storage.write_whole(path, lambda file: pq.write_table(table, file))
+        write_table(path, table)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from snscc_ray.core.clustering.imbalance import forced_balance, forced_warning
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.metrics import oracle
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.tables import write_table
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.resident import Images, ResidentData
@@ -320,10 +320,7 @@ class _Run:
         }
         if self.catalog.labels is not None:
             columns["label"] = pa.array(self.catalog.labels.int().numpy())
-        table = pa.table(columns)
-        storage.write_whole(
-            self.folder / "assignments.parquet", lambda file: pq.write_table(table, file)
-        )
+        write_table(self.folder / "assignments.parquet", pa.table(columns))
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """Run k-means on raw pixels, if there are labels and the images are in memory."""

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from snscc_ray.config.settings import STAGES, StageName
+from snscc_ray.core import tables
 from snscc_ray.core.storage import write_whole
 from snscc_ray.texts import in_markdown
 from tune_spaces.paper import DATA_SETS
@@ -109,7 +109,7 @@ def write_table(rows: Sequence[Row], folder: Path) -> list[Path]:
     columns = sorted({key for row in rows for key in row} | set(_TRIAL), key=_place)
     table = pa.table({name: _column([row.get(name) for row in rows], name) for name in columns})
     parquet, csv = folder / "results.parquet", folder / "results.csv"
-    write_whole(parquet, lambda file: pq.write_table(table, file))
+    tables.write_table(parquet, table)
     write_whole(csv, lambda file: pyarrow.csv.write_csv(table, file))
     return [parquet, csv]
 

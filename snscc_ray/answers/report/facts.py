@@ -14,7 +14,8 @@ from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, StageName
-from snscc_ray.core import checkpoints, storage
+from snscc_ray.core import storage
+from snscc_ray.core.tables import read_table
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -82,7 +83,7 @@ def read_facts(folder: Path) -> Facts:
     held = figures.stages
     lines = _lines(folder / "metrics.jsonl")
     path = folder / "assignments.parquet"
-    table = checkpoints.read_columns(path, ["cluster", "confidence"])
+    table = read_table(path, ["cluster", "confidence"])
     return Facts(
         {stage: held[stage] for stage in STAGES if stage in held},
         storage.read_json(folder / "recipe.json").get("versions", {}),

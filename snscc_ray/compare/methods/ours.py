@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyarrow.parquet as pq
 import torch
 
 from snscc_ray.compare.study import MethodResult, Study
@@ -12,6 +11,7 @@ from snscc_ray.config.settings import STAGES, StageName
 from snscc_ray.core import checkpoints
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.tables import read_table
 from snscc_ray.models.encoders import PretextNet, build_encoder
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.run import execute
@@ -53,8 +53,7 @@ def pretext_kmeans(study: Study) -> MethodResult:
 def cluster(study: Study) -> MethodResult:
     """Pretrain, Train and Boost (Duan et al., IEEE TIP 2025), as an ordinary run."""
     _run(study, STAGES)
-    with (study.folder / FOLDER / "assignments.parquet").open("rb") as file:
-        found = pq.read_table(file)
+    found = read_table(study.folder / FOLDER / "assignments.parquet", ["cluster"])
     recipe = study.context.recipe
     epochs = " + ".join(str(getattr(recipe, stage).epochs) for stage in STAGES)
     return MethodResult(torch.tensor(found["cluster"].to_pylist()), epochs, "its run is in snscc/")

@@ -23,7 +23,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.core import distributed
 from snscc_ray.core.checkpoints import AGAIN
 from snscc_ray.core.losses.neighbors import soft_confidence
-from snscc_ray.core.storage import write_whole
+from snscc_ray.core.tables import write_table
 
 # Candidates beyond k, because the product's rounding may swap close ones.
 _SPARE = 8
@@ -151,14 +151,14 @@ class MinedNeighbors:
             for tensor in (self.neighbors_NK, self.distances_NK, self.confidence_NK)
         ]
         table = pa.table([np.arange(N, dtype=np.int32), *lists], names=list(_schema(K)))
-        write_whole(path, lambda file: pq.write_table(table, file))
+        write_table(path, table)
 
     @classmethod
     def load(cls, path: Path) -> MinedNeighbors:
         """Read a file of `save`. Raises UserError if it is missing, truncated or foreign."""
         try:
             with path.open("rb") as file:
-                table = pq.ParquetFile(file).read()
+                table = pq.ParquetFile(file, page_checksum_verification=True).read()
         except FileNotFoundError:
             raise UserError(f"no mined neighbours at {path}: {AGAIN}") from None
         except (OSError, pa.ArrowException) as error:
