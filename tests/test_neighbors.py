@@ -292,7 +292,7 @@ def test_an_interrupted_save_leaves_the_old_file(
     old = mine(rows(50, 4), 3)
     old.save(path)
 
-    def half(table: pa.Table, file: object) -> None:
+    def half(table: pa.Table, file: object, **how: object) -> None:
         file.write(b"PAR1 and then the power went")  # type: ignore[attr-defined]
         raise KeyboardInterrupt
 
