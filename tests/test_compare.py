@@ -237,7 +237,7 @@ def test_the_names_methods_means() -> None:
 
 def test_the_papers_figures_stand_beside_ours() -> None:
     assert all(len(cells) == 15 for cells in paper.TABLE_IV.values())
-    assert set(paper.TABLE_IV) >= set(METHODS)
+    assert paper.printed("a method that is not in it", "cifar10") is None
     # By hand, from the printed table.
     assert paper.printed("snscc", "cifar10") == (0.886, 0.795, 0.777)
     assert paper.printed("kmeans", "imagenet_dogs") == (0.105, 0.055, 0.020)

@@ -102,7 +102,7 @@ def test_a_stopped_fit_goes_on(scans: Path, snscc: Snscc, tmp_path: Path, stop: 
     if stop == signal.SIGTERM:
         assert process.returncode == 130 and "the same command goes on" in said
     refused(snscc("run", "--resume", "--out", out), "begun by `snscc fit`")
-    refused(snscc(*words, "--clusters", 3), "already holds")
+    refused(snscc(*words, "--clusters", 3), "other options (clusters is", "3 here")
     assert snscc(*words).status == 0
     assert snscc("fit", scans, "--out", whole, *settings).status == 0
     one, two = (pq.read_table(place / "assignments.parquet") for place in (out, whole))

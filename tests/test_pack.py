@@ -115,7 +115,7 @@ def test_shards_are_read_as_the_folder_is(labelled: bool, snscc: Snscc, tmp_path
     done = snscc("pack", photos, tmp_path / "out", "--jobs", 1, *more)
     assert done.status == 0, done.err
     assert "1 shards, 14 rows" in done.out and "0 skipped" in done.out
-    assert f"snscc run images --data {tmp_path / 'out'} --set data.num_clusters=" in done.out
+    assert f"Next: snscc fit {tmp_path / 'out'}" in done.out
     folder = load(photos, folders_are_labels=labelled)
     shards = load(tmp_path / "out")
     assert shards.catalog.ids == folder.catalog.ids and len(shards) == 14

@@ -70,7 +70,6 @@ def pack_folder(
     if found.skipped:
         lines.append(f"Left out: {place / pack.SKIPPED}")
     if not verify:
-        command = f"snscc run images --data {shlex.quote(str(place))} --set data.num_clusters=..."
-        lines.append(f"Next: {command}")
+        lines.append(f"Next: snscc fit {shlex.quote(str(place))}")
     for line in lines:
         say(line)

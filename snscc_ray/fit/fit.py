@@ -24,7 +24,14 @@ from snscc_ray.data.sources import list_rows
 from snscc_ray.fit.choose import Pick, Preferences, as_set, choose, data_settings, used
 from snscc_ray.fit.count import Estimate, estimate, expected_seconds
 from snscc_ray.models.encoders import build_encoder, out_features
-from snscc_ray.runs.folder import COUNT_FILE, FIT_FILE, holds_something, prepare_folder, remove_run
+from snscc_ray.runs.folder import (
+    COUNT_FILE,
+    FIT_FILE,
+    first_difference,
+    holds_something,
+    prepare_folder,
+    remove_run,
+)
 from snscc_ray.runs.local import device_bytes, load, report_skipped, terminated_like_interrupted
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.pace import describe, measure, within
@@ -90,8 +97,8 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     if begun is None:
         if holds_something(folder) and not request.overwrite:
             raise UserError(
-                f"{folder} already holds files of something other than this run; use --overwrite "
-                "to replace it, or another --out"
+                f"{folder} already holds files that are not of `snscc fit`; use --overwrite to "
+                "replace a run there, or another --out"
             )
         plan, picks = _chosen(request, device)
         prepare_folder(folder, plan.recipe, resume=False, overwrite=request.overwrite)
@@ -132,12 +139,20 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
 
 
 def _begun(request: FitRequest) -> Recipe | None:
-    """Return the recipe of a run that this same request began in the folder, or None."""
+    """Return the recipe of a run that this same request began in the folder, or None.
+
+    Raises UserError if a request with other options began it.
+    """
     path = request.folder / FIT_FILE
     if request.overwrite or not path.exists():
         return None
     held = storage.read_json(path)
-    return validate(held["recipe"]) if held["asked"] == request.asked() else None
+    if difference := first_difference(held["asked"], request.asked()):
+        raise UserError(
+            f"{request.folder} holds a fit with other options ({difference}); use --overwrite to "
+            "replace it, or another --out"
+        )
+    return validate(held["recipe"])
 
 
 def _chosen(request: FitRequest, device: torch.device) -> tuple[Plan, list[Pick]]:

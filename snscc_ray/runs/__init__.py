@@ -4,5 +4,8 @@
 folder, `identity` identifies finished stages, `local` runs in this process, `pace` measures how
 long a run will take, `monitor` logs its metrics.
 
+Resume: `folder` says whether a run may continue, `identity` which stages are finished, and inside
+a stage `training.engine` continues from its checkpoint.
+
 Imports: config, core, models, data, training. Must not import Ray.
 """

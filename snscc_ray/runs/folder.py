@@ -212,7 +212,7 @@ def remove_run(folder: Path) -> None:
 def first_difference(there: Any, here: Any, place: str = "") -> str | None:
     """Say where two recipes, as plain values, first differ. `runtime` is ignored."""
     if isinstance(there, dict) and isinstance(here, dict):
-        for name in there.keys() | here.keys():
+        for name in {**there, **here}:
             # A resumed run may run elsewhere, but it must learn the same.
             if not place and name == "runtime":
                 continue

@@ -3,5 +3,7 @@
 `plan` lists the distinct stages of all trials, `session` trains them, `search` picks the points,
 `results`, `figures` and `verdicts` evaluate the trials, `run` combines these steps.
 
+The search spaces (ε, γ, σ, K and others) are in `tune_spaces/`, outside of this package.
+
 Imports: config, core, data, training, runs, cluster. Must not define how a stage trains.
 """

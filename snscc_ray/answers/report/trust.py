@@ -168,7 +168,10 @@ def _forced(figures: Mapping[str, float]) -> Iterator[Sentence]:
         "The clusters are more even than the images look: large groups may have been cut up and "
         "small ones joined."
     )
-    todo = "If some kinds are much more frequent than others, run with train.max_imbalance=10."
+    todo = (
+        "If some kinds are much more frequent than others, run again with "
+        "--max-cluster-imbalance 10 (`snscc fit`) or train.max_imbalance=10 (`snscc run`)."
+    )
     yield Sentence("caution", text, todo, name, value)
 
 
