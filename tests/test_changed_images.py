@@ -83,6 +83,7 @@ def test_a_pack_whose_images_have_other_contents(
     refused(snscc(*asked), "42 files then, 42 now", "--overwrite")
 
 
+@pytest.mark.slow
 def test_a_sweep(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweeps" / "out"
     asked = ["sweep", "gamma", "--recipe", "images", "--data", photos, "--seeds", 1]

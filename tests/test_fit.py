@@ -82,7 +82,9 @@ def test_the_number_of_clusters_is_estimated(scans: Path, snscc: Snscc, tmp_path
         assert ten["health/score"] != pretrain["health/score"]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_stopped_fit_goes_on(scans: Path, snscc: Snscc, tmp_path: Path, stop: int) -> None:
     out, whole = tmp_path / "run", tmp_path / "whole"
     settings = ["--set", "pretrain.epochs=30", *QUICK[2:], "--set", "runtime.checkpoint_steps=1"]

@@ -82,6 +82,7 @@ def test_two_workers_equal_one(runs: Path) -> None:
     agree(runs / "two", runs / "one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resident", "stream"])
 def test_shards_under_ray_equal_the_run_in_one_process(mode: str, tmp_path: Path) -> None:
     """Read, decoded and handed over by Ray Data, and trained on: the very same weights."""

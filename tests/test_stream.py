@@ -100,6 +100,7 @@ def sign(images: torch.Tensor, rows: torch.Tensor, place: Path) -> tuple[torch.T
     return (images.float(),)
 
 
+@pytest.mark.slow
 def test_consumers_that_hold_every_cpu_get_every_row_once(
     places: dict[str, Path], tmp_path: Path
 ) -> None:

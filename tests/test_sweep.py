@@ -137,6 +137,7 @@ def test_a_sweep_killed_at_random_moments_ends_with_the_same_table(
     assert table(folder) == table(whole[0])
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_said_and_the_others_end(
     ray: Ray, spaces: Path, whole: tuple[Path, str]
 ) -> None:

@@ -103,6 +103,7 @@ def test_who_comes_second_is_refused_at_once(first: str, place: Path, snscc: Sns
             assert content(place) == before, second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["predict", "export"])
 def test_one_file_of_a_folder_is_in_nobody_elses_way(
     first: str, place: Path, snscc: Snscc, tmp_path: Path
@@ -144,6 +145,7 @@ RACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RACES)
 def test_of_two_real_commands_at_once_one_ends_well(name: str, place: Path, tmp_path: Path) -> None:
     words, made = RACES[name]
