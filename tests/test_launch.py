@@ -264,11 +264,13 @@ def test_what_a_cluster_cannot_do_for_a_sweep(
 ) -> None:
     """The wait, which no option of a sweep sets, is shortened."""
     soon = (
-        "from dataclasses import replace; from snscc_ray import sweep; was = sweep.Options.scale\n"
-        "sweep.Options.scale = lambda options: replace(was(options), wait=3)\n"
+        "from dataclasses import replace; from snscc_ray.sweep import session\n"
+        "was = session.Options.scale\n"
+        "session.Options.scale = lambda options: replace(was(options), wait=3)\n"
         "from snscc_ray.cli import main; main()"
     )
-    sweep = ["sweep", "gamma", *sets(*FEW_CHECKPOINTS), *more, "--out", tmp_path / "r"]
+    sizes = [f"{stage}.batch_size=30" for stage in ("pretrain", "train", "boost")]
+    sweep = ["sweep", "gamma", *sets(*FEW_CHECKPOINTS, *sizes), *more, "--out", tmp_path / "r"]
     refuses(cluster, says, tmp_path / "r", sys.executable, "-c", soon, *sweep)
 
 
@@ -291,7 +293,7 @@ def test_shards_that_a_node_does_not_see(cluster: Cluster, hidden: Path, tmp_pat
         images.append(file.getvalue())
     pq.write_table(pa.table({"image": images}), shard)
     run = ["run", "images", "--data", shard.parent, *sets(*PHOTOS), "--out", tmp_path / "r"]
-    says = ["cannot read", str(shard), "No such file", "--data"]
+    says = ["cannot read", str(shard), "No such file", "every node sees"]
     refuses(cluster, says, tmp_path / "r", *SNSCC, *run, "--workers", 1)
 
 

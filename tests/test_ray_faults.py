@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -184,9 +185,12 @@ class Bucket:
         self.store.mkdir("bucket")
 
     def files(self, place: str) -> dict[str, bytes]:
-        """By their path below bucket/`place`."""
-        root = f"bucket/{place}/"
-        return {path[len(root) :]: self.store.cat(path) for path in self.store.find(root)}
+        """By their path below bucket/`place`. Workers of a killed driver may still remove some."""
+        root, found = f"bucket/{place}/", {}
+        for path in self.store.find(root):
+            with suppress(FileNotFoundError):
+                found[path[len(root) :]] = self.store.cat(path)
+        return found
 
     def copy(self, place: str, folder: Path) -> Path:
         for name, content in self.files(place).items():
