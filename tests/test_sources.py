@@ -423,7 +423,7 @@ def test_auto_and_stand_ins(tmp_path: Path) -> None:
     for word in ("nothing", "*.parquet", "cifar-10-batches-py", "stl10_binary"):
         assert word in message
     (tmp_path / "a.txt").write_text("x")
-    assert "a.txt" in refusal("auto", tmp_path / "a.txt")
+    assert "give the folder of the images" in refusal("auto", tmp_path / "a.txt")
     assert "--data" in refusal("auto")
 
 

@@ -78,6 +78,8 @@ def _resolve(data: DataSettings) -> tuple[str, ImageListing | None]:
         return ("folder" if len(found.files) > count_rows(shards) else "shards"), found
     if shard_files(path):
         return "shards", None  # reading them reports what is wrong
+    if path.is_file():
+        raise UserError(f"{path} is a file, but not a Parquet file: give the folder of the images")
     known = ", ".join(archive.folder for archive in ARCHIVES.values())
     aside = "".join(f"; {note}" for note in found.notes())
     raise UserError(
