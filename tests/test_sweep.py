@@ -177,6 +177,7 @@ def test_asha_stops_trials_that_fall_behind(
             assert "boost/oracle/acc" in known
 
 
+@pytest.mark.slow
 def test_asha_with_all_places_and_several_seeds_leaves_no_trial_out(
     ray: Ray, spaces: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +193,7 @@ def test_asha_with_all_places_and_several_seeds_leaves_no_trial_out(
     assert not list((tmp_path / "stages").rglob(f"{CLAIM}*"))
 
 
+@pytest.mark.slow
 def test_what_ray_tune_keeps_of_a_sweep_may_be_broken(
     ray: Ray, spaces: Path, whole: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -223,6 +225,7 @@ def test_a_dry_run_says_what_there_is_to_train_and_writes_nothing(
     assert "Nothing was written" in done.out and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_optuna_asks_for_points_one_after_the_other(
     ray: Ray, spaces: Path, whole: tuple[Path, str]
 ) -> None:
