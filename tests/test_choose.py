@@ -12,7 +12,7 @@ from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import DataSettings, EncoderSettings, Recipe
 from snscc_ray.data.look import ImageStats, inspect_images
 from snscc_ray.data.sources import list_rows
-from snscc_ray.fit.choose import Preferences, as_set, choose
+from snscc_ray.fit.choose import Preferences, as_set, choose, data_settings
 from snscc_ray.runs.plan import check
 
 WHERE: dict[str, Any] = {"source": "auto", "path": "anywhere"}
@@ -160,3 +160,13 @@ def test_what_is_set_is_said_instead_of_what_was_chosen() -> None:
     assert told["augmentation"].why == "as you set it"
     assert told["colours"] in picks
     assert as_set(picks, recipe, ["seed=3"]) == picks
+
+
+def test_settings_of_the_chosen_colours_do_not_stand_in_the_way_of_listing() -> None:
+    given = ["data.mean=[0.3]", "data.std=[0.4]", "data.limit=5", "seed=3"]
+    data = data_settings(WHERE, given)
+    assert (data.path, data.limit, data.mean) == ("anywhere", 5, None)
+    recipe = choose(
+        "mine", WHERE, ImageStats(300, 32, True), gpu=False, free_bytes=2**36, wishes=Preferences(5)
+    )[0]
+    assert override(recipe, given).data.mean == (0.3,)

@@ -175,6 +175,16 @@ def choose(
     ), picks
 
 
+# What decides which images there are, and how they are read.
+_WHICH_IMAGES = tuple(
+    f"data.{name}"
+    for name in (
+        "source", "path", "download", "classes", "folders_are_labels", "limit", "skip_corrupt",
+        "max_pixels", "value_range", "background",
+    )
+)  # fmt: skip
+
+
 def data_settings(where: dict[str, Any], overrides: Sequence[str]) -> DataSettings:
     """Return the data settings: where the images are, and overrides such as a limit.
 
@@ -182,7 +192,8 @@ def data_settings(where: dict[str, Any], overrides: Sequence[str]) -> DataSettin
     """
     recipe = recipes.get("images")
     data = recipe.data.model_copy(update=where)
-    changed = [text for text in overrides if text.startswith("data.")]
+    # Only these: `data.mean`, say, is checked against the channels, which are not chosen yet.
+    changed = [text for text in overrides if text.partition("=")[0].strip() in _WHICH_IMAGES]
     return override(recipe.model_copy(update={"data": data}), changed).data
 
 
