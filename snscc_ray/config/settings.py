@@ -127,7 +127,7 @@ View = Annotated[SimclrView | StrongView, Field(discriminator="kind")]
 
 
 BUILT_IN = ("convnet", "resnet18", "resnet34", "resnet50")
-LIBRARIES = ("torchvision", "timm")  # of encoders, implemented in models.libraries
+LIBRARIES = ("torchvision", "timm", "pip")  # of encoders, implemented in models.libraries
 
 
 def _an_encoder(name: str) -> str:
@@ -135,7 +135,7 @@ def _an_encoder(name: str) -> str:
     if name not in BUILT_IN and (library not in LIBRARIES or not model):
         raise ValueError(
             "use 'convnet', 'resnet18', 'resnet34' or 'resnet50', or a model of a library as "
-            "torchvision:NAME or timm:NAME"
+            "torchvision:NAME, timm:NAME or pip:NAME"
         )
     return name
 
@@ -146,27 +146,61 @@ def _from_anywhere(weights: str) -> str:
     return weights if known else str(expanded(weights).absolute())
 
 
+EncoderName = Annotated[str, AfterValidator(_an_encoder)]
+Weights = Annotated[str, AfterValidator(_from_anywhere)]
+
+
+class FurtherEncoder(Settings):
+    """A further frozen encoder, whose features are appended to those of the first."""
+
+    name: EncoderName
+    stem: Literal["small", "standard"] = "small"
+    width: Count = 64
+    weights: Weights
+
+
 class EncoderSettings(Settings):
-    name: Annotated[str, AfterValidator(_an_encoder)] = Field(
-        description="convnet, resnet18, resnet34, resnet50, torchvision:NAME or timm:NAME"
+    name: EncoderName = Field(
+        description="convnet, resnet18, resnet34, resnet50, torchvision:NAME, timm:NAME or pip:NAME"
     )
     stem: Literal["small", "standard"] = Field(
         "small", description="of the ResNets named here; small: 3×3, no max-pool"
     )
     width: Count = Field(64, description="of convnet: channels of the first block")
-    weights: Annotated[str, AfterValidator(_from_anywhere)] | None = Field(
+    weights: Weights | None = Field(
         None,
-        description="what Pretrain starts from: `default` (the library's own), or a checkpoint, "
+        description="what the encoder starts from: `default` (the library's own), or a checkpoint, "
         "file or URL; None: random",
+    )
+    frozen: bool = Field(
+        False,
+        description="do not train the encoder: compute its features once, and train an adapter and "
+        "the cluster heads on them",
+    )
+    views: Annotated[int, Field(ge=0, le=64)] = Field(
+        2, description="of a frozen encoder: augmented views of each image whose features are kept"
+    )
+    views_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="of those views: not the run's seed, so that runs can share the features"
+    )
+    further: tuple[FurtherEncoder, ...] = Field(
+        (), description="frozen encoders whose features are appended"
     )
 
     @model_validator(mode="after")
-    def _default_weights_exist(self) -> EncoderSettings:
+    def _weights_fit(self) -> EncoderSettings:
         if self.name == "convnet" and self.weights == "default":
             raise ValueError(
                 "convnet has no default weights; use encoder.name=resnet18, or leave "
                 "encoder.weights out"
             )
+        if self.frozen and self.weights is None:
+            raise ValueError(
+                "a frozen encoder needs trained weights; set encoder.weights=default for the "
+                "library's own, or encoder.weights=PATH"
+            )
+        if self.further and not self.frozen:
+            raise ValueError("several encoders must be frozen; set encoder.frozen=true")
         return self
 
 
@@ -222,6 +256,11 @@ class TrainSettings(StageSettings):
     temperature: Positive = Field(1.0, description="τ of Eq. 7")
     agreement: Literal["linear", "log"] = Field("linear", description="-O, or -log O")
     head: Literal["prototype", "linear"] = "prototype"
+    adapter: Literal["none", "linear", "mlp"] = Field(
+        "none",
+        description="of a frozen encoder: what is trained between its features and the heads; both "
+        "start as the identity",
+    )
     num_heads: Count = 3
     head_scale: Positive = Field(10.0, description="prototype head: logits = scale × cosine")
     view: View

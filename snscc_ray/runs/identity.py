@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from snscc_ray.config.settings import STAGES, EncoderSettings, Recipe, StageName
+from snscc_ray.models.frozen import each_encoder
 from snscc_ray.models.pretrained import weights_identity
 
 # Increased whenever a change of this package changes what the same settings train.
@@ -14,7 +15,7 @@ _VERSION = 2
 # Fields added since, each with the value that keeps the old behaviour. At that value a field does
 # not enter the hash, so that stages finished before it existed are still found.
 _LATER: dict[StageName, dict[str, Any]] = {
-    "train": {"max_imbalance": 1.0},
+    "train": {"max_imbalance": 1.0, "adapter": "none"},
     "boost": {"score_tolerance": 1e-3},
 }
 
@@ -50,12 +51,38 @@ def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: st
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def bank_identity(recipe: Recipe, fingerprint: str) -> str:
+    """Hash all that determines a frozen encoder's features of these images.
+
+    The seed of the run does not: runs with other seeds use the same features.
+    """
+    encoder, data = recipe.encoder, recipe.data
+    determines = {
+        "version": _VERSION,
+        "fingerprint": fingerprint,
+        "encoder": _encoder(encoder),
+        "view": recipe.pretrain.view.model_dump(mode="json") if encoder.views else None,
+        "precision": recipe.precision,
+        "normalize": [data.mean, data.std],
+    }
+    text = json.dumps(determines, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+# Settings of frozen encoders only; runs from before them are still found.
+_FROZEN = {"frozen", "views", "views_seed", "further"}
+
+
 def _encoder(settings: EncoderSettings) -> dict[str, Any]:
     """Return the encoder's settings, with its weights by content instead of by path.
 
     Weights are left out if there are none, so that runs from before that setting are still found.
     """
-    values = settings.model_dump(mode="json", exclude={"weights"})
+    if settings.frozen:
+        values = settings.model_dump(mode="json", exclude={"weights", "further"})
+        parts = [_encoder(part.model_copy(update={"frozen": False})) for part in each_encoder(settings)]
+        return values | {"parts": parts}
+    values = settings.model_dump(mode="json", exclude={"weights", *_FROZEN})
     return values if settings.weights is None else values | {"weights": weights_identity(settings)}
 
 

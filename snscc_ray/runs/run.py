@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
@@ -22,10 +23,11 @@ from snscc_ray.core import checkpoints, distributed, storage
 from snscc_ray.core.clustering.imbalance import forced_balance, forced_warning
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.metrics import oracle
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
 from snscc_ray.core.tables import write_table
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import Catalog
+from snscc_ray.data.loading.bank import FeatureBank, open_bank
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.models.encoders import (
     ClusterHeads,
@@ -34,7 +36,9 @@ from snscc_ray.models.encoders import (
     build_encoder,
     out_features,
 )
+from snscc_ray.models.frozen import Adapter, FrozenNet, load_frozen
 from snscc_ray.models.pretrained import start_encoder
+from snscc_ray.runs.banks import BANK, link_bank
 from snscc_ray.runs.folder import (
     check_images,
     note_images,
@@ -43,11 +47,12 @@ from snscc_ray.runs.folder import (
     remove_run,
     write_recipe,
 )
-from snscc_ray.runs.identity import stage_identity
+from snscc_ray.runs.identity import bank_identity, stage_identity
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import Monitor, fit
 from snscc_ray.training.stages.boost import Boost
-from snscc_ray.training.stages.pretrain import Pretrain
+from snscc_ray.training.stages.extract import extract, mean_features
+from snscc_ray.training.stages.pretrain import Pretrain, measure_features, pretext_features
 from snscc_ray.training.stages.train import Train, probabilities
 from snscc_ray.training.workers import Worker
 
@@ -192,6 +197,8 @@ class _Run:
 
     def _pretrain(self) -> dict[str, Any]:
         settings = self.recipe.encoder
+        if settings.frozen:
+            return self._extract()
         with _seeded(self.context.key("pretrain", "init")):
             encoder = build_encoder(settings, self.recipe.data.channels)
             if settings.weights is not None and not self._can_continue("pretrain"):
@@ -205,23 +212,52 @@ class _Run:
             self._save_final("pretrain", stage.network, {})
         return figures
 
+    def _extract(self) -> dict[str, Any]:
+        """Compute a frozen encoder's features, mine the neighbours and measure them."""
+        folder = self.stage_folder("pretrain")
+        frozen, imported = load_frozen(self.recipe)
+        for found in imported:
+            self.monitor.line(str(found))
+        identity = bank_identity(self.recipe, self.catalog.fingerprint)
+        if self.worker.rank == 0 and (shared := link_bank(folder / BANK, identity)):
+            self.monitor.line(f"features: found in {shared}, computed before")
+        distributed.barrier()
+        bank = extract(self.context, frozen, folder / BANK, identity, self.monitor)
+        context = replace(self.context, data=bank)
+        network = context.to_device(FrozenNet(frozen, Adapter(bank.widths, mean_features(bank))))
+        features_ND = pretext_features(context, network)
+        mined = mine(features_ND, self.recipe.pretrain.mined_neighbors)
+        figures: dict[str, Any] = measure_features(context, features_ND, mined)
+        if self.worker.rank == 0:
+            mined.save(folder / "neighbors.parquet")
+            self._save_final("pretrain", network, {})
+        return figures
+
+    @cached_property
+    def _training(self) -> Context:
+        """The context of Train and Boost: a frozen encoder's features stand for the images."""
+        if not self.recipe.encoder.frozen:
+            return self.context
+        bank = open_bank(self.stage_folder("pretrain") / BANK, self.worker.device)
+        return replace(self.context, data=bank)
+
     def _train(self) -> dict[str, Any]:
         pretext, mined = self._pretext(), self._mined()
         with _seeded(self.context.key("train", "init")):
-            stage = Train(self.context, pretext, mined)
+            stage = Train(self._training, pretext, mined)
         if not self._can_continue("train"):
             stage.prepare()
-        fit(stage, self.context, self.worker, self.monitor, self.identity("train"))
+        fit(stage, self._training, self.worker, self.monitor, self.identity("train"))
         figures: dict[str, Any] = stage.finish()
         self._note_forced_balance(figures)
-        p_NC = probabilities(self.context, stage.network)[:, 0]
+        p_NC = probabilities(self._training, stage.network)[:, 0]
         self._save_clusters("train", stage.network, p_NC)
         return figures
 
     def _boost(self) -> dict[str, Any]:
         network, mined = self._clusters(), self._mined()
-        stage = Boost(self.context, network, mined)
-        fit(stage, self.context, self.worker, self.monitor, self.identity("boost"))
+        stage = Boost(self._training, network, mined)
+        fit(stage, self._training, self.worker, self.monitor, self.identity("boost"))
         figures: dict[str, Any] = stage.finish()
         if stage.restored:
             self.monitor.warn(
@@ -262,7 +298,7 @@ class _Run:
         if not self.context.mixed:
             return {}
         recipe = self.recipe.model_copy(update={"precision": "float32"})
-        exact_NC = probabilities(replace(self.context, recipe=recipe), network, _COMPARED)[:, 0]
+        exact_NC = probabilities(replace(self._training, recipe=recipe), network, _COMPARED)[:, 0]
         own_NC = p_NC[: len(exact_NC)]
         same = (exact_NC.argmax(1) == own_NC.argmax(1)).double().mean()
         return {
@@ -272,7 +308,7 @@ class _Run:
         }
 
     def _save_final(
-        self, stage: StageName, network: torch.nn.Module, in_float32: dict[str, float]
+        self, stage: StageName, network: nn.Module, in_float32: dict[str, float]
     ) -> None:
         normalize = self.context.normalize  # saved: prediction has no images to measure it on
         checkpoints.save(
@@ -286,23 +322,38 @@ class _Run:
             },
         )
 
-    def _load_final(self, stage: StageName, wanted_by: StageName, into: torch.nn.Module) -> None:
+    def _load_final(self, stage: StageName, wanted_by: StageName, into: nn.Module) -> None:
         path = self.stage_folder(stage) / "final.pt"
         if distributed.from_first(lambda: self.finished(stage)) is None:
             raise self._unfinished(stage, wanted_by)
         checkpoints.load_weights(into, checkpoints.load(path, self.worker.device)["network"], path)
 
-    def _pretext(self) -> PretextNet:
+    def _pretext(self) -> nn.Module:
+        path = self.stage_folder("pretrain") / "final.pt"
+        if self.recipe.encoder.frozen:
+            if distributed.from_first(lambda: self.finished("pretrain")) is None:
+                raise self._unfinished("pretrain", "train")
+            mean_D = checkpoints.load(path, self.worker.device)["network"]["encoder.mean"]
+            return FrozenNet(None, self._adapter(mean_D))
         encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
         network = PretextNet(encoder, self.recipe.pretrain).to(self.worker.device)
         self._load_final("pretrain", "train", network)
         return network
 
+    def _adapter(self, mean_D: Tensor | None = None) -> Adapter:
+        bank = self._training.data
+        assert isinstance(bank, FeatureBank)
+        return Adapter(bank.widths, mean_D, self.recipe.train.adapter)
+
     def _mined(self) -> MinedNeighbors:
         return MinedNeighbors.load(self.stage_folder("pretrain") / "neighbors.parquet")
 
     def _clusters(self) -> ClusterNet:
-        encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
+        encoder: nn.Module
+        if self.recipe.encoder.frozen:
+            encoder = self._adapter()
+        else:
+            encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
         heads = ClusterHeads(
             self.recipe.train, out_features(encoder), self.recipe.data.num_clusters, heads=1
         )
@@ -323,8 +374,13 @@ class _Run:
         write_table(self.folder / "assignments.parquet", pa.table(columns))
 
     def baselines(self) -> dict[str, dict[str, float]]:
-        """Run k-means on raw pixels, if there are labels and the images are in memory."""
+        """Run k-means on raw pixels, if there are labels and the images are in memory.
+
+        A frozen encoder's images are large, and its features are the better baseline.
+        """
         data = self.context.data
+        if self.recipe.encoder.frozen:
+            return {}
         if self.catalog.labels is None or self.store or not isinstance(data, ResidentData):
             return {}
         path = self.folder / "baselines.json"
@@ -365,8 +421,13 @@ def final_figures(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def normalisation(recipe: Recipe, catalog: Catalog) -> Normalize:
-    """Return the recipe's mean and standard deviation, or those of the images."""
+    """Return the recipe's mean and standard deviation, or those of the images.
+
+    A frozen encoder gets pixels in [0, 1], unless the recipe says otherwise: it normalises itself.
+    """
     data = recipe.data
+    if recipe.encoder.frozen and data.mean is None:
+        return Normalize((0.0,) * data.channels, (1.0,) * data.channels)
     share = catalog.values.double() / catalog.values.sum(1, keepdim=True)
     value = torch.arange(256, dtype=torch.float64) / 255
     mean = (share * value).sum(1)

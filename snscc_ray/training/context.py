@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from snscc_ray.config.settings import Recipe, StageName, StageSettings
+from snscc_ray.config.settings import Recipe, StageName, StageSettings, View
 from snscc_ray.core import distributed, rng
 from snscc_ray.core.clustering import metrics
-from snscc_ray.core.views import Normalize, clean_view
+from snscc_ray.core.views import Normalize, clean_view, make_views
+from snscc_ray.data.loading.bank import FeatureBank, bank_views
 from snscc_ray.data.loading.resident import Batch, Images, Viewer
 
 Network = TypeVar("Network", bound=nn.Module)
 
-# Batch size of a clean pass: large for speed, as nothing is kept for a backward pass.
+# Largest batch size of a clean pass: large for speed, as nothing is kept for a backward pass.
 _PASS_ROWS = 1024
+# Pixels of a batch at most, to limit the memory and, on a CPU, to stay in its cache.
+_PASS_PIXELS = {"cpu": 2**20, "cuda": 2**24}
 # Smallest batch size of a clean pass on a CPU, where smaller batches use other kernels.
 _LEAST_ROWS = 8
 
@@ -82,16 +86,37 @@ class Context:
         """
         total = len(self.data) if rows is None else min(rows, len(self.data))
         first, last = distributed.own_share(total)
-        # On a GPU the batch size selects the kernels, and so affects the last bits.
-        size = _PASS_ROWS if self.device.type == "cuda" else _LEAST_ROWS
         network.eval()
         with self.autocast(), self.float32_as_asked():
             parts = [
-                _filled_up(output, clean_view(images, self.normalize), size).float()
-                for images in self.data.slices(first, last, _PASS_ROWS)
+                self.output_of(output, self.clean(inputs))
+                for inputs in self.data.slices(first, last, _PASS_ROWS)
             ]
         network.train()
         return distributed.gather(torch.cat(parts), total)
+
+    def output_of(self, output: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return `output` of every row of `x` in float32, by batches of limited memory."""
+        pixels = x.shape[2] * x.shape[3] if x.ndim == 4 else 1
+        most = min(max(_PASS_PIXELS[self.device.type] // pixels, _LEAST_ROWS), _PASS_ROWS)
+        # On a GPU the batch size selects the kernels, and so affects the last bits.
+        size = most if self.device.type == "cuda" else _LEAST_ROWS
+        return torch.cat([_filled_up(output, part, size).float() for part in x.split(most)])
+
+    def clean(self, inputs: Tensor) -> Tensor:
+        """Return the clean view of images or of cached features."""
+        if isinstance(self.data, FeatureBank):
+            return inputs[:, 0].float()
+        return clean_view(inputs, self.normalize)
+
+    def viewer(self, views: tuple[View | None, ...], keys: tuple[int, ...]) -> Viewer:
+        """Return the function that makes a batch's views; None is the clean view.
+
+        Of cached features, a view that is not None is one of the cached augmented views.
+        """
+        if isinstance(self.data, FeatureBank):
+            return partial(bank_views, drawn=tuple(view is not None for view in views), keys=keys)
+        return partial(make_views, views=views, keys=keys, normalize=self.normalize)
 
     def measure(
         self, clusters_N: Tensor, neighbors_NK: Tensor, confidence_N: Tensor | None = None
@@ -109,11 +134,11 @@ class Context:
         return figures
 
 
-def _filled_up(output: Callable[[Tensor], Tensor], x_BCHW: Tensor, size: int) -> Tensor:
+def _filled_up(output: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
     """Return `output` of a batch, which is padded to at least `size` rows by repeating its rows."""
-    B = len(x_BCHW)
+    B = len(x)
     copies = -(-size // B)
-    return output(x_BCHW if copies == 1 else x_BCHW.repeat(copies, 1, 1, 1)[:size])[:B]
+    return output(x if copies == 1 else torch.cat([x] * copies)[:size])[:B]
 
 
 class Stage(Protocol):

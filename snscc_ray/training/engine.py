@@ -139,7 +139,7 @@ class _Loop:
             rate = learning_rate(self.settings, self.epoch + self.step / self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            views = batch.views or viewer(batch.images_BCHW, batch.drawing_rows_B)
+            views = batch.views or viewer(batch.inputs, batch.drawing_rows_B)
             if self.epoch == 0 and self.step == 0:
                 self.monitor.views(stage.name, views)
             with self.context.autocast():

@@ -13,7 +13,7 @@ from snscc_ray.core import distributed
 from snscc_ray.core.transfer import send
 from snscc_ray.data.loading.order import batch_edges, shuffled, steps_of
 
-# Maps uint8 images (B, C, H, W) and their row numbers (best on the CPU) to normalised float views.
+# Maps a batch's inputs and their row numbers (best on the CPU) to float views.
 Viewer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
@@ -21,7 +21,7 @@ Viewer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 class Batch:
     """One worker's share of a global batch."""
 
-    images_BCHW: Tensor
+    inputs: Tensor  # uint8 images (B, C, H, W), or cached features (B, 1 + V, D)
     rows_B: Tensor
     size: int  # of the global batch
     views: tuple[Tensor, ...] | None = None  # if they were made with the batch
@@ -34,7 +34,7 @@ class Batch:
 
 
 class Images(Protocol):
-    """A dataset as the stages see it, in memory or streamed."""
+    """A dataset as the stages see it: images in memory, streamed images, or cached features."""
 
     order_name: str  # name of the row order of epochs: another order trains another network
 
@@ -56,7 +56,7 @@ class Images(Protocol):
         ...
 
     def slices(self, first: int, last: int, batch_size: int) -> Iterator[Tensor]:
-        """Yield images of rows first..last in order, uint8 on the device, for a clean pass."""
+        """Yield the inputs of rows first..last in order, on the device, for a clean pass."""
         ...
 
 

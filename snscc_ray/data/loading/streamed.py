@@ -130,7 +130,7 @@ class StreamedData:
         ]
         with closing(made_ahead(self._batches(shares, None), _AHEAD)) as batches:
             for batch in batches:
-                yield batch.images_BCHW
+                yield batch.inputs
 
     def _batches(self, shares: list[Tensor], viewer: Viewer | None) -> Generator[Batch]:
         """Yield batches of the given rows. No row occurs in two of them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from snscc_ray.core.losses import (
     pseudo_label_cross_entropy,
     same_label_pairs,
 )
-from snscc_ray.core.views import make_views
 from snscc_ray.data.loading.resident import Batch, Viewer
 from snscc_ray.models.encoders import ClusterNet
 from snscc_ray.training.context import Context
@@ -42,14 +40,8 @@ class Boost:
         self.p_NC: Tensor | None = None
 
     def viewer(self, epoch: int) -> Viewer:
-        return partial(
-            make_views,
-            views=(None, self.settings.view),
-            keys=tuple(
-                self.context.key("boost", epoch, kind) for kind in ("original", "augmented")
-            ),
-            normalize=self.context.normalize,
-        )
+        keys = tuple(self.context.key("boost", epoch, kind) for kind in ("original", "augmented"))
+        return self.context.viewer((None, self.settings.view), keys)
 
     def begin_epoch(self, epoch: int) -> None:
         """Select the epoch's pseudo-labels from a clean pass (Eq. 11)."""

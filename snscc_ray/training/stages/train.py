@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from snscc_ray.core.clustering import metrics
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.clustering.uneven import uneven_starts
-from snscc_ray.core.views import make_view, make_views
+from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Batch, ResidentData, Viewer
 from snscc_ray.models.encoders import ClusterHeads, ClusterNet, out_features
 from snscc_ray.training.context import Context
@@ -73,24 +72,18 @@ class Train:
         original, augmented, mined = (
             self.context.key("train", epoch, kind) for kind in ("original", "augmented", "mined")
         )
-        two = partial(
-            make_views,
-            views=(self.settings.original_view, self.settings.view),
-            keys=(original, augmented),
-            normalize=self.context.normalize,
-        )
+        first = self.settings.original_view
+        two = self.context.viewer((first, self.settings.view), (original, augmented))
         if self._mined_from != "images":
             return two
 
-        def three(images_BCHW: Tensor, rows_B: Tensor) -> tuple[Tensor, ...]:
+        partner = self.context.viewer((first,), (mined,))
+
+        def three(inputs: Tensor, rows_B: Tensor) -> tuple[Tensor, ...]:
             data = self.context.data
-            assert isinstance(data, ResidentData)
+            assert isinstance(data, ResidentData | FeatureBank)
             partners_B = self._partners(rows_B, epoch)
-            view = self.settings.original_view
-            third = make_view(
-                data.take(partners_B), partners_B, view, mined, self.context.normalize
-            )
-            return *two(images_BCHW, rows_B), third
+            return *two(inputs, rows_B), *partner(data.take(partners_B), partners_B)
 
         return three
 

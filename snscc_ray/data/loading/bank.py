@@ -1,0 +1,211 @@
+"""A feature bank: cached features of a frozen encoder, as a dataset for Train and Boost.
+
+It holds the features of each image's clean view and of V augmented views, in float16, in shards
+that are memory-mapped: only the rows in use are in memory.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import is_url
+from snscc_ray.core import distributed, rng, storage
+from snscc_ray.core.transfer import send
+from snscc_ray.data.loading.order import batch_edges, shuffled, steps_of
+from snscc_ray.data.loading.resident import Batch, Viewer
+
+SHARD_ROWS = 512
+_FILE = "bank.json"
+
+
+@dataclass(frozen=True)
+class BankShape:
+    """Rows of a bank, augmented views per row, and width of each frozen encoder's features."""
+
+    rows: int
+    views: int
+    widths: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(self.widths)
+
+    def edges(self) -> list[tuple[int, int]]:
+        """First row and end of each shard."""
+        return [(a, min(a + SHARD_ROWS, self.rows)) for a in range(0, self.rows, SHARD_ROWS)]
+
+
+class FeatureBank:
+    """Features, float16 (N, 1 + V, D): view 0 is the clean one."""
+
+    order_name = "shuffled"
+
+    def __init__(
+        self, shards: Sequence[np.ndarray], widths: Sequence[int], device: torch.device
+    ) -> None:
+        """shards: arrays (rows, 1 + V, D), in order; all but the last have equal lengths."""
+        self._shards = shards
+        self._rows_each = len(shards[0])
+        self._device = device
+        self.widths = tuple(widths)
+        self.views = shards[0].shape[1] - 1
+        # A GPU would wait for every batch from the host.
+        whole = device.type != "cpu"
+        self._held = torch.from_numpy(np.concatenate(shards)).to(device) if whole else None
+
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self._shards)
+
+    def steps(self, batch_size: int) -> int:
+        return steps_of(len(self), batch_size)
+
+    def epoch(
+        self, batch_size: int, key: int, start: int = 0, viewer: Viewer | None = None
+    ) -> Iterator[Batch]:
+        """Yield this worker's share of each batch of one epoch, from step `start` on."""
+        order = shuffled(len(self), key)
+        edges = batch_edges(len(self), batch_size).tolist()
+        for first, last in zip(edges[start:-1], edges[start + 1 :], strict=True):
+            begin, end = distributed.own_share(last - first)
+            host_rows_B = order[first + begin : first + end]
+            features_BVD = self.take(host_rows_B)
+            views = viewer(features_BVD, host_rows_B) if viewer else None
+            rows_B = send(host_rows_B, self._device)
+            yield Batch(features_BVD, rows_B, last - first, views, host_rows_B)
+
+    def slices(self, first: int, last: int, batch_size: int) -> Iterator[Tensor]:
+        """Yield features of rows first..last in order, for a clean pass."""
+        for start in range(first, last, batch_size):
+            yield self.take(torch.arange(start, min(start + batch_size, last)))
+
+    def take(self, rows_B: Tensor) -> Tensor:
+        """Return the features of any rows, float16 (B, 1 + V, D) on the device."""
+        if self._held is not None:
+            return self._held.index_select(0, send(rows_B, self._device))
+        rows = rows_B.numpy()
+        taken = np.empty((len(rows), 1 + self.views, sum(self.widths)), np.float16)
+        shard_B, place_B = np.divmod(rows, self._rows_each)
+        for number in np.unique(shard_B):
+            here = shard_B == number
+            taken[here] = self._shards[number][place_B[here]]
+        return torch.from_numpy(taken)
+
+
+def bank_views(
+    features_BVD: Tensor, rows_B: Tensor, drawn: Sequence[bool], keys: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Return views of cached features, float32 (B, D) each.
+
+    drawn: for each view, whether to draw one of the augmented views by its key and the row, or to
+    take the clean one. A bank without augmented views has clean ones only.
+    """
+    V = features_BVD.shape[1] - 1
+    views = []
+    for random, key in zip(drawn, keys, strict=True):
+        if random and V:
+            draw_B = rng.uniform(rows_B, key, 1)[:, 0]
+            which_B = 1 + (draw_B * V).long().clamp(max=V - 1)
+            here_B = torch.arange(len(rows_B), device=features_BVD.device)
+            views.append(features_BVD[here_B, send(which_B, features_BVD.device)].float())
+        else:
+            views.append(features_BVD[:, 0].float())
+    return tuple(views)
+
+
+# ----------------------------------------------------------------------------------- the files
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05}.npy"
+
+
+def write_shard(folder: Path, number: int, features_BVD: np.ndarray) -> None:
+    """Write one shard whole or not at all. Raises UserError on a full disk."""
+    array = np.ascontiguousarray(features_BVD, np.float16)
+    storage.write_whole(
+        shard_path(folder, number), lambda file: np.save(file, array, allow_pickle=False)
+    )
+
+
+def read_shard(folder: Path, number: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Memory-map one shard. Raises UserError if it is missing, damaged or of another shape."""
+    path = shard_path(folder, number)
+    try:
+        if is_url(path):
+            held = np.load(BytesIO(path.read_bytes()), allow_pickle=False)
+        else:
+            held = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        held = None
+    if held is None or held.shape != shape or held.dtype != np.float16:
+        raise _damaged(path)
+    return held
+
+
+def begin_bank(folder: Path, identity: str, shape: BankShape) -> None:
+    """Mark a folder as the bank of this identity; shards of another bank are removed."""
+    if identity_of(folder) == identity:
+        return
+    if folder.exists():
+        for path in folder.glob("*.npy"):
+            path.unlink()
+    _note(folder, identity, shape, [])
+
+
+def finish_bank(folder: Path, identity: str, shape: BankShape) -> None:
+    """Note the checksums of all shards, which makes the bank complete. Raises UserError."""
+    sums = [zlib.crc32(shard.data) for shard in _shards(folder, shape)]
+    _note(folder, identity, shape, sums)
+
+
+def identity_of(folder: Path, *, complete: bool = False) -> str | None:
+    """Return the identity of the bank in a folder; None: there is none, or it is incomplete."""
+    path = folder / _FILE
+    if not path.exists():
+        return None
+    held = storage.read_json(path)
+    return None if complete and not held["checksums"] else str(held["identity"])
+
+
+def open_bank(folder: Path, device: torch.device) -> FeatureBank:
+    """Open a complete bank. Raises UserError if a shard is missing or was altered."""
+    held = storage.read_json(folder / _FILE)
+    shape = BankShape(held["rows"], held["views"], tuple(held["widths"]))
+    shards = _shards(folder, shape)
+    for number, (shard, checksum) in enumerate(zip(shards, held["checksums"], strict=True)):
+        if zlib.crc32(shard.data) != checksum:
+            raise _damaged(shard_path(folder, number))
+    return FeatureBank(shards, shape.widths, device)
+
+
+def _shards(folder: Path, shape: BankShape) -> list[np.ndarray]:
+    return [
+        read_shard(folder, number, (end - first, 1 + shape.views, shape.width))
+        for number, (first, end) in enumerate(shape.edges())
+    ]
+
+
+def _note(folder: Path, identity: str, shape: BankShape, checksums: list[int]) -> None:
+    storage.write_json(
+        folder / _FILE,
+        {
+            "identity": identity,
+            "rows": shape.rows,
+            "views": shape.views,
+            "widths": list(shape.widths),
+            "checksums": checksums,
+        },
+    )
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is missing or damaged: remove it and run the same command again")

@@ -1,0 +1,45 @@
+"""Find a feature bank that another run has computed, and share its files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import is_url
+from snscc_ray.data.loading.bank import identity_of
+
+BANK = "bank"  # subfolder of the stage
+
+
+def link_bank(folder: Path, identity: str) -> Path | None:
+    """Share the bank of this identity with a run beside this one; return that run's folder.
+
+    Looks in the runs next to this run's folder. Files are hard links, so either run may be removed;
+    where the file system has none they are copied. Does nothing in an object store, if there is
+    no such bank, or if `folder` already holds one.
+    """
+    if is_url(folder) or identity_of(folder) == identity:
+        return None
+    run = folder.parent.parent
+    for other in sorted(run.parent.glob(f"*/pretrain/{BANK}/bank.json")):
+        if other.parent == folder or not _complete(other.parent, identity):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        # The list of checksums comes last: without it the bank is not complete.
+        for file in [*sorted(other.parent.glob("*.npy")), other]:
+            try:
+                os.link(file, folder / file.name)
+            except OSError:
+                shutil.copyfile(file, folder / file.name)
+        return other.parent.parent.parent
+    return None
+
+
+def _complete(folder: Path, identity: str) -> bool:
+    try:
+        return identity_of(folder, complete=True) == identity
+    except UserError:
+        return False
