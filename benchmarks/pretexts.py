@@ -166,7 +166,7 @@ class LongEpoch(ResidentData):
             apart = step // each * _VIEWS_APART * len(self)
             batches = super().epoch(batch_size, key + step)
             for batch, _ in zip(batches, range(self.total - step), strict=False):
-                yield Batch(batch.images_BCHW, batch.rows_B, batch.size, None, batch.rows_B + apart)
+                yield Batch(batch.inputs, batch.rows_B, batch.size, None, batch.rows_B + apart)
 
 
 class ManyViews(Pretrain):

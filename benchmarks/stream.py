@@ -93,7 +93,7 @@ def plain(rank: int, streamed: StreamedSet) -> Figures:
 
 def epoch(data: Images, key: int) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in data.epoch(BATCH, key):
-        yield batch.images_BCHW, batch.rows_B
+        yield batch.inputs, batch.rows_B
 
 
 def by_threads(streamed: StreamedSet, memory_mb: int, key: int) -> Figures:

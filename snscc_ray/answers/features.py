@@ -19,9 +19,12 @@ from snscc_ray.core.display import Display
 from snscc_ray.core.tables import read_table
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import Catalog
+from snscc_ray.data.loading.bank import FeatureBank, open_bank
 from snscc_ray.data.loading.resident import Images
 from snscc_ray.data.sources import list_rows
 from snscc_ray.models.encoders import build_encoder
+from snscc_ray.models.frozen import Adapter, WholeEncoder, build_frozen
+from snscc_ray.runs.banks import BANK
 from snscc_ray.runs.folder import read_recipe
 from snscc_ray.runs.local import bring, mode_for
 from snscc_ray.training.context import Context
@@ -75,16 +78,40 @@ def load_encoder(
     """
     path = folder / stage / "final.pt"
     held = checkpoints.load_final(path, recipe.data.channels, device)
-    encoder = build_encoder(recipe.encoder, recipe.data.channels)
-    weights = {
-        name.removeprefix("encoder."): weight
-        for name, weight in held["network"].items()
-        if name.startswith("encoder.")
-    }
-    checkpoints.load_weights(encoder, weights, path)
+    encoder = trained_encoder(folder, recipe, stage)
+    own = encoder.adapter if isinstance(encoder, WholeEncoder) else encoder
+    checkpoints.load_weights(own, _part(held["network"], "encoder."), path)
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = (tuple(held["normalize"][name]) for name in ("mean", "std"))
     return encoder, Normalize(mean, std), answering(recipe, held, device)[0]
+
+
+def trained_encoder(folder: Path, recipe: Recipe, stage: StageName) -> nn.Module:
+    """Build the encoder of a run's stage; a frozen one has its weights, others get them later.
+
+    Raises UserError.
+    """
+    if not recipe.encoder.frozen:
+        return build_encoder(recipe.encoder, recipe.data.channels)
+    path = folder / "pretrain" / "final.pt"
+    frozen = build_frozen(recipe)
+    state = _part(checkpoints.load(path)["network"], "frozen.")
+    checkpoints.load_weights(frozen, state, path)
+    kind = "none" if stage == "pretrain" else recipe.train.adapter
+    return WholeEncoder(frozen, Adapter(frozen.widths, kind=kind))
+
+
+def own_bank(folder: Path, device: torch.device) -> FeatureBank:
+    """Open the cached features of a run with a frozen encoder. Raises UserError."""
+    return open_bank(folder / "pretrain" / BANK, device)
+
+
+def _part(network: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): weight
+        for name, weight in network.items()
+        if name.startswith(prefix)
+    }
 
 
 def answering(
@@ -121,7 +148,8 @@ def stage_features(own: RunImages, stage: StageName) -> Tensor:
     if kept is not None:
         return kept
     encoder, normalize, recipe = load_encoder(own.folder, own.recipe, stage, own.device)
-    context = Context(recipe, own.data, None, normalize, own.device)
+    data = own_bank(own.folder, own.device) if recipe.encoder.frozen else own.data
+    context = Context(recipe, data, None, normalize, own.device)
     features_ND = F.normalize(context.clean_pass(encoder, encoder), dim=1).cpu().half()
     identity = storage.read_json(own.folder / stage / "stage.json")["identity"]
     path = own.folder / stage / "features.pt"

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from snscc_ray.answers.features import answering, kept_features, own_ids, own_images, stage_features
+from snscc_ray.answers.features import (
+    answering,
+    kept_features,
+    own_ids,
+    own_images,
+    stage_features,
+    trained_encoder,
+)
 from snscc_ray.answers.table import KnownImages, answers, write
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import DataSettings, Recipe, StageName
@@ -29,7 +36,8 @@ from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.data.look import resolve_reading
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
-from snscc_ray.models.encoders import ClusterHeads, ClusterNet, build_encoder, out_features
+from snscc_ray.models.encoders import ClusterHeads, ClusterNet, out_features
+from snscc_ray.models.frozen import WholeEncoder
 from snscc_ray.runs.folder import FIT_FILE, read_recipe, reading
 from snscc_ray.runs.local import bring, mode_for
 from snscc_ray.training.context import Context
@@ -135,11 +143,13 @@ def load_model(folder: Path, device: str = "auto") -> Model:
     chosen = choose_device(device)
     path = folder / stage / "final.pt"
     held = checkpoints.load_final(path, recipe.data.channels, chosen)
-    encoder = build_encoder(recipe.encoder, recipe.data.channels)
+    encoder = trained_encoder(folder, recipe, stage)
+    own = encoder.adapter if isinstance(encoder, WholeEncoder) else encoder
     clusters = recipe.data.num_clusters
     heads = ClusterHeads(recipe.train, out_features(encoder), clusters, heads=1)
-    network = ClusterNet(encoder, heads)
+    network = ClusterNet(own, heads)
     checkpoints.load_weights(network, held["network"], path)
+    network.encoder = encoder
     mean, std = (tuple(held["normalize"][name]) for name in ("mean", "std"))
     trained: dict[str, Any] = {n: held[n] for n in ("precision", "in_float32") if n in held}
     return Model(recipe, network, Normalize(mean, std), chosen, trained).on(chosen)

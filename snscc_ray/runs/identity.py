@@ -80,7 +80,8 @@ def _encoder(settings: EncoderSettings) -> dict[str, Any]:
     """
     if settings.frozen:
         values = settings.model_dump(mode="json", exclude={"weights", "further"})
-        parts = [_encoder(part.model_copy(update={"frozen": False})) for part in each_encoder(settings)]
+        each = [part.model_copy(update={"frozen": False}) for part in each_encoder(settings)]
+        parts = [_encoder(part) for part in each]
         return values | {"parts": parts}
     values = settings.model_dump(mode="json", exclude={"weights", *_FROZEN})
     return values if settings.weights is None else values | {"weights": weights_identity(settings)}

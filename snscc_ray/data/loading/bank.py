@@ -139,6 +139,7 @@ def write_shard(folder: Path, number: int, features_BVD: np.ndarray) -> None:
 def read_shard(folder: Path, number: int, shape: tuple[int, ...]) -> np.ndarray:
     """Memory-map one shard. Raises UserError if it is missing, damaged or of another shape."""
     path = shard_path(folder, number)
+    held: np.ndarray | None
     try:
         if is_url(path):
             held = np.load(BytesIO(path.read_bytes()), allow_pickle=False)

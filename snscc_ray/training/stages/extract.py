@@ -43,9 +43,7 @@ def extract(
     frozen.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     first, last = distributed.own_share(len(shape.edges()))
     edges = list(enumerate(shape.edges()))[first:last]
-    missing = [
-        (number, edge) for number, edge in edges if not shard_path(folder, number).exists()
-    ]
+    missing = [(number, edge) for number, edge in edges if not shard_path(folder, number).exists()]
     steps = sum(-(-(end - begin) // _STEP_ROWS) for _, (begin, end) in missing)
     monitor.start("pretrain", 1, steps, 0)
     for number, (begin, end) in missing:
