@@ -238,7 +238,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             recipe, _ = choose("auto", where, seen, gpu=gpu, free_bytes=free, wishes=wishes)
         else:
             recipe = recipes.get(self.recipe)
-        plan = make_plan(self._adapted(recipe, given), rows=rows, seen=seen)
+        recipe = self._adapted(recipe, given)
+        plan = make_plan(recipe, rows or list_rows(recipe.data), seen=seen)
         _warn(plan.rows.notes)
         return plan
 
