@@ -46,12 +46,12 @@ from snscc_ray.data.given import (
     rows_of_dataset,
     rows_of_paths,
 )
+from snscc_ray.data.imageset import Rows
 from snscc_ray.data.look import inspect_images, resolve_reading
-from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.fit.choose import Preferences, choose, data_settings
 from snscc_ray.runs.folder import first_difference, holds_something, read_recipe
-from snscc_ray.runs.local import bring, device_bytes, load, mode_for
+from snscc_ray.runs.local import bring, device_bytes, load
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.plan import Plan, make_plan
 from snscc_ray.runs.run import execute
@@ -199,8 +199,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             data, rows = resolve_reading(data, given.rows or list_rows(data))
             _warn(rows.notes)
             device, display = choose_device(self.device), self._display()
-            mode = mode_for(data, rows, device, display)
-            _, images = bring(data, rows, mode, device, display)
+            _, images = bring(data, rows, device, display)
             try:
                 return model.on(device).infer(images)
             finally:
@@ -239,7 +238,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             recipe, _ = choose("auto", where, seen, gpu=gpu, free_bytes=free, wishes=wishes)
         else:
             recipe = recipes.get(self.recipe)
-        plan = make_plan(self._adapted(recipe, given), rows=rows, seen=seen)
+        recipe = self._adapted(recipe, given)
+        plan = make_plan(recipe, rows or list_rows(recipe.data), seen=seen)
         _warn(plan.rows.notes)
         return plan
 

@@ -23,8 +23,12 @@ from snscc_ray.config.settings import EncoderSettings, Recipe
 from snscc_ray.core.checkpoints import load
 from snscc_ray.models import libraries
 from snscc_ray.models.encoders import build_encoder, out_features
-from snscc_ray.models.importers import import_weights
-from snscc_ray.models.pretrained import check_encoder, encoder_settings, start_encoder
+from snscc_ray.models.pretrained import (
+    check_encoder,
+    encoder_settings,
+    import_weights,
+    start_encoder,
+)
 from snscc_ray.runs.identity import stage_identity
 from tests.conftest import TINY, digits_table, equal_states
 from tests.test_cli import Snscc, refused, sets
@@ -155,7 +159,9 @@ def test_models_of_libraries_are_encoders(name: str, channels: int) -> None:
     encoder = build_encoder(settings(name=name), channels).eval()
     h_BD = encoder(torch.rand(2, channels, 64, 64))
     assert h_BD.shape == (2, out_features(encoder))
-    assert import_weights(libraries.like_default(name), encoder, "x").summed == (channels == 1)
+    assert import_weights(libraries.default_weights(name, fetch=False)[1], encoder, "x").summed == (
+        channels == 1
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from snscc_ray.models.encoders import build_encoder
 from snscc_ray.models.frozen import Adapter, WholeEncoder, build_frozen
 from snscc_ray.runs.banks import BANK
 from snscc_ray.runs.folder import read_recipe
-from snscc_ray.runs.local import bring, mode_for
+from snscc_ray.runs.local import bring
 from snscc_ray.training.context import Context
 
 
@@ -51,8 +51,7 @@ def own_images(folder: Path, device: torch.device, display: Display) -> RunImage
             "or run the recipe again"
         )
     rows = list_rows(recipe.data)
-    mode = mode_for(recipe.data, rows, device, display)
-    catalog, data = bring(recipe.data, rows, mode, device, display)
+    catalog, data = bring(recipe.data, rows, device, display)
     known = own_ids(folder)
     if catalog.ids != known:
         raise UserError(

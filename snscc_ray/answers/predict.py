@@ -32,14 +32,14 @@ from snscc_ray.core import checkpoints
 from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
 from snscc_ray.core.views import Normalize
+from snscc_ray.data.imageset import Rows
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.data.look import resolve_reading
-from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.models.encoders import ClusterHeads, ClusterNet, out_features
 from snscc_ray.models.frozen import WholeEncoder
 from snscc_ray.runs.folder import FIT_FILE, read_recipe, reading
-from snscc_ray.runs.local import bring, mode_for
+from snscc_ray.runs.local import bring
 from snscc_ray.training.context import Context
 from snscc_ray.training.workers import choose_device
 
@@ -175,8 +175,7 @@ def predict(question: PredictRequest, console: Console, device: str = "auto") ->
     with reading(question.run):
         answerer, settings, rows = prepare(question, display, device)
         device_ = answerer.model.device
-        mode = mode_for(settings, rows, device_, display)
-        catalog, data = bring(settings, rows, mode, device_, display)
+        catalog, data = bring(settings, rows, device_, display)
         tell = display.counting("predict", "images")
         done = 0
         for images in data.slices(0, len(data), _ROWS):

@@ -14,8 +14,8 @@ from snscc_ray.cluster.nodes import ask_every_node, bundle_of, connected, reserv
 from snscc_ray.cluster.scale import Scale, check_alike, stderr_into, unread
 from snscc_ray.config.errors import UserError
 from snscc_ray.core.display import Display
+from snscc_ray.data.imageset import all_corrupt
 from snscc_ray.data.loading.ray_stream import ray_answers
-from snscc_ray.data.rows import all_corrupt
 from snscc_ray.runs.folder import reading
 from snscc_ray.training.workers import choose_device
 

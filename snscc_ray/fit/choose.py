@@ -102,6 +102,7 @@ def choose(
     if encoder is None:
         encoder, why = _encoder(size, gpu=gpu)
         pick("encoder", _named(encoder), why)
+    weak, strong = _views(size, channels, gpu=gpu)
     most = 512 if gpu else 256
     fits = _batch_that_fits(encoder, channels, size, gpu=gpu, free_bytes=free_bytes)
     batch = _batch(seen.rows, most=min(most, fits))
@@ -125,7 +126,6 @@ def choose(
         if known
         else f"about {steps[0]:,} steps first" + (", more for rare kinds" if uneven else ""),
     )
-    weak, strong = _views(size, channels, gpu=gpu)
     pick(
         "augmentation",
         "crops, turns, brightness" if channels == 1 else "crops, flips, colours",
@@ -223,6 +223,15 @@ def as_set(picks: list[Pick], recipe: Recipe, assignments: Iterable[str]) -> lis
         Pick(pick.what, used(pick.what, recipe), "as you set it") if overruled(pick) else pick
         for pick in picks
     ]
+
+
+def as_paced(picks: list[Pick], chosen: Recipe, recipe: Recipe) -> list[Pick]:
+    """Return the picks, replacing the epochs if they had to be changed to fit the time."""
+    epochs = used("epochs", recipe)
+    if epochs == used("epochs", chosen):
+        return picks
+    fitting = Pick("epochs", epochs, "as many as fit the time there is")
+    return [fitting if pick.what == "epochs" else pick for pick in picks]
 
 
 def used(what: str, recipe: Recipe) -> str:

@@ -27,7 +27,21 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from snscc_ray.answers.features import RunImages, stage_features
 from snscc_ray.config.errors import UserError
+from snscc_ray.config.overrides import override
+from snscc_ray.config.settings import Recipe
+from snscc_ray.core import storage
+from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.display import Display
+from snscc_ray.data.imageset import Catalog
+from snscc_ray.data.loading.resident import Images
+from snscc_ray.runs.folder import COUNT_FILE
+from snscc_ray.runs.monitor import RunMonitor
+from snscc_ray.runs.run import execute, normalisation
+from snscc_ray.training.context import Context
+from snscc_ray.training.stages.pretrain import measure_features
+from snscc_ray.training.workers import LocalWorker
 
 _ROWS = 2000  # sample size: enough for a few dozen clusters; bounds the N×N matrices
 _MOST = 30
@@ -57,6 +71,38 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def counted(
+    recipe: Recipe,
+    catalog: Catalog,
+    data: Images,
+    worker: LocalWorker,
+    monitor: RunMonitor,
+    display: Display,
+) -> tuple[Recipe, Estimate]:
+    """Pretrain, estimate the number of clusters from the features, and put it into the recipe."""
+    folder, path = worker.folder, worker.folder / COUNT_FILE
+    if path.exists():
+        found = Estimate(**storage.read_json(path))
+        return override(recipe, [f"data.num_clusters={found.chosen}"]), found
+    execute(recipe, catalog, data, folder, worker, monitor, ("pretrain",))
+    features_ND = stage_features(
+        RunImages(folder, recipe, catalog, data, worker.device), "pretrain"
+    )
+    found = estimate(features_ND, recipe.seed, display.counting("counting", "numbers tried"))
+    display.finish()
+    display.line(found.why)
+    recipe = override(recipe, [f"data.num_clusters={found.chosen}"])
+    # Pretrain's figures were for the provisional number of clusters: measure them again.
+    context = Context(recipe, data, catalog.labels, normalisation(recipe, catalog), worker.device)
+    mined = MinedNeighbors.load(folder / "pretrain" / "neighbors.parquet")
+    place = folder / "pretrain" / "stage.json"
+    record = storage.read_json(place)
+    record["figures"] |= measure_features(context, features_ND, mined)
+    storage.write_json(place, record)
+    storage.write_json(path, found.as_dict())
+    return recipe, found
 
 
 def estimate(

@@ -10,22 +10,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from snscc_ray.answers.features import RunImages, stage_features
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override, validate
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core import storage
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.resident import Images, ResidentData
-from snscc_ray.data.look import inspect_images
+from snscc_ray.data.look import ImageStats, inspect_images
 from snscc_ray.data.sources import list_rows
-from snscc_ray.fit.choose import Pick, Preferences, as_set, choose, data_settings, used
-from snscc_ray.fit.count import Estimate, estimate, expected_seconds
+from snscc_ray.fit.choose import Pick, Preferences, as_paced, as_set, choose, data_settings
+from snscc_ray.fit.count import Estimate, counted, expected_seconds
 from snscc_ray.models.encoders import build_encoder, out_features
 from snscc_ray.runs.folder import (
-    COUNT_FILE,
     FIT_FILE,
     first_difference,
     holds_something,
@@ -34,12 +31,10 @@ from snscc_ray.runs.folder import (
 )
 from snscc_ray.runs.local import device_bytes, load, report_skipped, terminated_like_interrupted
 from snscc_ray.runs.monitor import Journal, RunMonitor
-from snscc_ray.runs.pace import describe, measure, within
-from snscc_ray.runs.plan import Plan, make_plan
-from snscc_ray.runs.run import Result, execute, final_figures, normalisation
-from snscc_ray.training.context import Context
+from snscc_ray.runs.pace import describe, measure, needed, within
+from snscc_ray.runs.plan import make_plan
+from snscc_ray.runs.run import Result, execute, final_figures
 from snscc_ray.training.engine import Interrupted
-from snscc_ray.training.stages.pretrain import measure_features
 from snscc_ray.training.workers import LocalWorker, choose_device
 
 # Longest run without --budget: users do not wait longer for a first answer.
@@ -92,20 +87,44 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     """
     began = time.monotonic()
     device, display, folder = choose_device(request.device), Display(console), request.folder
-    begun, told = _begun(request), None
+    asked = request.asked()
+    begun = None if request.overwrite else _begun(request, asked)
+    if begun is not None:
+        display.line(f"going on with the run in {folder}")
+    elif holds_something(folder) and not request.overwrite:
+        raise UserError(
+            f"{folder} already holds files that are not of `snscc fit`; use --overwrite to "
+            "replace a run there, or another --out"
+        )
+    where: dict[str, Any] = {
+        "source": "auto",
+        "path": request.source,
+        "skip_corrupt": True,
+        "folders_are_labels": request.folders_are_labels,
+    }
+    rows = list_rows(data_settings(where, request.overrides) if begun is None else begun.data)
+    seen: ImageStats | None = None
     picks: list[Pick] = []
     if begun is None:
-        if holds_something(folder) and not request.overwrite:
-            raise UserError(
-                f"{folder} already holds files that are not of `snscc fit`; use --overwrite to "
-                "replace a run there, or another --out"
-            )
-        plan, picks = _chosen(request, device)
-        prepare_folder(folder, plan.recipe, resume=False, overwrite=request.overwrite)
+        seen = inspect_images(rows)
+        recipe, picks = choose(
+            request.folder.name,
+            where,
+            seen,
+            gpu=device.type == "cuda",
+            free_bytes=device_bytes(device),
+            wishes=request.wishes,
+        )
+        clusters = request.wishes.clusters or min(_PROVISIONAL, len(rows.ids) // 2)
+        recipe = override(recipe, [f"data.num_clusters={clusters}", *request.overrides])
+        picks = as_set(picks, recipe, request.overrides)
     else:
-        display.line(f"going on with the run in {folder}")
-        plan = make_plan(begun)
+        recipe = begun
+    plan = make_plan(recipe, rows, seen=seen)
     recipe = plan.recipe
+    if begun is None:
+        prepare_folder(folder, recipe, resume=False, overwrite=request.overwrite)
+    told = None
     catalog, data = load(plan, device, display)
     if request.wishes.clusters is None and catalog.distinct == 1:
         raise UserError(
@@ -116,18 +135,24 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
         display.line(f"  {pick.what}: {pick.value} ({pick.why})")
     try:
         if picks:
-            chosen = used("epochs", recipe)
-            recipe, told = _paced(request, recipe, catalog, data, device, display)
-            if used("epochs", recipe) != chosen:
-                fitting = Pick("epochs", used("epochs", recipe), "as many as fit the time there is")
-                picks = [fitting if pick.what == "epochs" else pick for pick in picks]
-            _note(request, recipe, picks)
+            chosen = recipe
+            recipe, told = _paced(request, chosen, catalog, data, device, display)
+            picks = as_paced(picks, chosen, recipe)
+            if request.overwrite:
+                remove_run(request.folder)
+            # With this the same request recognises and continues the run if it is stopped.
+            noted = {
+                "asked": asked,
+                "picked": [pick.as_dict() for pick in picks],
+                "recipe": recipe.model_dump(mode="json"),
+            }
+            storage.write_json(request.folder / FIT_FILE, noted)
         worker = LocalWorker(folder, device)
         monitor = RunMonitor(Journal(folder), display)
         try:
-            counted = None
+            found = None
             if request.wishes.clusters is None:
-                recipe, counted = _counted(recipe, catalog, data, worker, monitor, display)
+                recipe, found = counted(recipe, catalog, data, worker, monitor, display)
             result = execute(recipe, catalog, data, folder, worker, monitor)
             final = final_figures(result.figures)
             monitor.journal.hyperparameters(recipe.model_dump(mode="json"), final)
@@ -135,48 +160,24 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
             monitor.finish()
     except KeyboardInterrupt as stop:
         raise Interrupted from stop
-    return FitResult(result, told, time.monotonic() - began, counted)
+    return FitResult(result, told, time.monotonic() - began, found)
 
 
-def _begun(request: FitRequest) -> Recipe | None:
+def _begun(request: FitRequest, asked: dict[str, Any]) -> Recipe | None:
     """Return the recipe of a run that this same request began in the folder, or None.
 
     Raises UserError if a request with other options began it.
     """
     path = request.folder / FIT_FILE
-    if request.overwrite or not path.exists():
+    if not path.exists():
         return None
     held = storage.read_json(path)
-    if difference := first_difference(held["asked"], request.asked()):
+    if difference := first_difference(held["asked"], asked):
         raise UserError(
             f"{request.folder} holds a fit with other options ({difference}); use --overwrite to "
             "replace it, or another --out"
         )
     return validate(held["recipe"])
-
-
-def _chosen(request: FitRequest, device: torch.device) -> tuple[Plan, list[Pick]]:
-    """List the images, inspect a sample, and choose the other settings from it."""
-    where: dict[str, Any] = {
-        "source": "auto",
-        "path": request.source,
-        "skip_corrupt": True,
-        "folders_are_labels": request.folders_are_labels,
-    }
-    rows = list_rows(data_settings(where, request.overrides))
-    seen = inspect_images(rows)
-    recipe, picks = choose(
-        request.folder.name,
-        where,
-        seen,
-        gpu=device.type == "cuda",
-        free_bytes=device_bytes(device),
-        wishes=request.wishes,
-    )
-    clusters = request.wishes.clusters or min(_PROVISIONAL, len(rows.ids) // 2)
-    recipe = override(recipe, [f"data.num_clusters={clusters}", *request.overrides])
-    picks = as_set(picks, recipe, request.overrides)
-    return make_plan(recipe, rows=rows, seen=seen), picks
 
 
 def _paced(
@@ -198,63 +199,15 @@ def _paced(
     display.line("measuring a few steps of each stage")
     pace = measure(recipe, catalog, data.images_NCHW, device)
     stages = tuple(pace)
-
-    def needed(recipe: Recipe) -> float:
-        return sum(pace[s][0] + pace[s][1] * float(getattr(recipe, s).epochs) for s in stages)
-
     most = request.budget or (_GPU_SECONDS if device.type == "cuda" else _CPU_SECONDS)
-    if request.budget is not None or needed(recipe) > most:
+    if request.budget is not None or needed(recipe, pace, stages) > most:
         recipe = within(recipe, pace, most, stages)
-    counting = _counting_seconds(recipe, len(catalog)) if request.wishes.clusters is None else 0.0
     display.line(describe(recipe, pace, stages))
-    if counting > 5:
-        display.line(f"and {counting / 60:.1f} to count the clusters")
-    return recipe, needed(recipe) + counting
-
-
-def _counting_seconds(recipe: Recipe, rows: int) -> float:
-    return expected_seconds(rows, out_features(build_encoder(recipe.encoder, recipe.data.channels)))
-
-
-def _note(request: FitRequest, recipe: Recipe, picks: list[Pick]) -> None:
-    """Save the request, the picks and the recipe, to recognise and continue a stopped run."""
-    if request.overwrite:
-        remove_run(request.folder)
-    noted = {
-        "asked": request.asked(),
-        "picked": [pick.as_dict() for pick in picks],
-        "recipe": recipe.model_dump(mode="json"),
-    }
-    storage.write_json(request.folder / FIT_FILE, noted)
-
-
-def _counted(
-    recipe: Recipe,
-    catalog: Catalog,
-    data: Images,
-    worker: LocalWorker,
-    monitor: RunMonitor,
-    display: Display,
-) -> tuple[Recipe, Estimate]:
-    """Pretrain, estimate the number of clusters from the features, and put it into the recipe."""
-    folder, path = worker.folder, worker.folder / COUNT_FILE
-    if path.exists():
-        found = Estimate(**storage.read_json(path))
-        return override(recipe, [f"data.num_clusters={found.chosen}"]), found
-    execute(recipe, catalog, data, folder, worker, monitor, ("pretrain",))
-    features_ND = stage_features(
-        RunImages(folder, recipe, catalog, data, worker.device), "pretrain"
-    )
-    found = estimate(features_ND, recipe.seed, display.counting("counting", "numbers tried"))
-    display.finish()
-    display.line(found.why)
-    recipe = override(recipe, [f"data.num_clusters={found.chosen}"])
-    # Pretrain's figures were for the provisional number of clusters: measure them again.
-    context = Context(recipe, data, catalog.labels, normalisation(recipe, catalog), worker.device)
-    mined = MinedNeighbors.load(folder / "pretrain" / "neighbors.parquet")
-    place = folder / "pretrain" / "stage.json"
-    record = storage.read_json(place)
-    record["figures"] |= measure_features(context, features_ND, mined)
-    storage.write_json(place, record)
-    storage.write_json(path, found.as_dict())
-    return recipe, found
+    expected = needed(recipe, pace, stages)
+    if request.wishes.clusters is None:
+        encoder = build_encoder(recipe.encoder, recipe.data.channels)
+        counting = expected_seconds(len(catalog), out_features(encoder))
+        expected += counting
+        if counting > 5:
+            display.line(f"and {counting / 60:.1f} to count the clusters")
+    return recipe, expected

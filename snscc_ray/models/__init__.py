@@ -1,7 +1,8 @@
 """Encoders, heads, and pretrained weights of other projects.
 
 `encoders` holds the built-in networks and the heads, `libraries` the encoders of torchvision and
-timm. `pretrained` loads `encoder.weights`; `importers` finds weights in foreign checkpoints.
+timm. `foreign` reads checkpoints of other projects, and `pretrained` finds `encoder.weights` in
+them and loads them.
 
 Imports: config, core. Must not import Ray, or read images.
 """

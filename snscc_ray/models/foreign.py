@@ -11,7 +11,7 @@ import pickle
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,14 @@ def read_checkpoint(place: str) -> Any:
         raise UserError(f"{place} is empty; {_COPY}")
     if place.endswith(".safetensors"):
         return _read_safetensors(content, place)
+    parts = _parts(content)
     try:
-        if zipfile.is_zipfile(io.BytesIO(content)):
-            check_bytes(io.BytesIO(content))
         # Every class or function that the file names becomes an empty container.
-        stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-            (_Nothing, name) for name in _foreign(content)
-        ]
+        stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
+        if parts is not None:  # files from before torch 1.6 name none, and are just as safe
+            check_bytes(io.BytesIO(content))
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+            stand_ins += [(_Nothing, name) for name in named]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on how the file was made: not the user's fault
             held = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -53,7 +54,7 @@ def read_checkpoint(place: str) -> Any:
                 "executed here; extract the weights where it was written: torch.save(torch.load("
                 "FILE, weights_only=False)['state_dict'], 'weights.pth')"
             ) from error
-        if _is_script(content):
+        if any(name.endswith("/constants.pkl") for name in parts or ()):
             raise UserError(
                 f"{place} is TorchScript, a program and its weights; extract the weights: "
                 "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
@@ -79,12 +80,15 @@ def _digest(place: str, changed: int, size: int) -> str:
     return hashlib.blake2b(_bytes(place), digest_size=16).hexdigest()
 
 
-def _is_script(content: bytes) -> bool:
+def _parts(content: bytes) -> list[str] | None:
+    """Return the names of a zip file's parts (none if it is damaged), or None for another file."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        return None
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as parts:
-            return any(name.endswith("/constants.pkl") for name in parts.namelist())
+            return parts.namelist()
     except zipfile.BadZipFile:
-        return False
+        return []
 
 
 class _Nothing:
@@ -92,13 +96,6 @@ class _Nothing:
 
     def __new__(cls, *arguments: Any) -> Any:
         return OrderedDict()  # the only container whose items and state torch sets
-
-
-def _foreign(content: bytes) -> Iterable[str]:
-    """Names of the classes and functions in a file, without torch's own."""
-    if not zipfile.is_zipfile(io.BytesIO(content)):
-        return []  # written before torch 1.6; loading it is just as safe
-    return torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
 
 
 def _read_safetensors(content: bytes, place: str) -> Any:

@@ -261,30 +261,34 @@ def split(name: str) -> tuple[Library, str]:
 
 def default_name(name: str) -> str:
     """Return the library's name for its weights. Raises UserError if it has none."""
-    library, model = split(name)
-    found = library.weights_name(model)
-    if found is None:
-        raise UserError(f"encoder.name={name}: its library has no weights for it; leave them out")
-    return found
+    return _default(name)[2]
 
 
-def default_state(name: str) -> dict[str, Tensor]:
-    """Return the weights, downloaded if needed. Raises UserError if the download fails."""
-    library, model = split(name)
+def default_weights(name: str, *, fetch: bool) -> tuple[str, dict[str, Tensor]]:
+    """Return the library's name for its weights, and the weights, downloaded if needed.
+
+    Without `fetch` nothing is downloaded: the tensors have only the weights' names and shapes.
+    Raises UserError if there are none, or the download fails.
+    """
+    library, model, origin = _default(name)
+    if not fetch:
+        return origin, library.like_weights(model)
     try:
-        return library.weights(model)
+        return origin, library.weights(model)
     except Exception as error:  # a client without a network may raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"encoder.weights=default: {default_name(name)} could not be downloaded ({reason}); "
+            f"encoder.weights=default: {origin} could not be downloaded ({reason}); "
             "give a file with encoder.weights=PATH"
         ) from error
 
 
-def like_default(name: str) -> dict[str, Tensor]:
-    """Return tensors with the default weights' names and shapes, without a download."""
+def _default(name: str) -> tuple[Library, str, str]:
     library, model = split(name)
-    return library.like_weights(model)
+    found = library.weights_name(model)
+    if found is None:
+        raise UserError(f"encoder.name={name}: its library has no weights for it; leave them out")
+    return library, model, found
 
 
 def _take_channels(net: nn.Module, channels: int) -> None:

@@ -19,11 +19,11 @@ from snscc_ray.config.settings import DataSettings, Recipe
 from snscc_ray.core import distributed
 from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
-from snscc_ray.data.imageset import Catalog, assemble
+from snscc_ray.data.imageset import Catalog, Rows, assemble
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.data.loading.streamed import StreamedData, threads_reader
 from snscc_ray.data.loading.survey import check_streamed, choose_mode, survey
-from snscc_ray.data.rows import Rows
+from snscc_ray.data.sources import list_rows
 from snscc_ray.runs.folder import check_apart, prepare_folder
 from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
 from snscc_ray.runs.pace import describe, measure, within
@@ -78,7 +78,7 @@ def _run_here(
     try:
         first = distributed.rank() == 0
         display = Display(console if first else Console(quiet=True))
-        plan = make_plan(recipe, (distributed.world_size(),))
+        plan = make_plan(recipe, list_rows(recipe.data), (distributed.world_size(),))
         recipe = plan.recipe
         catalog, data = load(plan, device, display)
         display.line(
@@ -153,33 +153,31 @@ def report_skipped(catalog: Catalog, display: Display) -> None:
 def load(plan: Plan, device: torch.device, display: Display) -> tuple[Catalog, Images]:
     """Load the images of a run. Raises UserError if they cannot be trained on."""
     recipe = plan.recipe
-    mode = mode_for(recipe.data, plan.rows, device, display)
-    if mode == "stream":
-        check_streamed(recipe)
     workers = recipe.runtime.decode_workers
-    catalog, data = bring(recipe.data, plan.rows, mode, device, display, workers)
+    catalog, data = bring(recipe.data, plan.rows, device, display, workers, recipe)
     if catalog.skipped:  # fewer images than were checked
         check(recipe, len(catalog), distributed.world_size())
     return catalog.for_clusters(recipe.data.num_clusters), data
 
 
-def mode_for(data: DataSettings, rows: Rows, device: torch.device, display: Display) -> str:
-    """Choose `resident` or `stream` by the memory of this machine. Prints only `stream`."""
-    mode, why = choose_mode(data, len(rows.ids), free_bytes(device), rows.streamable)
-    if mode == "stream":
-        display.line(f"images streamed: {why}")
-    return mode
-
-
 def bring(
     data: DataSettings,
     rows: Rows,
-    mode: str,
     device: torch.device,
     display: Display,
     workers: int = 0,
+    training: Recipe | None = None,
 ) -> tuple[Catalog, Images]:
-    """Load a dataset into memory, or prepare to stream it. Raises UserError."""
+    """Load a dataset into memory, or prepare to stream it if this machine cannot hold it.
+
+    training: the recipe that is to train on it, if any. Prints only that it is streamed. Raises
+    UserError.
+    """
+    mode, why = choose_mode(data, len(rows.ids), free_bytes(device), rows.streamable)
+    if mode == "stream":
+        display.line(f"images streamed: {why}")
+        if training is not None:
+            check_streamed(training)
     progress = display.counting("reading", "images")
     if mode == "stream":
         streamed = survey(rows, data, workers=workers, progress=progress)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import STAGES, Recipe, StageName, StageSettings
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.resident import ResidentData
@@ -89,7 +88,9 @@ def _measure(
 ) -> dict[StageName, _Timed]:
     labels = None if known.labels is None else known.labels[:few]
     catalog = replace(known, ids=known.ids[:few], labels=labels)
-    short = override(recipe, [f"{stage}.epochs={_EPOCHS}" for stage in STAGES])
+    short = recipe.model_copy(
+        update={s: getattr(recipe, s).model_copy(update={"epochs": _EPOCHS}) for s in STAGES}
+    )
     clock = _Clock()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -105,6 +106,12 @@ def _measure(
     return found
 
 
+def needed(recipe: Recipe, pace: Seconds, stages: Sequence[StageName]) -> float:
+    """Return the expected seconds of these stages with the recipe's epochs."""
+    epochs: dict[StageName, int] = {stage: getattr(recipe, stage).epochs for stage in stages}
+    return sum(pace[stage][0] + pace[stage][1] * epochs[stage] for stage in stages)
+
+
 def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[StageName]) -> Recipe:
     """Set as many epochs as end within `seconds`, in the recipe's proportion between the stages.
 
@@ -118,23 +125,23 @@ def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[Stage
     def epochs_at(share: float) -> dict[StageName, int]:
         return {stage: max(1, int(share * epochs)) for stage, epochs in asked.items()}
 
-    def needed(share: float) -> float:
+    def lasting(share: float) -> float:
         once = sum(pace[stage][0] for stage in stages)
         return once + sum(pace[stage][1] * count for stage, count in epochs_at(share).items())
 
     seconds *= _SHARE
-    if needed(0) > seconds:
+    if lasting(0) > seconds:
         raise UserError(
-            f"--budget: one epoch of each stage takes about {needed(0):.0f} s here, and "
+            f"--budget: one epoch of each stage takes about {lasting(0):.0f} s here, and "
             f"{max(seconds, 0):.0f} s are left for them; give more time, or use a smaller "
             "encoder or data.limit"
         )
     low, high = 0.0, 1.0
-    while asked and needed(high) <= seconds:
+    while asked and lasting(high) <= seconds:
         low, high = high, 2 * high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if needed(middle) <= seconds else (low, middle)
+        low, high = (middle, high) if lasting(middle) <= seconds else (low, middle)
     changed: dict[str, StageSettings] = {
         stage: _lasting(getattr(recipe, stage), count) for stage, count in epochs_at(low).items()
     }
@@ -143,10 +150,8 @@ def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[Stage
 
 def describe(recipe: Recipe, pace: Seconds, stages: Sequence[StageName]) -> str:
     """Return the epochs of each stage and their estimated minutes, in one line."""
-    epochs = {stage: getattr(recipe, stage).epochs for stage in stages}
-    total = sum(pace[stage][0] + pace[stage][1] * count for stage, count in epochs.items())
-    counts = ", ".join(f"{stage} {count}" for stage, count in epochs.items())
-    return f"epochs that fit: {counts}; about {total / 60:.1f} minutes"
+    counts = ", ".join(f"{stage} {getattr(recipe, stage).epochs}" for stage in stages)
+    return f"epochs that fit: {counts}; about {needed(recipe, pace, stages) / 60:.1f} minutes"
 
 
 def _lasting(settings: StageSettings, epochs: int) -> StageSettings:

@@ -1,4 +1,4 @@
-"""List the images of a recipe and check both, before anything is written."""
+"""Check a recipe and its images, before anything is written."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, Recipe
+from snscc_ray.data.imageset import Rows
 from snscc_ray.data.loading.order import smallest_batch
 from snscc_ray.data.look import ImageStats, resolve_reading
-from snscc_ray.data.rows import Rows
-from snscc_ray.data.sources import list_rows
 from snscc_ray.models.pretrained import check_encoder
 
 
@@ -24,19 +23,19 @@ class Plan:
 
 def make_plan(
     recipe: Recipe,
+    rows: Rows,
     workers: Sequence[int] = (1,),
-    rows: Rows | None = None,
     seen: ImageStats | None = None,
 ) -> Plan:
-    """List and inspect the images, unless they are given, and check the recipe.
+    """Check the recipe, and decide how its images are read.
 
-    workers: every number of workers that may train. Raises UserError naming the field.
+    rows: the images that `recipe.data` means, listed. workers: every number of workers that may
+    train. seen: a look at the images, if there was one. Raises UserError naming the field.
     """
-    rows = list_rows(recipe.data) if rows is None else rows
-    data, rows = resolve_reading(recipe.data, rows, seen)
-    recipe = recipe.model_copy(update={"data": data})
     for count in workers:
         check(recipe, len(rows.ids), count)
+    data, rows = resolve_reading(recipe.data, rows, seen)
+    recipe = recipe.model_copy(update={"data": data})
     check_encoder(recipe, max(workers))
     return Plan(recipe, rows)
 

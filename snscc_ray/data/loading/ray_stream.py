@@ -1,6 +1,6 @@
 """Read a dataset with Ray Data: once before the first epoch, and again in every epoch.
 
-`slices` and `order` plan what is read. Ray Data runs the plan on the cluster, in order and within
+`survey` and `order` plan what is read. Ray Data runs the plan on the cluster, in order and within
 a memory bound. A task takes a few slices and returns their bytes or an error message. A UserError
 is returned, not raised, because Ray would print and repeat it.
 
@@ -29,19 +29,22 @@ from snscc_ray.config.errors import TrainingError, UserError
 from snscc_ray.config.settings import DataSettings, Recipe
 from snscc_ray.core import distributed
 from snscc_ray.core.display import Display
-from snscc_ray.data.imageset import Catalog, assemble
+from snscc_ray.data.imageset import Catalog, Rows, assemble
 from snscc_ray.data.loading.resident import Images, ResidentData, Viewer
-from snscc_ray.data.loading.slices import (
+from snscc_ray.data.loading.streamed import Decoded, Reader, StreamedData, decoded
+from snscc_ray.data.loading.survey import (
     VIEWS_BYTES,
     Findings,
     Slice,
+    StreamedSet,
+    check_streamed,
+    choose_mode,
+    conclude,
     examine,
     image_bytes,
+    plan,
     read_slice,
 )
-from snscc_ray.data.loading.streamed import Decoded, Reader, StreamedData, decoded
-from snscc_ray.data.loading.survey import StreamedSet, check_streamed, choose_mode, conclude, plan
-from snscc_ray.data.rows import Rows
 
 # For an error it prints pages, in addition to the exception that it raises.
 logging.getLogger("ray.data").setLevel(logging.CRITICAL)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -18,12 +20,15 @@ from snscc_ray.core.transfer import send
 from snscc_ray.data.decode import available_cores
 from snscc_ray.data.loading.order import batch_edges, steps_of, streamed_order
 from snscc_ray.data.loading.resident import Batch, Viewer
-from snscc_ray.data.loading.slices import VIEWS_BYTES, Slice, decode_slice
-from snscc_ray.data.loading.survey import StreamedSet
-from snscc_ray.data.loading.threads import in_threads, made_ahead
+from snscc_ray.data.loading.survey import (
+    VIEWS_BYTES,
+    Slice,
+    StreamedSet,
+    decode_slice,
+    in_threads,
+)
 
 T = TypeVar("T")
-S = TypeVar("S")
 
 # Batches that are prepared while the loop works on one.
 _AHEAD = 2
@@ -216,3 +221,41 @@ def _visits(edges: Tensor, shares: list[Tensor]) -> _Visits:
         until.tolist(),
         int(held.max()) if len(held) else 0,
     )
+
+
+class _Failed(NamedTuple):
+    error: BaseException
+
+
+def made_ahead(items: Generator[T], depth: int) -> Generator[T]:
+    """Yield the same items, made in a thread at most `depth` items ahead.
+
+    When this generator closes, the thread closes `items` and ends.
+    """
+    queue: SimpleQueue[T | _Failed | None] = SimpleQueue()  # None: no more
+    room = threading.Semaphore(depth)
+    stopped = threading.Event()
+
+    def make() -> None:
+        try:
+            with closing(items):
+                while room.acquire() and not stopped.is_set():
+                    item = next(items, None)
+                    queue.put(item)
+                    if item is None:
+                        return
+        except BaseException as error:
+            queue.put(_Failed(error))
+
+    thread = threading.Thread(target=make, name="batches", daemon=True)
+    thread.start()
+    try:
+        while (item := queue.get()) is not None:
+            if isinstance(item, _Failed):
+                raise item.error
+            room.release()
+            yield item
+    finally:
+        stopped.set()
+        room.release()
+        thread.join()
