@@ -77,7 +77,7 @@ def load_encoder(
     """
     path = folder / stage / "final.pt"
     held = checkpoints.load_final(path, recipe.data.channels, device)
-    encoder = trained_encoder(folder, recipe, stage)
+    encoder = trained_encoder(folder, recipe, stage, held["network"])
     own = encoder.adapter if isinstance(encoder, WholeEncoder) else encoder
     checkpoints.load_weights(own, _part(held["network"], "encoder."), path)
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -85,10 +85,12 @@ def load_encoder(
     return encoder, Normalize(mean, std), answering(recipe, held, device)[0]
 
 
-def trained_encoder(folder: Path, recipe: Recipe, stage: StageName) -> nn.Module:
+def trained_encoder(
+    folder: Path, recipe: Recipe, stage: StageName, network: dict[str, Tensor]
+) -> nn.Module:
     """Build the encoder of a run's stage; a frozen one has its weights, others get them later.
 
-    Raises UserError.
+    network: the stage's weights. Raises UserError.
     """
     if not recipe.encoder.frozen:
         return build_encoder(recipe.encoder, recipe.data.channels)
@@ -97,7 +99,8 @@ def trained_encoder(folder: Path, recipe: Recipe, stage: StageName) -> nn.Module
     state = _part(checkpoints.load(path)["network"], "frozen.")
     checkpoints.load_weights(frozen, state, path)
     kind = "none" if stage == "pretrain" else recipe.train.adapter
-    return WholeEncoder(frozen, Adapter(frozen.widths, kind=kind))
+    width, components = network["encoder.basis"].shape
+    return WholeEncoder(frozen, Adapter(width, components, kind))
 
 
 def own_bank(folder: Path, device: torch.device) -> FeatureBank:

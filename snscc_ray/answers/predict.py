@@ -143,7 +143,7 @@ def load_model(folder: Path, device: str = "auto") -> Model:
     chosen = choose_device(device)
     path = folder / stage / "final.pt"
     held = checkpoints.load_final(path, recipe.data.channels, chosen)
-    encoder = trained_encoder(folder, recipe, stage)
+    encoder = trained_encoder(folder, recipe, stage, held["network"])
     own = encoder.adapter if isinstance(encoder, WholeEncoder) else encoder
     clusters = recipe.data.num_clusters
     heads = ClusterHeads(recipe.train, out_features(encoder), clusters, heads=1)

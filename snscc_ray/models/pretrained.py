@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TypeGuard
@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import as_path, is_url
-from snscc_ray.config.settings import BUILT_IN, LIBRARIES, DataSettings, EncoderSettings, Recipe
+from snscc_ray.config.settings import (
+    BUILT_IN,
+    LIBRARIES,
+    DataSettings,
+    EncoderSettings,
+    FurtherEncoder,
+    Recipe,
+)
 from snscc_ray.core.checkpoints import not_finite
 from snscc_ray.models import libraries
 from snscc_ray.models.encoders import build_encoder, out_features
@@ -73,16 +80,20 @@ class Imported:
 
 
 def encoder_settings(text: str) -> EncoderSettings:
-    """Parse a user's name for an encoder: `resnet18`, `torchvision:NAME`, `timm:NAME` or a file.
+    """Parse a user's name for an encoder: `resnet18`, `timm:NAME`, `timm:NAME=FILE` or a file.
 
-    A library's model gets the library's weights. A checkpoint's shapes tell which built-in encoder
-    it belongs to. Raises UserError; for an unknown name it lists similar ones.
+    A library's model gets the library's weights, or those of the file. A checkpoint's shapes tell
+    which built-in encoder it belongs to. An encoder with weights is frozen. Raises UserError; for
+    an unknown name it lists similar ones.
     """
     if text in BUILT_IN:
         return EncoderSettings(name=text)
     if text.partition(":")[0] in LIBRARIES:
-        libraries.default_name(text)
-        return EncoderSettings(name=text, weights="default")
+        name, _, file = text.partition("=")
+        if not file:
+            libraries.default_name(name)
+        libraries.split(name)
+        return EncoderSettings(name=name, weights=file or "default", frozen=True)
     if is_url(text) or text.endswith(_ENDINGS) or as_path(text).exists():
         held = read_checkpoint(text)
         try:
@@ -94,7 +105,9 @@ def encoder_settings(text: str) -> EncoderSettings:
                 f"{text}: {error}; name its encoder, with --set encoder.name=… and "
                 f"--set encoder.weights={text}"
             ) from error
-        return EncoderSettings.model_validate(found.model_dump() | {"weights": text})
+        return EncoderSettings.model_validate(
+            found.model_dump() | {"weights": text, "frozen": True}
+        )
     known = {name: name for name in BUILT_IN}
     known |= {
         name: f"torchvision:{name}" for name in libraries.LIBRARIES["torchvision"].models()
@@ -104,6 +117,29 @@ def encoder_settings(text: str) -> EncoderSettings:
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     raise UserError(f"there is no encoder and no file {text!r}; {hint}")
+
+
+def together(encoders: Sequence[EncoderSettings]) -> EncoderSettings | None:
+    """Return one encoder from several frozen ones, whose features are appended; None for none.
+
+    Raises UserError if one of several has no weights.
+    """
+    if not encoders:
+        return None
+    first, *others = encoders
+    if not others:
+        return first
+    for encoder in encoders:
+        if encoder.weights is None:
+            raise UserError(
+                f"several encoders must be trained ones, and {encoder.name} has no weights; leave "
+                "it out"
+            )
+    further = tuple(
+        FurtherEncoder(name=e.name, stem=e.stem, width=e.width, weights=str(e.weights))
+        for e in others
+    )
+    return first.model_copy(update={"further": further})
 
 
 def start_encoder(settings: EncoderSettings, encoder: nn.Module) -> Imported:
@@ -118,17 +154,18 @@ def check_encoder(recipe: Recipe, world_size: int) -> None:
 
     Raises UserError before anything is written. Default weights are not downloaded.
     """
-    settings, data = recipe.encoder, recipe.data
-    if settings.name in BUILT_IN and settings.weights is None:
-        return
-    with torch.random.fork_rng(devices=[]):
-        encoder = build_encoder(settings, data.channels)
-        if settings.name not in BUILT_IN:
-            _try(settings.name, encoder, data)
-            if world_size > 1:
-                _refuse_fused_norms(settings.name, encoder)
-        if settings.weights is not None:
-            _fitting(settings, *_named(settings, fetch=False), encoder)
+    frozen, data = recipe.encoder.frozen, recipe.data
+    for settings in recipe.encoder.each():
+        if settings.name in BUILT_IN and settings.weights is None:
+            continue
+        with torch.random.fork_rng(devices=[]):
+            encoder = build_encoder(settings, data.channels)
+            if settings.name not in BUILT_IN:
+                _try(settings.name, encoder.train(not frozen), data)
+                if world_size > 1 and not frozen:
+                    _refuse_fused_norms(settings.name, encoder)
+            if settings.weights is not None:
+                _fitting(settings, *_named(settings, fetch=False), encoder)
 
 
 def weights_identity(settings: EncoderSettings) -> str:
@@ -185,11 +222,11 @@ def _remedy(settings: EncoderSettings, held: object) -> str:
 
 
 def _try(name: str, encoder: nn.Module, data: DataSettings) -> None:
-    """Run two images through the encoder in training mode. Raises UserError if that fails."""
+    """Run two images through the encoder. Raises UserError if that fails."""
     size = f"{data.image_size}×{data.image_size}"
     try:
         with torch.no_grad():
-            h_BD = encoder.train()(torch.zeros(2, data.channels, data.image_size, data.image_size))
+            h_BD = encoder(torch.zeros(2, data.channels, data.image_size, data.image_size))
     except Exception as error:  # each architecture raises its own error
         reason = " ".join(str(error).split())[:200]
         raise UserError(

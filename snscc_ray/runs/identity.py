@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 from snscc_ray.config.settings import STAGES, EncoderSettings, Recipe, StageName
-from snscc_ray.models.frozen import each_encoder
 from snscc_ray.models.pretrained import weights_identity
 
 # Increased whenever a change of this package changes what the same settings train.
@@ -60,7 +59,7 @@ def bank_identity(recipe: Recipe, fingerprint: str) -> str:
     determines = {
         "version": _VERSION,
         "fingerprint": fingerprint,
-        "encoder": _encoder(encoder),
+        "encoder": _encoder(encoder.model_copy(update={"components": 0})),
         "view": recipe.pretrain.view.model_dump(mode="json") if encoder.views else None,
         "precision": recipe.precision,
         "normalize": [data.mean, data.std],
@@ -70,7 +69,7 @@ def bank_identity(recipe: Recipe, fingerprint: str) -> str:
 
 
 # Settings of frozen encoders only; runs from before them are still found.
-_FROZEN = {"frozen", "views", "views_seed", "further"}
+_FROZEN = {"frozen", "views", "views_seed", "components", "further"}
 
 
 def _encoder(settings: EncoderSettings) -> dict[str, Any]:
@@ -80,9 +79,7 @@ def _encoder(settings: EncoderSettings) -> dict[str, Any]:
     """
     if settings.frozen:
         values = settings.model_dump(mode="json", exclude={"weights", "further"})
-        each = [part.model_copy(update={"frozen": False}) for part in each_encoder(settings)]
-        parts = [_encoder(part) for part in each]
-        return values | {"parts": parts}
+        return values | {"parts": [_encoder(part) for part in settings.each()]}
     values = settings.model_dump(mode="json", exclude={"weights", *_FROZEN})
     return values if settings.weights is None else values | {"weights": weights_identity(settings)}
 

@@ -62,6 +62,8 @@ class Journal:
         self._writer = SummaryWriter(str(self._local / "tensorboard" / stage), purge_step=epoch)
 
     def views(self, views: tuple[Tensor, ...]) -> None:
+        if views[0].ndim != 4:
+            return  # cached features are no pictures
         from torchvision.utils import make_grid
 
         for index, view in enumerate(views):

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, Recipe, StageName, StageSettings
+from snscc_ray.core.clustering.neighbors import knn
 from snscc_ray.data.imageset import Catalog
-from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.data.loading.bank import FeatureBank
+from snscc_ray.data.loading.resident import Images, ResidentData
+from snscc_ray.models.frozen import load_frozen
 from snscc_ray.runs.monitor import NullMonitor
-from snscc_ray.runs.run import execute
+from snscc_ray.runs.run import execute, normalisation
+from snscc_ray.training.context import Context
+from snscc_ray.training.stages.extract import features_of
 from snscc_ray.training.workers import LocalWorker
 
 # Seconds of each stage: work that is done once, and one epoch.
@@ -28,6 +33,8 @@ _EPOCHS = 2
 # If an epoch of all stages takes less than the first, measure again on four times the rows. Do so
 # at least once, to separate what grows with the rows, unless an epoch takes more than the second.
 _ENOUGH_SECONDS, _LONG_SECONDS = 1.0, 10.0
+# Images on which extraction is measured, and batches of features on which the heads are.
+_FROZEN_ROWS, _BANK_BATCHES = 64, 8
 # Usable share of the given time. The rest is for checkpoints and for what a few steps do not show.
 _SHARE = 0.95
 # Largest share of a shortened stage that its warm-up takes.
@@ -68,7 +75,7 @@ def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.d
     # Before the first measurement, assume that the time grows from zero.
     fewer, before = 0, dict.fromkeys(STAGES, 0.0)
     while True:
-        timed = _measure(recipe, known, images_NCHW, device, few)
+        timed = _measure(recipe, known, ResidentData(images_NCHW[:few], device), few, device)
         seconds = sum(stage.epoch for stage in timed.values())
         enough = seconds > (_ENOUGH_SECONDS if fewer else _LONG_SECONDS)
         if few == len(known) or enough:
@@ -84,7 +91,7 @@ def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.d
 
 
 def _measure(
-    recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device, few: int
+    recipe: Recipe, known: Catalog, data: Images, few: int, device: torch.device
 ) -> dict[StageName, _Timed]:
     labels = None if known.labels is None else known.labels[:few]
     catalog = replace(known, ids=known.ids[:few], labels=labels)
@@ -94,15 +101,53 @@ def _measure(
     clock = _Clock()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        data = ResidentData(images_NCHW[:few], device)
         result = execute(short, catalog, data, folder, LocalWorker(folder, device), clock)
     found: dict[StageName, _Timed] = {}
     for stage in STAGES:
-        begin, warm, end = clock.marks[stage]
+        # A bank of features has no Pretrain, and so no epochs.
+        begin, warm, end = clock.marks.get(stage, [0.0] * 3)
         all_of_it = result.figures["stages"][stage]["seconds"]
         found[stage] = _Timed(
             max(2 * warm - begin - end, 0), max(all_of_it - (end - begin), 0), end - warm
         )
+    return found
+
+
+def measure_frozen(recipe: Recipe, known: Catalog, data: Images, device: torch.device) -> Seconds:
+    """Measure extraction on a few images, and the other stages on random features.
+
+    The neighbours of a row are searched among all rows, so that search is timed at full size.
+    """
+    context = Context(recipe, data, None, normalisation(recipe, known), device)
+    frozen = load_frozen(recipe)[0].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    count = min(len(known), _FROZEN_ROWS)
+    images_BCHW = torch.cat(list(data.slices(0, count, count)))
+    features_of(context, frozen, images_BCHW, torch.arange(count))  # warms up
+    began = time.monotonic()
+    features_BVD = features_of(context, frozen, images_BCHW, torch.arange(count))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    extraction = (time.monotonic() - began) * len(known) / count
+    batches = [recipe.train.batch_size, recipe.boost.batch_size]
+    least = max(recipe.data.num_clusters, recipe.pretrain.mined_neighbors + 1)
+    few = min(len(known), max(*(_BANK_BATCHES * batch for batch in batches), least))
+    # Random rows with the spread of real ones; their values do not affect the time.
+    generator = torch.Generator().manual_seed(0)
+    shape = (few, 1 + recipe.encoder.views, features_BVD.shape[2])
+    random_NVD = torch.randn(shape, generator=generator).half().numpy()
+    bank = FeatureBank([random_NVD], device)
+    timed = _measure(recipe, known, bank, few, device)
+    rows_ND = torch.from_numpy(random_NVD[:, 0]).float().to(device)
+    began = time.monotonic()
+    repeats = -(-len(known) // few)
+    knn(rows_ND.repeat(repeats, 1)[: len(known)], 1, rows=(0, few))
+    search = (time.monotonic() - began) * len(known) / few
+    found: Seconds = {}
+    for stage, of in timed.items():
+        share = len(known) / few
+        found[stage] = of.warm_up + of.once * share, of.epoch * share
+    once, epoch = found["pretrain"]
+    found["pretrain"] = once + extraction + search, epoch
     return found
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from snscc_ray.models.encoders import (
     build_encoder,
     out_features,
 )
-from snscc_ray.models.frozen import Adapter, FrozenNet, load_frozen
+from snscc_ray.models.frozen import Adapter, FrozenNet, components_of, load_frozen
 from snscc_ray.models.pretrained import start_encoder
 from snscc_ray.runs.banks import BANK, link_bank
 from snscc_ray.runs.folder import (
@@ -51,7 +51,7 @@ from snscc_ray.runs.identity import bank_identity, stage_identity
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import Monitor, fit
 from snscc_ray.training.stages.boost import Boost
-from snscc_ray.training.stages.extract import extract, mean_features
+from snscc_ray.training.stages.extract import extract, principal_components
 from snscc_ray.training.stages.pretrain import Pretrain, measure_features, pretext_features
 from snscc_ray.training.stages.train import Train, probabilities
 from snscc_ray.training.workers import Worker
@@ -214,17 +214,22 @@ class _Run:
 
     def _extract(self) -> dict[str, Any]:
         """Compute a frozen encoder's features, mine the neighbours and measure them."""
-        folder = self.stage_folder("pretrain")
-        frozen, imported = load_frozen(self.recipe)
-        for found in imported:
-            self.monitor.line(str(found))
-        identity = bank_identity(self.recipe, self.catalog.fingerprint)
-        if self.worker.rank == 0 and (shared := link_bank(folder / BANK, identity)):
-            self.monitor.line(f"features: found in {shared}, computed before")
-        distributed.barrier()
-        bank = extract(self.context, frozen, folder / BANK, identity, self.monitor)
+        folder, bank = self.stage_folder("pretrain"), self.context.data
+        frozen = None
+        if not isinstance(bank, FeatureBank):
+            frozen, imported = load_frozen(self.recipe)
+            for found in imported:
+                self.monitor.line(str(found))
+            identity = bank_identity(self.recipe, self.catalog.fingerprint)
+            if self.worker.rank == 0 and (shared := link_bank(folder / BANK, identity)):
+                self.monitor.line(f"features: found in {shared}, computed before")
+            distributed.barrier()
+            bank = extract(self.context, frozen, folder / BANK, identity, self.monitor)
         context = replace(self.context, data=bank)
-        network = context.to_device(FrozenNet(frozen, Adapter(bank.widths, mean_features(bank))))
+        adapter = Adapter(bank.width, components_of(self.recipe, bank.width, len(bank)))
+        compute = partial(principal_components, bank, adapter.out_features)
+        adapter.project_on(*distributed.from_first(compute))
+        network = context.to_device(FrozenNet(frozen, adapter))
         features_ND = pretext_features(context, network)
         mined = mine(features_ND, self.recipe.pretrain.mined_neighbors)
         figures: dict[str, Any] = measure_features(context, features_ND, mined)
@@ -236,7 +241,8 @@ class _Run:
     @cached_property
     def _training(self) -> Context:
         """The context of Train and Boost: a frozen encoder's features stand for the images."""
-        if not self.recipe.encoder.frozen:
+        given = isinstance(self.context.data, FeatureBank)
+        if given or not self.recipe.encoder.frozen:
             return self.context
         bank = open_bank(self.stage_folder("pretrain") / BANK, self.worker.device)
         return replace(self.context, data=bank)
@@ -333,17 +339,20 @@ class _Run:
         if self.recipe.encoder.frozen:
             if distributed.from_first(lambda: self.finished("pretrain")) is None:
                 raise self._unfinished("pretrain", "train")
-            mean_D = checkpoints.load(path, self.worker.device)["network"]["encoder.mean"]
-            return FrozenNet(None, self._adapter(mean_D))
+            state = checkpoints.load(path, self.worker.device)["network"]
+            adapter = self._adapter()
+            adapter.project_on(state["encoder.mean"], state["encoder.basis"])
+            return FrozenNet(None, adapter)
         encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
         network = PretextNet(encoder, self.recipe.pretrain).to(self.worker.device)
         self._load_final("pretrain", "train", network)
         return network
 
-    def _adapter(self, mean_D: Tensor | None = None) -> Adapter:
+    def _adapter(self) -> Adapter:
         bank = self._training.data
         assert isinstance(bank, FeatureBank)
-        return Adapter(bank.widths, mean_D, self.recipe.train.adapter)
+        components = components_of(self.recipe, bank.width, len(bank))
+        return Adapter(bank.width, components, self.recipe.train.adapter)
 
     def _mined(self) -> MinedNeighbors:
         return MinedNeighbors.load(self.stage_folder("pretrain") / "neighbors.parquet")

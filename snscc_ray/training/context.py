@@ -24,6 +24,8 @@ Network = TypeVar("Network", bound=nn.Module)
 _PASS_ROWS = 1024
 # Pixels of a batch at most, to limit the memory and, on a CPU, to stay in its cache.
 _PASS_PIXELS = {"cpu": 2**20, "cuda": 2**24}
+# Batch size of a clean pass through a frozen encoder, or over its cached features.
+_FROZEN_ROWS = {"cpu": 64, "cuda": 512}
 # Smallest batch size of a clean pass on a CPU, where smaller batches use other kernels.
 _LEAST_ROWS = 8
 
@@ -97,10 +99,14 @@ class Context:
 
     def output_of(self, output: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return `output` of every row of `x` in float32, by batches of limited memory."""
-        pixels = x.shape[2] * x.shape[3] if x.ndim == 4 else 1
-        most = min(max(_PASS_PIXELS[self.device.type] // pixels, _LEAST_ROWS), _PASS_ROWS)
-        # On a GPU the batch size selects the kernels, and so affects the last bits.
-        size = most if self.device.type == "cuda" else _LEAST_ROWS
+        if self.recipe.encoder.frozen:
+            # Features come from the cache or from images, and must be the same to the last bit.
+            most = size = _FROZEN_ROWS[self.device.type]
+        else:
+            pixels = x.shape[2] * x.shape[3]
+            most = min(max(_PASS_PIXELS[self.device.type] // pixels, _LEAST_ROWS), _PASS_ROWS)
+            # On a GPU the batch size selects the kernels, and so affects the last bits.
+            size = most if self.device.type == "cuda" else _LEAST_ROWS
         return torch.cat([_filled_up(output, part, size).float() for part in x.split(most)])
 
     def clean(self, inputs: Tensor) -> Tensor:

@@ -29,15 +29,11 @@ _FILE = "bank.json"
 
 @dataclass(frozen=True)
 class BankShape:
-    """Rows of a bank, augmented views per row, and width of each frozen encoder's features."""
+    """Rows of a bank, augmented views per row, and numbers per view."""
 
     rows: int
     views: int
-    widths: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        return sum(self.widths)
+    width: int
 
     def edges(self) -> list[tuple[int, int]]:
         """First row and end of each shard."""
@@ -49,15 +45,12 @@ class FeatureBank:
 
     order_name = "shuffled"
 
-    def __init__(
-        self, shards: Sequence[np.ndarray], widths: Sequence[int], device: torch.device
-    ) -> None:
+    def __init__(self, shards: Sequence[np.ndarray], device: torch.device) -> None:
         """shards: arrays (rows, 1 + V, D), in order; all but the last have equal lengths."""
         self._shards = shards
         self._rows_each = len(shards[0])
         self._device = device
-        self.widths = tuple(widths)
-        self.views = shards[0].shape[1] - 1
+        self.views, self.width = shards[0].shape[1] - 1, shards[0].shape[2]
         # A GPU would wait for every batch from the host.
         whole = device.type != "cpu"
         self._held = torch.from_numpy(np.concatenate(shards)).to(device) if whole else None
@@ -92,7 +85,7 @@ class FeatureBank:
         if self._held is not None:
             return self._held.index_select(0, send(rows_B, self._device))
         rows = rows_B.numpy()
-        taken = np.empty((len(rows), 1 + self.views, sum(self.widths)), np.float16)
+        taken = np.empty((len(rows), 1 + self.views, self.width), np.float16)
         shard_B, place_B = np.divmod(rows, self._rows_each)
         for number in np.unique(shard_B):
             here = shard_B == number
@@ -180,12 +173,12 @@ def identity_of(folder: Path, *, complete: bool = False) -> str | None:
 def open_bank(folder: Path, device: torch.device) -> FeatureBank:
     """Open a complete bank. Raises UserError if a shard is missing or was altered."""
     held = storage.read_json(folder / _FILE)
-    shape = BankShape(held["rows"], held["views"], tuple(held["widths"]))
+    shape = BankShape(held["rows"], held["views"], held["width"])
     shards = _shards(folder, shape)
     for number, (shard, checksum) in enumerate(zip(shards, held["checksums"], strict=True)):
         if zlib.crc32(shard.data) != checksum:
             raise _damaged(shard_path(folder, number))
-    return FeatureBank(shards, shape.widths, device)
+    return FeatureBank(shards, device)
 
 
 def _shards(folder: Path, shape: BankShape) -> list[np.ndarray]:
@@ -202,7 +195,7 @@ def _note(folder: Path, identity: str, shape: BankShape, checksums: list[int]) -
             "identity": identity,
             "rows": shape.rows,
             "views": shape.views,
-            "widths": list(shape.widths),
+            "width": shape.width,
             "checksums": checksums,
         },
     )
