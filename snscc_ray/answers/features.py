@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
@@ -65,27 +65,6 @@ def own_ids(folder: Path) -> list[str]:
     return ids
 
 
-def load_encoder(
-    folder: Path, recipe: Recipe, stage: StageName, device: torch.device
-) -> tuple[nn.Module, Normalize, Recipe]:
-    """Load the encoder of a finished stage, its normalisation and the recipe for inference.
-
-    Raises UserError.
-    """
-    path = folder / stage / "final.pt"
-    held = checkpoints.load_final(path, recipe.data.channels, device)
-    encoder = build_encoder(recipe.encoder, recipe.data.channels)
-    weights = {
-        name.removeprefix("encoder."): weight
-        for name, weight in held["network"].items()
-        if name.startswith("encoder.")
-    }
-    checkpoints.load_weights(encoder, weights, path)
-    encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    mean, std = (tuple(held["normalize"][name]) for name in ("mean", "std"))
-    return encoder, Normalize(mean, std), answering(recipe, held, device)[0]
-
-
 def answering(
     recipe: Recipe, held: dict[str, Any], device: torch.device
 ) -> tuple[Recipe, str | None]:
@@ -114,19 +93,28 @@ def answering(
 def stage_features(own: RunImages, stage: StageName) -> Tensor:
     """Return L2-normalised features after a stage, (N, D) float32 on the CPU.
 
-    They are cached in half precision.
+    They are cached in half precision. Raises UserError if the stage's network cannot be used.
     """
-    kept = kept_features(own.folder, stage, len(own.catalog))
-    if kept is not None:
-        return kept
-    encoder, normalize, recipe = load_encoder(own.folder, own.recipe, stage, own.device)
+    cached = kept_features(own.folder, stage, len(own.catalog))
+    if cached is not None:
+        return cached
+    path = own.folder / stage / "final.pt"
+    held = checkpoints.load_final(path, own.recipe.data.channels, own.device)
+    encoder = build_encoder(own.recipe.encoder, own.recipe.data.channels)
+    weights = {
+        name.removeprefix("encoder."): weight
+        for name, weight in held["network"].items()
+        if name.startswith("encoder.")
+    }
+    checkpoints.load_weights(encoder, weights, path)
+    encoder.to(own.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    normalize = Normalize(*(tuple(held["normalize"][name]) for name in ("mean", "std")))
+    recipe = answering(own.recipe, held, own.device)[0]
     context = Context(recipe, own.data, None, normalize, own.device)
     features_ND = F.normalize(context.clean_pass(encoder, encoder), dim=1).cpu().half()
-    identity = storage.read_json(own.folder / stage / "stage.json")["identity"]
-    path = own.folder / stage / "features.pt"
-    if not is_url(path) and not os.access(path.parent, os.W_OK):
-        return features_ND.float()  # the run folder is read-only: do not cache
-    checkpoints.save(path, {"identity": identity, "features": features_ND})
+    if is_url(own.folder) or os.access(path.parent, os.W_OK):  # else it is read-only
+        kept = {"identity": held["identity"], "features": features_ND}
+        checkpoints.save(path.with_name("features.pt"), kept)
     return features_ND.float()
 
 
