@@ -14,8 +14,9 @@ from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, Recipe, StageName, StageSettings
+from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
-from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.runs.run import execute
 from snscc_ray.training.workers import LocalWorker
@@ -32,6 +33,10 @@ _ENOUGH_SECONDS, _LONG_SECONDS = 1.0, 10.0
 _SHARE = 0.95
 # Largest share of a shortened stage that its warm-up takes.
 _WARMUP_SHARE = 0.2
+
+
+# Longest run without --budget: users do not wait longer for a first answer.
+_CPU_SECONDS, _GPU_SECONDS = 30 * 60.0, 2 * 3600.0
 
 
 class _Clock(NullMonitor):
@@ -54,6 +59,31 @@ class _Timed:
     warm_up: float  # extra time of the first epoch over the second, such as compiling kernels
     once: float  # outside the epochs
     epoch: float
+
+
+def paced(
+    recipe: Recipe, catalog: Catalog, data: Images, budget: float | None, display: Display
+) -> tuple[Recipe, float | None]:
+    """Return the recipe with epochs that fit the time there is, and the expected seconds.
+
+    budget: seconds; None: shorten only a run that would be longer than people wait. Streamed
+    images are not measured: the expected seconds are then None. Raises UserError.
+    """
+    if not isinstance(data, ResidentData):
+        if budget is not None:
+            raise UserError("--budget measures images held in memory; leave it out here")
+        display.line(
+            "the images are streamed, so the time is not predicted; the ETA shows it later"
+        )
+        return recipe, None
+    display.line("measuring a few steps of each stage")
+    images = data.images_NCHW
+    pace = measure(recipe, catalog, images, images.device)
+    most = budget or (_GPU_SECONDS if images.device.type == "cuda" else _CPU_SECONDS)
+    if budget is not None or needed(recipe, pace, STAGES) > most:
+        recipe = within(recipe, pace, most, STAGES)
+    display.line(describe(recipe, pace, STAGES))
+    return recipe, needed(recipe, pace, STAGES)
 
 
 def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device) -> Seconds:
