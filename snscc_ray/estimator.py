@@ -46,8 +46,8 @@ from snscc_ray.data.given import (
     rows_of_dataset,
     rows_of_paths,
 )
-from snscc_ray.data.imageset import Rows
 from snscc_ray.data.look import inspect_images, resolve_reading
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.fit.choose import Preferences, choose, data_settings
 from snscc_ray.runs.folder import first_difference, holds_something, read_recipe

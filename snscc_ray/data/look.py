@@ -22,7 +22,7 @@ from snscc_ray.data.decode import (
     why_unreadable,
     without_limits,
 )
-from snscc_ray.data.imageset import Rows
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.shards import sample_images
 
 _SAMPLE = 200

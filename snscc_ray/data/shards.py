@@ -11,8 +11,8 @@ from typing import Any
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
 from snscc_ray.core.storage import read_json
-from snscc_ray.data.imageset import BATCH, Rows, Shard
 from snscc_ray.data.labels import Labels
+from snscc_ray.data.rows import BATCH, Rows, Shard
 
 # The file in which `snscc pack` describes the shards of a folder.
 MANIFEST = "pack.json"

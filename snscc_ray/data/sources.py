@@ -15,8 +15,9 @@ from snscc_ray.config.paths import as_path, is_url
 from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.archives import ARCHIVES, archive_folder, read_archive
 from snscc_ray.data.decode import Reading
-from snscc_ray.data.imageset import Batches, ImageSet, Rows, assemble
+from snscc_ray.data.imageset import ImageSet, assemble
 from snscc_ray.data.listing import EXTENSIONS, ImageListing, find_images
+from snscc_ray.data.rows import Batches, Rows
 from snscc_ray.data.shards import image_shards, read_shards, shard_files
 
 __all__ = ["ImageSet", "list_rows", "load_images", "resolve_source"]

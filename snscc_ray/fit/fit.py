@@ -117,8 +117,8 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
         picks = as_set(picks, recipe, request.overrides)
     else:
         recipe = begun
-    data_of, rows = resolve_reading(recipe.data, rows, seen)
-    recipe = recipe.model_copy(update={"data": data_of})
+    settings, rows = resolve_reading(recipe.data, rows, seen)
+    recipe = recipe.model_copy(update={"data": settings})
     plan = check_plan(recipe, rows)
     if begun is None:
         prepare_folder(folder, recipe, resume=False, overwrite=request.overwrite)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, Recipe
-from snscc_ray.data.imageset import Rows
 from snscc_ray.data.loading.order import smallest_batch
 from snscc_ray.data.look import resolve_reading
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.models.pretrained import check_encoder
 
