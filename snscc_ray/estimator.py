@@ -46,14 +46,14 @@ from snscc_ray.data.given import (
     rows_of_dataset,
     rows_of_paths,
 )
-from snscc_ray.data.imageset import Rows
 from snscc_ray.data.look import inspect_images, resolve_reading
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.fit.choose import Preferences, choose, data_settings
 from snscc_ray.runs.folder import first_difference, holds_something, read_recipe
 from snscc_ray.runs.local import bring, device_bytes, load
 from snscc_ray.runs.monitor import Journal, RunMonitor
-from snscc_ray.runs.plan import Plan, make_plan
+from snscc_ray.runs.plan import Plan, check_plan
 from snscc_ray.runs.run import execute
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.workers import LocalWorker, choose_device
@@ -239,7 +239,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         else:
             recipe = recipes.get(self.recipe)
         recipe = self._adapted(recipe, given)
-        plan = make_plan(recipe, rows or list_rows(recipe.data), seen=seen)
+        data, rows = resolve_reading(recipe.data, rows or list_rows(recipe.data), seen)
+        plan = check_plan(recipe.model_copy(update={"data": data}), rows)
         _warn(plan.rows.notes)
         return plan
 

@@ -13,8 +13,8 @@ import pytest
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import as_path
-from snscc_ray.data.imageset import Rows
 from snscc_ray.data.look import inspect_images
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows, load_images
 from tests.test_sources import encoded, picture, settings, write_images, write_shard
 

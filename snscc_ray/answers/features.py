@@ -68,23 +68,6 @@ def own_ids(folder: Path) -> list[str]:
     return ids
 
 
-def load_encoder(
-    folder: Path, recipe: Recipe, stage: StageName, device: torch.device
-) -> tuple[nn.Module, Normalize, Recipe]:
-    """Load the encoder of a finished stage, its normalisation and the recipe for inference.
-
-    Raises UserError.
-    """
-    path = folder / stage / "final.pt"
-    held = checkpoints.load_final(path, recipe.data.channels, device)
-    encoder = trained_encoder(folder, recipe, stage, held["network"])
-    own = encoder.adapter if isinstance(encoder, WholeEncoder) else encoder
-    checkpoints.load_weights(own, _part(held["network"], "encoder."), path)
-    encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    mean, std = (tuple(held["normalize"][name]) for name in ("mean", "std"))
-    return encoder, Normalize(mean, std), answering(recipe, held, device)[0]
-
-
 def trained_encoder(
     folder: Path, recipe: Recipe, stage: StageName, network: dict[str, Tensor]
 ) -> nn.Module:
@@ -144,20 +127,25 @@ def answering(
 def stage_features(own: RunImages, stage: StageName) -> Tensor:
     """Return L2-normalised features after a stage, (N, D) float32 on the CPU.
 
-    They are cached in half precision.
+    They are cached in half precision. Raises UserError if the stage's network cannot be used.
     """
-    kept = kept_features(own.folder, stage, len(own.catalog))
-    if kept is not None:
-        return kept
-    encoder, normalize, recipe = load_encoder(own.folder, own.recipe, stage, own.device)
+    cached = kept_features(own.folder, stage, len(own.catalog))
+    if cached is not None:
+        return cached
+    path = own.folder / stage / "final.pt"
+    held = checkpoints.load_final(path, own.recipe.data.channels, own.device)
+    encoder = trained_encoder(own.folder, own.recipe, stage, held["network"])
+    trained = encoder.adapter if isinstance(encoder, WholeEncoder) else encoder
+    checkpoints.load_weights(trained, _part(held["network"], "encoder."), path)
+    encoder.to(own.device, memory_format=torch.channels_last)
+    normalize = Normalize(*(tuple(held["normalize"][name]) for name in ("mean", "std")))
+    recipe = answering(own.recipe, held, own.device)[0]
     data = own_bank(own.folder, own.device) if recipe.encoder.frozen else own.data
     context = Context(recipe, data, None, normalize, own.device)
     features_ND = F.normalize(context.clean_pass(encoder, encoder), dim=1).cpu().half()
-    identity = storage.read_json(own.folder / stage / "stage.json")["identity"]
-    path = own.folder / stage / "features.pt"
-    if not is_url(path) and not os.access(path.parent, os.W_OK):
-        return features_ND.float()  # the run folder is read-only: do not cache
-    checkpoints.save(path, {"identity": identity, "features": features_ND})
+    if is_url(own.folder) or os.access(path.parent, os.W_OK):  # else it is read-only
+        kept = {"identity": held["identity"], "features": features_ND}
+        checkpoints.save(path.with_name("features.pt"), kept)
     return features_ND.float()
 
 

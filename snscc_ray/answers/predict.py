@@ -32,9 +32,9 @@ from snscc_ray.core import checkpoints
 from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
 from snscc_ray.core.views import Normalize
-from snscc_ray.data.imageset import Rows
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.data.look import resolve_reading
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.models.encoders import ClusterHeads, ClusterNet, out_features
 from snscc_ray.models.frozen import WholeEncoder

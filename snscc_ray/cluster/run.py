@@ -18,7 +18,6 @@ from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.ray_stream import share_images
-from snscc_ray.data.sources import list_rows
 from snscc_ray.runs.folder import check_apart, prepare_folder, remove_tree
 from snscc_ray.runs.local import report_skipped
 from snscc_ray.runs.monitor import Journal
@@ -46,7 +45,7 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     if recipe.runtime.device == "cuda" and not scale.gpu:
         raise UserError("runtime.device=cuda needs workers with a GPU each; add --gpu")
     counts = range(scale.workers[0], scale.workers[1] + 1)
-    plan = make_plan(recipe, list_rows(recipe.data), counts)
+    plan = make_plan(recipe, counts)
     recipe, rows = plan.recipe, plan.rows
     display = Display(console)
     # A report waits for the controller's next poll, by default every two seconds.

@@ -23,7 +23,6 @@ from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog, ImageSet, assemble
 from snscc_ray.data.loading.resident import ResidentData
 from snscc_ray.data.loading.survey import choose_mode
-from snscc_ray.data.sources import list_rows
 from snscc_ray.runs.folder import (
     IMAGES_FILE,
     check_apart,
@@ -164,7 +163,7 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Recip
             "encoder.weights: a comparison is fair where every method starts from random weights; "
             "leave them out"
         )
-    plan = make_plan(recipe, list_rows(recipe.data))
+    plan = make_plan(recipe)
     recipe, rows = plan.recipe, plan.rows
     mode, why = choose_mode(recipe.data, len(rows.ids), free_bytes(device), rows.streamable)
     if mode == "stream":

@@ -16,7 +16,7 @@ import numpy as np
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.data.decode import Source
-from snscc_ray.data.imageset import Batches, Rows
+from snscc_ray.data.rows import Batches, Rows
 
 
 class Archive(NamedTuple):

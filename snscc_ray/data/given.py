@@ -10,7 +10,7 @@ import numpy as np
 
 from snscc_ray.config.paths import as_path
 from snscc_ray.data.decode import Source
-from snscc_ray.data.imageset import Batches, Rows
+from snscc_ray.data.rows import Batches, Rows
 from snscc_ray.data.sources import image_id
 
 HAIR = 1e-3  # tolerance for floats outside 0 to 1: less than one step of uint8

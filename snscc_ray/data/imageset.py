@@ -1,14 +1,13 @@
-"""A dataset: its rows before decoding, its catalog, and its images held in memory."""
+"""The catalog of a dataset, made from its rows, and a dataset held in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,88 +15,10 @@ from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import DataSettings
-from snscc_ray.data.decode import OWN_RANGE, Reading, Source, decode_all
+from snscc_ray.data.decode import decode_all
+from snscc_ray.data.rows import Rows
 
 _DIGEST = 16  # bytes
-# Rows that a thread decodes at a time: enough to make the hand-over cheap, few enough to keep the
-# encoded bytes in memory small.
-BATCH = 128
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a source, before any image is decoded. Batches follow the order of the ids."""
-
-    place: str  # name of the source in messages
-    ids: list[str]
-    batches: Iterable[Sequence[Source]]
-    labels: np.ndarray | None = None  # int64 (N,)
-    class_names: tuple[str, ...] | None = None
-    files: Sequence[Path] | None = None  # if each row is a file
-    shards: Sequence[Shard] | None = None  # if the rows are in Parquet files
-    reading: Reading = OWN_RANGE
-    notes: tuple[str, ...] = ()  # sentences on what was left out or assumed
-
-    @property
-    def streamable(self) -> bool:
-        """Whether any part can be read separately, again in each epoch."""
-        return self.files is not None or self.shards is not None
-
-    @property
-    def some_files(self) -> list[str]:
-        """All shards, or the first and last image file, to test which nodes can read them."""
-        if self.shards is not None:
-            return [str(shard.file) for shard in self.shards]
-        return [str(self.files[0]), str(self.files[-1])] if self.files else []
-
-
-@dataclass(frozen=True, eq=False)
-class Batches:
-    """Items in batches of BATCH. It can be iterated repeatedly."""
-
-    items: Sequence[Source] | np.ndarray
-
-    def __iter__(self) -> Iterator[list[Source]]:
-        for start in range(0, len(self.items), BATCH):
-            yield list(self.items[start : start + BATCH])
-
-
-def check_ids(rows: Rows) -> None:
-    if not rows.ids:
-        raise UserError(f"no images in {rows.place}: give a folder or file that holds some")
-    # Refused, not renamed: an invented id could not be joined back to its image.
-    repeated, times = Counter(rows.ids).most_common(1)[0]
-    if times > 1:
-        raise UserError(
-            f"id {repeated!r} occurs {times} times in {rows.place}: make the ids unique, or leave "
-            "them out to have the rows numbered"
-        )
-
-
-def corrupt(rows: Rows, row: int, reason: str) -> UserError:
-    return UserError(
-        f"image {rows.ids[row]!r} in {rows.place} is corrupt ({reason}): repair or "
-        "remove it, or leave out such images with --set data.skip_corrupt=true"
-    )
-
-
-def all_corrupt(rows: Rows, row: int, reason: str) -> UserError:
-    return UserError(
-        f"all {len(rows.ids)} images in {rows.place} are corrupt, the first ({rows.ids[row]!r}) "
-        f"by: {reason}; give a folder with readable images"
-    )
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A Parquet file and which columns it has."""
-
-    file: Path
-    rows: int  # how many to read, from the first
-    groups: tuple[int, ...]  # rows of each row group
-    id: bool
-    label: bool
-    class_name: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +57,32 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.catalog)
+
+
+def check_ids(rows: Rows) -> None:
+    if not rows.ids:
+        raise UserError(f"no images in {rows.place}: give a folder or file that holds some")
+    # Refused, not renamed: an invented id could not be joined back to its image.
+    repeated, times = Counter(rows.ids).most_common(1)[0]
+    if times > 1:
+        raise UserError(
+            f"id {repeated!r} occurs {times} times in {rows.place}: make the ids unique, or leave "
+            "them out to have the rows numbered"
+        )
+
+
+def corrupt(rows: Rows, row: int, reason: str) -> UserError:
+    return UserError(
+        f"image {rows.ids[row]!r} in {rows.place} is corrupt ({reason}): repair or "
+        "remove it, or leave out such images with --set data.skip_corrupt=true"
+    )
+
+
+def all_corrupt(rows: Rows, row: int, reason: str) -> UserError:
+    return UserError(
+        f"all {len(rows.ids)} images in {rows.place} are corrupt, the first ({rows.ids[row]!r}) "
+        f"by: {reason}; give a folder with readable images"
+    )
 
 
 def assemble(

@@ -22,7 +22,7 @@ from snscc_ray.data.decode import (
     why_unreadable,
     without_limits,
 )
-from snscc_ray.data.imageset import Rows
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.shards import sample_images
 
 _SAMPLE = 200
@@ -124,16 +124,15 @@ def _one(source: Source, reading: Reading) -> _Seen:
         image = open_image(content, reading)
     side, mode = min(image.size), image.mode
     frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "TIFF", "WEBP") else 1
-    value_range, vanishes = None, frozenset[int]()
     if is_deep(image):
-        value_range = deep_range(image)
-    elif image.has_transparency_data:
-        vanishes = _vanishing(image)
-    if is_deep(image) or mode in ("L", "LA", "1"):
-        return _Seen(side, True, value_range, vanishes, frames)
-    small = np.asarray(to_mode(image, "RGB", reading).resize((16, 16)), np.int16)
-    grey = bool(np.ptp(small, axis=2).max() <= _GREY_WITHIN)
-    return _Seen(side, grey, value_range, vanishes, frames)
+        return _Seen(side, True, deep_range(image), frozenset(), frames)
+    see_through = image.has_transparency_data
+    grey = mode in ("L", "LA", "1")
+    if not grey:
+        small = np.asarray(to_mode(image, "RGB", reading).resize((16, 16)), np.int16)
+        grey = bool(np.ptp(small, axis=2).max() <= _GREY_WITHIN)
+    vanishes = _vanishing(image) if see_through else frozenset[int]()
+    return _Seen(side, grey, None, vanishes, frames)
 
 
 def _vanishing(image: Image.Image) -> frozenset[int]:

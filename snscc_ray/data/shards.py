@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,36 +11,28 @@ from typing import Any
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
 from snscc_ray.core.storage import read_json
-from snscc_ray.data.imageset import BATCH, Rows, Shard
 from snscc_ray.data.labels import Labels
+from snscc_ray.data.rows import BATCH, Rows, Shard
 
 # The file in which `snscc pack` describes the shards of a folder.
 MANIFEST = "pack.json"
 
 
-def image_shards(path: Path) -> list[Path]:
-    """Return the Parquet files of `path` (see `shard_files`) that have a column `image`.
+def image_shards(files: list[Path]) -> dict[Path, int]:
+    """Return those Parquet files that have a column `image`, and the number of their rows.
 
-    Others hold something else, such as the output of `snscc predict`. A broken file is included.
+    Others hold something else, such as the output of `snscc predict`. A broken file is included,
+    with no rows.
     """
-    held = []
-    for file in shard_files(path):
+    held: dict[Path, int] = {}
+    for file in files:
         try:
             with _parquet(file) as opened:
-                images = "image" in opened.schema_arrow.names
+                if "image" in opened.schema_arrow.names:
+                    held[file] = opened.metadata.num_rows
         except UserError:
-            images = True
-        held += [file] * images
+            held[file] = 0
     return held
-
-
-def count_rows(files: list[Path]) -> int:
-    """Count the rows of the readable files."""
-    rows = 0
-    for file in files:
-        with suppress(UserError), _parquet(file) as opened:
-            rows += opened.metadata.num_rows
-    return rows
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -66,7 +58,7 @@ def read_shards(path: Path, limit: int | None) -> Rows:
     _refuse_part(path, files)
     if not files:
         raise UserError(f"no *.parquet files in {path}: give their folder")
-    kept = image_shards(path) or files
+    kept = [*image_shards(files)] or files
     shards = [_inspect(file) for file in kept]
     used = _first_rows(shards, limit)
     ids: list[str] = []

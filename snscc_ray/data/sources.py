@@ -15,9 +15,10 @@ from snscc_ray.config.paths import as_path, is_url
 from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.archives import ARCHIVES, archive_folder, read_archive
 from snscc_ray.data.decode import Reading
-from snscc_ray.data.imageset import Batches, ImageSet, Rows, assemble
+from snscc_ray.data.imageset import ImageSet, assemble
 from snscc_ray.data.listing import EXTENSIONS, ImageListing, find_images
-from snscc_ray.data.shards import count_rows, image_shards, read_shards, shard_files
+from snscc_ray.data.rows import Batches, Rows
+from snscc_ray.data.shards import image_shards, read_shards, shard_files
 
 __all__ = ["ImageSet", "list_rows", "load_images", "resolve_source"]
 
@@ -58,15 +59,20 @@ def resolve_source(data: DataSettings) -> str:
 
 def _resolve(data: DataSettings) -> tuple[str, ImageListing | None]:
     """Return the source, and the images of the folder if it was searched."""
-    if data.source in ARCHIVES:
-        held = data.path is not None and image_shards(as_path(data.path))
+    if data.source == "auto":
+        return _recognise(data)
+    if data.source in ARCHIVES and data.path is not None:
+        held = image_shards(shard_files(as_path(data.path)))
         return ("shards" if held else data.source), None
-    if data.source != "auto":
-        return data.source, None
+    return data.source, None
+
+
+def _recognise(data: DataSettings) -> tuple[str, ImageListing | None]:
     path = _existing_path(data)
-    if path.is_file() and shard_files(path):
+    files = shard_files(path)
+    if path.is_file() and files:
         return "shards", None
-    shards = image_shards(path)
+    shards = image_shards(files)
     if not shards:
         for source in ARCHIVES:
             if archive_folder(source, path).is_dir():
@@ -74,8 +80,9 @@ def _resolve(data: DataSettings) -> tuple[str, ImageListing | None]:
     found = find_images(path) if path.is_dir() else ImageListing()
     if shards or found.files:
         # Take the larger: a few files beside shards, or a sample beside files, are not the dataset.
-        return ("folder" if len(found.files) > count_rows(shards) else "shards"), found
-    if shard_files(path):
+        more = len(found.files) > sum(shards.values())
+        return ("folder" if more else "shards"), found
+    if files:
         return "shards", None  # reading them reports what is wrong
     if path.is_file():
         raise UserError(f"{path} is a file, but not a Parquet file: give the folder of the images")
@@ -259,7 +266,7 @@ def _file_rows(
 
 
 # A reader gets the settings, the source that they mean, and the images of the folder if it was
-# searched for them. `_resolve` says what `auto` means.
+# searched for them. `_recognise` says what `auto` means.
 Reader = Callable[[DataSettings, str, ImageListing | None], Rows]
 READERS: dict[str, Reader] = {
     "digits": _digits,

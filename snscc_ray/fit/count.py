@@ -83,17 +83,20 @@ def counted(
 ) -> tuple[Recipe, Estimate]:
     """Pretrain, estimate the number of clusters from the features, and put it into the recipe."""
     folder, path = worker.folder, worker.folder / COUNT_FILE
+    features_ND = None
     if path.exists():
         found = Estimate(**storage.read_json(path))
-        return override(recipe, [f"data.num_clusters={found.chosen}"]), found
-    execute(recipe, catalog, data, folder, worker, monitor, ("pretrain",))
-    features_ND = stage_features(
-        RunImages(folder, recipe, catalog, data, worker.device), "pretrain"
-    )
-    found = estimate(features_ND, recipe.seed, display.counting("counting", "numbers tried"))
-    display.finish()
-    display.line(found.why)
+    else:
+        execute(recipe, catalog, data, folder, worker, monitor, ("pretrain",))
+        features_ND = stage_features(
+            RunImages(folder, recipe, catalog, data, worker.device), "pretrain"
+        )
+        found = estimate(features_ND, recipe.seed, display.counting("counting", "numbers tried"))
+        display.finish()
+        display.line(found.why)
     recipe = override(recipe, [f"data.num_clusters={found.chosen}"])
+    if features_ND is None:
+        return recipe, found
     # Pretrain's figures were for the provisional number of clusters: measure them again.
     context = Context(recipe, data, catalog.labels, normalisation(recipe, catalog), worker.device)
     mined = MinedNeighbors.load(folder / "pretrain" / "neighbors.parquet")

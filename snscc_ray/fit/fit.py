@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from snscc_ray.config.errors import UserError
@@ -15,9 +14,7 @@ from snscc_ray.config.overrides import override, validate
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core import storage
 from snscc_ray.core.display import Display
-from snscc_ray.data.imageset import Catalog
-from snscc_ray.data.loading.resident import Images, ResidentData
-from snscc_ray.data.look import ImageStats, inspect_images
+from snscc_ray.data.look import inspect_images, resolve_reading
 from snscc_ray.data.sources import list_rows
 from snscc_ray.fit.choose import (
     Pick,
@@ -39,14 +36,12 @@ from snscc_ray.runs.folder import (
 )
 from snscc_ray.runs.local import device_bytes, load, report_skipped, terminated_like_interrupted
 from snscc_ray.runs.monitor import Journal, RunMonitor
-from snscc_ray.runs.pace import describe, measure, measure_frozen, needed, within
-from snscc_ray.runs.plan import make_plan
+from snscc_ray.runs.pace import paced
+from snscc_ray.runs.plan import check_plan
 from snscc_ray.runs.run import Result, execute, final_figures
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.workers import LocalWorker, choose_device
 
-# Longest run without --budget: users do not wait longer for a first answer.
-_CPU_SECONDS, _GPU_SECONDS = 30 * 60.0, 2 * 3600.0
 _PROVISIONAL = 10  # number of clusters before counting; Pretrain does not depend on it
 
 
@@ -59,7 +54,7 @@ class FitRequest:
     wishes: Preferences
     folders_are_labels: bool = False
     overrides: tuple[str, ...] = ()
-    budget: float | None = None  # seconds; None: at most _CPU_SECONDS or _GPU_SECONDS
+    budget: float | None = None  # seconds; None: see `paced`
     device: str = "auto"
     overwrite: bool = False
 
@@ -98,24 +93,26 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     device, display, folder = choose_device(request.device), Display(console), request.folder
     asked = request.asked()
     begun = None if request.overwrite else _begun(request, asked)
-    if begun is not None:
-        display.line(f"going on with the run in {folder}")
-    elif holds_something(folder) and not request.overwrite:
-        raise UserError(
-            f"{folder} already holds files that are not of `snscc fit`; use --overwrite to "
-            "replace a run there, or another --out"
-        )
     where: dict[str, Any] = {
         "source": "auto",
         "path": request.source,
         "skip_corrupt": True,
         "folders_are_labels": request.folders_are_labels,
     }
-    rows = list_rows(data_settings(where, request.overrides) if begun is None else begun.data)
-    seen: ImageStats | None = None
+    if begun is not None:
+        display.line(f"going on with the run in {folder}")
+        settings = begun.data
+    else:
+        if holds_something(folder) and not request.overwrite:
+            raise UserError(
+                f"{folder} already holds files that are not of `snscc fit`; use --overwrite to "
+                "replace a run there, or another --out"
+            )
+        settings = data_settings(where, request.overrides)
+    rows = list_rows(settings)
+    seen = inspect_images(rows)
     picks: list[Pick] = []
     if begun is None:
-        seen = inspect_images(rows)
         recipe, picks = choose(
             request.folder.name,
             where,
@@ -129,11 +126,11 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
         picks = as_set(picks, recipe, request.overrides)
     else:
         recipe = begun
-    plan = make_plan(recipe, rows, seen=seen)
-    recipe = plan.recipe
+    settings, rows = resolve_reading(recipe.data, rows, seen)
+    recipe = recipe.model_copy(update={"data": settings})
+    plan = check_plan(recipe, rows)
     if begun is None:
         prepare_folder(folder, recipe, resume=False, overwrite=request.overwrite)
-    told = None
     catalog, data = load(plan, device, display)
     if request.wishes.clusters is None and catalog.distinct == 1:
         raise UserError(
@@ -142,10 +139,16 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     report_skipped(catalog, display)
     for pick in picks:
         display.line(f"  {pick.what}: {pick.value} ({pick.why})")
+    told = None
     try:
         if picks:
             chosen = recipe
-            recipe, told = _paced(request, chosen, catalog, data, device, display)
+            recipe, told = paced(chosen, catalog, data, device, request.budget, display)
+            if told is not None and request.wishes.clusters is None:
+                counting = expected_seconds(len(catalog), feature_width(recipe, len(catalog)))
+                told += counting
+                if counting > 5:
+                    display.line(f"and {counting / 60:.1f} to count the clusters")
             picks = as_paced(picks, chosen, recipe)
             if request.overwrite:
                 remove_run(request.folder)
@@ -188,39 +191,3 @@ def _begun(request: FitRequest, asked: dict[str, Any]) -> Recipe | None:
             "replace it, or another --out"
         )
     return validate(held["recipe"])
-
-
-def _paced(
-    request: FitRequest,
-    recipe: Recipe,
-    catalog: Catalog,
-    data: Images,
-    device: torch.device,
-    display: Display,
-) -> tuple[Recipe, float | None]:
-    """Return the recipe with epochs that fit the time limit, and the expected seconds."""
-    if not isinstance(data, ResidentData) and not recipe.encoder.frozen:
-        if request.budget is not None:
-            raise UserError("--budget measures images held in memory; leave it out here")
-        display.line(
-            "the images are streamed, so the time is not predicted; the ETA shows it later"
-        )
-        return recipe, None
-    display.line("measuring a few steps of each stage")
-    if recipe.encoder.frozen:
-        pace = measure_frozen(recipe, catalog, data, device)
-    else:
-        assert isinstance(data, ResidentData)
-        pace = measure(recipe, catalog, data.images_NCHW, device)
-    stages = tuple(pace)
-    most = request.budget or (_GPU_SECONDS if device.type == "cuda" else _CPU_SECONDS)
-    if request.budget is not None or needed(recipe, pace, stages) > most:
-        recipe = within(recipe, pace, most, stages)
-    display.line(describe(recipe, pace, stages))
-    expected = needed(recipe, pace, stages)
-    if request.wishes.clusters is None:
-        counting = expected_seconds(len(catalog), feature_width(recipe))
-        expected += counting
-        if counting > 5:
-            display.line(f"and {counting / 60:.1f} to count the clusters")
-    return recipe, expected

@@ -167,8 +167,9 @@ def _folded(encoder: nn.Module) -> nn.Module:
     return encoder
 
 
-def feature_width(recipe: Recipe) -> int:
-    """Return the width of the features that a recipe's encoder gives."""
+def feature_width(recipe: Recipe, rows: int) -> int:
+    """Return how many numbers a recipe's features of one image have."""
     with torch.device("meta"):
         parts = [build_encoder(part, recipe.data.channels) for part in recipe.encoder.each()]
-    return sum(out_features(part) for part in parts)
+    width = sum(out_features(part) for part in parts)
+    return components_of(recipe, width, rows) if recipe.encoder.frozen else width

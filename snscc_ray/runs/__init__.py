@@ -1,6 +1,6 @@
 """A run and its folder: the stages in order, checkpoints, metrics, resume.
 
-`plan` checks the recipe and its images, `run` executes the stages, `folder` manages the run
+`plan` lists the images and checks the recipe, `run` executes the stages, `folder` manages the run
 folder, `identity` identifies finished stages, `local` runs in this process, `pace` measures how
 long a run will take, `monitor` logs its metrics.
 

@@ -19,11 +19,11 @@ from snscc_ray.config.settings import DataSettings, Recipe
 from snscc_ray.core import distributed
 from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
-from snscc_ray.data.imageset import Catalog, Rows, assemble
+from snscc_ray.data.imageset import Catalog, assemble
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.data.loading.streamed import StreamedData, threads_reader
 from snscc_ray.data.loading.survey import check_streamed, choose_mode, survey
-from snscc_ray.data.sources import list_rows
+from snscc_ray.data.rows import Rows
 from snscc_ray.runs.folder import check_apart, prepare_folder
 from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
 from snscc_ray.runs.pace import describe, measure, within
@@ -78,7 +78,7 @@ def _run_here(
     try:
         first = distributed.rank() == 0
         display = Display(console if first else Console(quiet=True))
-        plan = make_plan(recipe, list_rows(recipe.data), (distributed.world_size(),))
+        plan = make_plan(recipe, (distributed.world_size(),))
         recipe = plan.recipe
         catalog, data = load(plan, device, display)
         display.line(

@@ -15,6 +15,7 @@ from torch import Tensor
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, Recipe, StageName, StageSettings
 from snscc_ray.core.clustering.neighbors import knn
+from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Images, ResidentData
@@ -41,6 +42,10 @@ _SHARE = 0.95
 _WARMUP_SHARE = 0.2
 
 
+# Longest run without --budget: users do not wait longer for a first answer.
+_CPU_SECONDS, _GPU_SECONDS = 30 * 60.0, 2 * 3600.0
+
+
 class _Clock(NullMonitor):
     """Record when each epoch ended, including all work that belongs to it."""
 
@@ -61,6 +66,39 @@ class _Timed:
     warm_up: float  # extra time of the first epoch over the second, such as compiling kernels
     once: float  # outside the epochs
     epoch: float
+
+
+def paced(
+    recipe: Recipe,
+    catalog: Catalog,
+    data: Images,
+    device: torch.device,
+    budget: float | None,
+    display: Display,
+) -> tuple[Recipe, float | None]:
+    """Return the recipe with epochs that fit the time there is, and the expected seconds.
+
+    budget: seconds; None: shorten only a run that would be longer than people wait. Streamed
+    images are not measured: the expected seconds are then None. Raises UserError.
+    """
+    frozen = recipe.encoder.frozen
+    if not isinstance(data, ResidentData) and not frozen:
+        if budget is not None:
+            raise UserError("--budget measures images held in memory; leave it out here")
+        display.line(
+            "the images are streamed, so the time is not predicted; the ETA shows it later"
+        )
+        return recipe, None
+    display.line("measuring a few steps of each stage")
+    if isinstance(data, ResidentData) and not frozen:
+        pace = measure(recipe, catalog, data.images_NCHW, device)
+    else:
+        pace = measure_frozen(recipe, catalog, data, device)
+    most = budget or (_GPU_SECONDS if device.type == "cuda" else _CPU_SECONDS)
+    if budget is not None or needed(recipe, pace, STAGES) > most:
+        recipe = within(recipe, pace, most, STAGES)
+    display.line(describe(recipe, pace, STAGES))
+    return recipe, needed(recipe, pace, STAGES)
 
 
 def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device) -> Seconds:

@@ -1,4 +1,4 @@
-"""Check a recipe and its images, before anything is written."""
+"""List the images of a recipe and check both, before anything is written."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, Recipe
-from snscc_ray.data.imageset import Rows
 from snscc_ray.data.loading.order import smallest_batch
-from snscc_ray.data.look import ImageStats, resolve_reading
+from snscc_ray.data.look import resolve_reading
+from snscc_ray.data.rows import Rows
+from snscc_ray.data.sources import list_rows
 from snscc_ray.models.pretrained import check_encoder
 
 
@@ -21,21 +22,19 @@ class Plan:
     rows: Rows
 
 
-def make_plan(
-    recipe: Recipe,
-    rows: Rows,
-    workers: Sequence[int] = (1,),
-    seen: ImageStats | None = None,
-) -> Plan:
-    """Check the recipe, and decide how its images are read.
+def make_plan(recipe: Recipe, workers: Sequence[int] = (1,)) -> Plan:
+    """List the images of a recipe, look at some, and check both (see `check_plan`)."""
+    data, rows = resolve_reading(recipe.data, list_rows(recipe.data))
+    return check_plan(recipe.model_copy(update={"data": data}), rows, workers)
 
-    rows: the images that `recipe.data` means, listed. workers: every number of workers that may
-    train. seen: a look at the images, if there was one. Raises UserError naming the field.
+
+def check_plan(recipe: Recipe, rows: Rows, workers: Sequence[int] = (1,)) -> Plan:
+    """Check a recipe for the images that were listed for it.
+
+    workers: every number of workers that may train. Raises UserError naming the field.
     """
     for count in workers:
         check(recipe, len(rows.ids), count)
-    data, rows = resolve_reading(recipe.data, rows, seen)
-    recipe = recipe.model_copy(update={"data": data})
     check_encoder(recipe, max(workers))
     return Plan(recipe, rows)
 

@@ -46,7 +46,6 @@ from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display, NullScreen
 from snscc_ray.data.loading.ray_stream import Shared, share_images
 from snscc_ray.data.loading.resident import ResidentData
-from snscc_ray.data.sources import list_rows
 from snscc_ray.runs.local import report_skipped
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.pace import Seconds, measure
@@ -116,7 +115,7 @@ class Session:
         self.folder = folder if is_url(folder) else folder.absolute()
         # Beside the sweep's folder, so that other sweeps can reuse the stages.
         self.ledger = Ledger(self.folder.parent / "stages", self.folder)
-        plan = make_plan(recipe, list_rows(recipe.data), (options.workers_per_trial,))
+        plan = make_plan(recipe, (options.workers_per_trial,))
         self.recipe, rows = plan.recipe, plan.rows
         probes = _probed(options, self.display.line)
         check_visible(self.folder, rows.some_files)

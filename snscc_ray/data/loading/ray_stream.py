@@ -29,7 +29,7 @@ from snscc_ray.config.errors import TrainingError, UserError
 from snscc_ray.config.settings import DataSettings, Recipe
 from snscc_ray.core import distributed
 from snscc_ray.core.display import Display
-from snscc_ray.data.imageset import Catalog, Rows, assemble
+from snscc_ray.data.imageset import Catalog, assemble
 from snscc_ray.data.loading.resident import Images, ResidentData, Viewer
 from snscc_ray.data.loading.streamed import Decoded, Reader, StreamedData, decoded
 from snscc_ray.data.loading.survey import (
@@ -45,6 +45,7 @@ from snscc_ray.data.loading.survey import (
     plan,
     read_slice,
 )
+from snscc_ray.data.rows import Rows
 
 # For an error it prints pages, in addition to the exception that it raises.
 logging.getLogger("ray.data").setLevel(logging.CRITICAL)

@@ -32,7 +32,6 @@ from snscc_ray.data.decode import (
 )
 from snscc_ray.data.imageset import (
     Catalog,
-    Rows,
     all_corrupt,
     check_ids,
     corrupt,
@@ -41,6 +40,7 @@ from snscc_ray.data.imageset import (
     value_counts,
 )
 from snscc_ray.data.loading.order import LANES
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.shards import image_batches
 
 T = TypeVar("T")
