@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
-from snscc_ray.compare.methods import METHODS, load, ours
+from snscc_ray.compare.methods import METHODS, load, ours, stages_of
 from snscc_ray.compare.study import MethodResult, Study, method_folder
 from snscc_ray.compare.table import Row, figures_of, line, write_table
 from snscc_ray.config.errors import UserError
@@ -101,7 +101,7 @@ def _prepare(request: Request, display: Display) -> Study:
         raise UserError("a comparison runs in one process; leave torchrun out")
     device = choose_device(recipe.runtime.device)
     _check_folder(request)
-    recipe, images = _load(recipe, device, display)
+    recipe, images = _load(request, device, display)
     held = {"recipe": recipe.model_dump(mode="json"), "images": images.catalog.fingerprint}
     _check_images(request, images.catalog)
     if request.overwrite:
@@ -153,17 +153,19 @@ def _check_images(request: Request, catalog: Catalog) -> None:
         )
 
 
-def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Recipe, ImageSet]:
+def _load(request: Request, device: torch.device, display: Display) -> tuple[Recipe, ImageSet]:
     """Load the dataset into memory; return the recipe completed from it, and the images.
 
-    Raises UserError, also if the dataset would have to be streamed.
+    Checks the batch sizes and neighbours of only the stages whose settings the methods use. Raises
+    UserError, also if the dataset would have to be streamed.
     """
+    recipe, stages = request.recipe, stages_of(request.methods)
     if recipe.encoder.weights is not None:
         raise UserError(
             "encoder.weights: a comparison is fair where every method starts from random weights; "
             "leave them out"
         )
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, stages=stages)
     recipe, rows = plan.recipe, plan.rows
     mode, why = choose_mode(recipe.data, len(rows.ids), free_bytes(device), rows.streamable)
     if mode == "stream":
@@ -176,7 +178,7 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Recip
     display.finish()
     report_skipped(images.catalog.for_clusters(recipe.data.num_clusters), display)
     if images.catalog.skipped:  # fewer images than were checked
-        check(recipe, len(images), 1)
+        check(recipe, len(images), 1, stages)
     return recipe, images
 
 

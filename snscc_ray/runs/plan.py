@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.settings import STAGES, Recipe
+from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.data.loading.order import smallest_batch
 from snscc_ray.data.look import ImageStats, resolve_reading
 from snscc_ray.data.rows import Rows
@@ -27,28 +27,31 @@ def make_plan(
     workers: Sequence[int] = (1,),
     rows: Rows | None = None,
     seen: ImageStats | None = None,
+    stages: Sequence[StageName] = STAGES,
 ) -> Plan:
     """List and inspect the images, unless they are given, and check the recipe.
 
-    workers: every number of workers that may train. Raises UserError naming the field.
+    workers: every number of workers that may train. stages: those that are trained.
+    Raises UserError naming the field.
     """
     rows = list_rows(recipe.data) if rows is None else rows
     data, rows = resolve_reading(recipe.data, rows, seen)
     recipe = recipe.model_copy(update={"data": data})
     for count in workers:
-        check(recipe, len(rows.ids), count)
-    check_encoder(recipe, max(workers))
+        check(recipe, len(rows.ids), count, stages)
+    if stages:
+        check_encoder(recipe, max(workers))
     return Plan(recipe, rows)
 
 
-def check(recipe: Recipe, rows: int, world_size: int) -> None:
+def check(recipe: Recipe, rows: int, world_size: int, stages: Sequence[StageName] = STAGES) -> None:
     """Refuse a recipe that cannot train on so many rows. Raises UserError naming the field."""
     clusters = recipe.data.num_clusters
     if rows < clusters:
         raise UserError(
             f"data.num_clusters={clusters}, but there are only {rows} images: use fewer clusters"
         )
-    batches = {f"{stage}.batch_size": getattr(recipe, stage).batch_size for stage in STAGES}
+    batches = {f"{stage}.batch_size": getattr(recipe, stage).batch_size for stage in stages}
     large = [field for field, batch in batches.items() if batch > rows]
     if large:
         smaller = max(2, rows // 4)
@@ -69,11 +72,12 @@ def check(recipe: Recipe, rows: int, world_size: int) -> None:
                 f"{field}={batch} leaves a batch of {least} of the {rows} images to {world_size} "
                 f"workers; use --set {field}={4 * world_size} or more"
             )
-    neighbors = {
-        "pretrain.mined_neighbors": recipe.pretrain.mined_neighbors,
-        "train.num_neighbors": recipe.train.num_neighbors,
-        "boost.num_neighbors": recipe.boost.num_neighbors,
+    neighbors: dict[StageName, tuple[str, int]] = {
+        "pretrain": ("pretrain.mined_neighbors", recipe.pretrain.mined_neighbors),
+        "train": ("train.num_neighbors", recipe.train.num_neighbors),
+        "boost": ("boost.num_neighbors", recipe.boost.num_neighbors),
     }
-    for field, count in neighbors.items():
+    for stage in stages:
+        field, count = neighbors[stage]
         if count >= rows:
             raise UserError(f"{field}={count} must be below the {rows} images there are")
