@@ -389,7 +389,7 @@ def test_what_a_kill_in_mid_write_left_is_removed(snscc: Snscc, finished: Path) 
         (["digits", "--stages", "train"], ["train needs a finished pretrain", "add pretrain"]),
         (["digits", "--resume"], ["holds no run", "leave --resume out"]),
         (["digits", "--resume", "--overwrite"], ["--resume", "--overwrite", "one of them"]),
-        (["digits", "--set", "data.limit=9"], ["data.num_clusters=10", "only 9 images"]),
+        (["digits", "--set", "data.limit=9"], ["data.num_clusters=10", "the 9 images there are"]),
         (["digits", "--set", "data.limit=40"], ["=256", "40 images", "batch_size=10"]),
         (
             ["digits", *sets("data.limit=300", "train.num_neighbors=300",
@@ -466,7 +466,7 @@ def test_one_corrupt_image_is_named_or_counted(snscc: Snscc, photos: Path, tmp_p
     done = snscc(*run, "--set", "data.skip_corrupt=true")
     assert done.status == 0, done.err
     assert f"left out {bad.name}: " in done.out
-    assert "1 unreadable images were left out" in done.out
+    assert "Left out: 1 unreadable image." in done.out
     figures = json.loads((folder / "metrics.json").read_text())
     assert (figures["rows"], figures["skipped"]) == (40, 1)
 

@@ -211,7 +211,7 @@ def test_no_image_of_a_mixed_folder_is_lost_in_silence(snscc: Snscc, tmp_path: P
         "fit", tmp_path / "mixed", "--clusters", 3, "--image-size", 16, "--out", out, *QUICK
     )
     assert done.status == 0, done.err
-    assert "RGB" in done.out and f"Left out as unreadable: {len(torn)};" in done.out
+    assert "RGB" in done.out and f"Left out: {len(torn)} unreadable images, named" in done.out
     found = set(pq.read_table(out / "assignments.parquet")["id"].to_pylist())
     there = {
         p.relative_to(tmp_path / "mixed").as_posix() for p in (tmp_path / "mixed").rglob("*.*")

@@ -231,7 +231,7 @@ def refuses(cluster: Cluster, says: list[str], folder: Path, *command: object, *
         ),
         (
             ["--workers", 1, "--gpu", "--wait", 3],
-            ["1 workers of 1 CPU and 1 GPU", "no node that is up", "0 GPU", "leave --gpu out"],
+            ["1 worker of 1 CPU and 1 GPU", "no node that is up", "0 GPU", "leave --gpu out"],
         ),
         (  # there are two, on two nodes
             ["--workers", 1, "--cpus-per-worker", 2, "--wait", 3],

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from snscc_ray.cli.options import Settings, fail, out, place_of, say, seconds_of
 from snscc_ray.config.errors import UserError
+from snscc_ray.texts import counted
 
 if TYPE_CHECKING:
     from snscc_ray.fit.fit import FitResult
@@ -148,6 +149,7 @@ def _show(fitted: FitResult, folder: Path) -> None:
         shown = ", ".join(f"{name.upper()} {last[f'oracle/{name}']:.3f}" for name in names)
         say(f"By the labels, which only measure: {shown}.")
     if figures["skipped"]:
-        say(f"Left out as unreadable: {figures['skipped']}; the report names them.")
+        left_out = counted(figures["skipped"], "unreadable image")
+        say(f"Left out: {left_out}, named in the report.")
     told = "" if fitted.told_seconds is None else f" (predicted: {fitted.told_seconds / 60:.1f})"
     say(f"It took {fitted.took_seconds / 60:.1f} minutes{told}.")

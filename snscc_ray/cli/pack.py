@@ -10,6 +10,7 @@ import typer
 
 from snscc_ray.cli.options import fail, out, say
 from snscc_ray.config.errors import UserError
+from snscc_ray.texts import counted
 
 
 def pack_folder(
@@ -62,11 +63,12 @@ def pack_folder(
             fail("stopped; the same command again keeps the finished shards", 130)
     rate = f", {found.packed / found.seconds:,.0f} images/s" if found.packed else ""
     lines = [
-        f"{'OK: ' * verify}{found.shards:,} shards, {found.rows:,} rows, "
+        f"{'OK: ' * verify}{counted(found.shards, 'shard')}, {counted(found.rows, 'row')}, "
         f"{found.bytes / 1e6:,.1f} MB, {len(found.skipped):,} skipped{rate}"
     ]
     if found.first_frames:
-        lines.append(f"Of several frames or pages the first is kept: {found.first_frames:,} images")
+        cut = counted(found.first_frames, "image")
+        lines.append(f"Only the first frame or page is kept of {cut}")
     if found.skipped:
         lines.append(f"Left out: {place / pack.SKIPPED}")
     if not verify:

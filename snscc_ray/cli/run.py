@@ -23,6 +23,7 @@ from snscc_ray.cli.options import (
 )
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, StageName
+from snscc_ray.texts import counted
 
 
 def run(
@@ -179,7 +180,7 @@ def _print_result(figures: dict[str, object], folder: Path) -> None:
     if any(row.get("health/restored") for row in stages.values()):
         out.print("Boost made the label-free score worse: the best earlier state was kept.")
     if figures["skipped"]:
-        out.print(f"{figures['skipped']} unreadable images were left out.")
+        out.print(f"Left out: {counted(int(str(figures['skipped'])), 'unreadable image')}.")
     out.print()
     say(f"Run folder: {folder}")
 

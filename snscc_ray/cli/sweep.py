@@ -19,6 +19,7 @@ from snscc_ray.cli.options import (
 from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
+from snscc_ray.texts import counted
 
 _METRICS = (
     "health/score", "health/neighbor_agreement", "health/balance", "health/confidence",
@@ -144,4 +145,4 @@ def sweep(
     failed = sum(row["status"] == "failed" for row in summary.rows)
     if failed:
         again = "the reasons are in the table, and the same command tries them again"
-        fail(f"{failed} of {len(summary.rows)} trials failed; {again}", 1)
+        fail(f"{failed} of {counted(len(summary.rows), 'trial')} failed; {again}", 1)

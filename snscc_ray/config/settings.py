@@ -82,7 +82,7 @@ class DataSettings(Settings):
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and len(value) != self.channels:
-                raise ValueError(f"{name} needs {self.channels} numbers, one per channel")
+                raise ValueError(f"{name} needs one number per channel (channels={self.channels})")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError("value_range needs the smaller number first")
         if self.std is not None and min(self.std) <= 0:

@@ -12,6 +12,7 @@ from snscc_ray.data.look import ImageStats, resolve_reading
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.models.pretrained import check_encoder
+from snscc_ray.texts import counted
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def check(recipe: Recipe, rows: int, world_size: int, stages: Sequence[StageName
     clusters = recipe.data.num_clusters
     if rows < clusters:
         raise UserError(
-            f"data.num_clusters={clusters}, but there are only {rows} images: use fewer clusters"
+            f"data.num_clusters={clusters} is more than the {counted(rows, 'image')} there are; "
+            "give more images, or use fewer clusters"
         )
     batches = {f"{stage}.batch_size": getattr(recipe, stage).batch_size for stage in stages}
     large = [field for field, batch in batches.items() if batch > rows]
@@ -62,15 +64,15 @@ def check(recipe: Recipe, rows: int, world_size: int, stages: Sequence[StageName
     for field, batch in batches.items():
         if batch % world_size:
             raise UserError(
-                f"{field}={batch} is global and does not divide among {world_size} workers; "
+                f"{field}={batch} is global and cannot be split evenly among {world_size} workers; "
                 f"use --set {field}={batch - batch % world_size or world_size}"
             )
         # The batches of an epoch have nearly equal sizes, which may be below the batch size.
         least = smallest_batch(rows, batch)
         if least < 2 * world_size:
             raise UserError(
-                f"{field}={batch} leaves a batch of {least} of the {rows} images to {world_size} "
-                f"workers; use --set {field}={4 * world_size} or more"
+                f"{field}={batch} splits {rows} images into batches of only {least} for "
+                f"{counted(world_size, 'worker')}; use --set {field}={4 * world_size} or more"
             )
     neighbors: dict[StageName, tuple[str, int]] = {
         "pretrain": ("pretrain.mined_neighbors", recipe.pretrain.mined_neighbors),

@@ -10,6 +10,7 @@ from rich.table import Table
 from snscc_ray.config.settings import STAGES, StageName
 from snscc_ray.runs.pace import Seconds
 from snscc_ray.sweep.plan import Job, Ledger, Trial
+from snscc_ray.texts import counted
 
 Jobs = Mapping[StageName, Sequence[Job]]
 
@@ -46,7 +47,7 @@ def say_plan(
             str(epochs),
             f"{minutes:.1f}" if seconds else "-",
         )
-    console.print(f"{len(trials)} trials, {concurrent} at a time:", highlight=False)
+    console.print(f"{counted(len(trials), 'trial')}, {concurrent} at a time:", highlight=False)
     console.print(table)
     if seconds:
         console.print(

@@ -9,6 +9,7 @@ from snscc_ray.config.settings import (
     Recipe,
     TrainSettings,
 )
+from snscc_ray.texts import counted
 
 STAGE_NAMES = {"pretrain": "Pretrain", "train": "Train", "boost": "Boost"}
 
@@ -95,8 +96,9 @@ def _train(train: TrainSettings) -> str:
     uneven = f"; sizes may differ {train.max_imbalance:g} times" if train.max_imbalance > 1 else ""
     return (
         f"Train: {_epochs(train.epochs)}. It puts each image into the cluster of its "
-        f"{train.num_neighbors} nearest neighbours; closer ones count more. An entropy term "
-        f"(weight {train.entropy_weight:g}) keeps clusters from becoming empty{uneven}."
+        f"{counted(train.num_neighbors, 'nearest neighbour')}; closer ones count more. "
+        f"An entropy term (weight {train.entropy_weight:g}) keeps clusters from becoming "
+        f"empty{uneven}."
     )
 
 
@@ -110,4 +112,4 @@ def _boost(boost: BoostSettings) -> str:
 
 
 def _epochs(count: int) -> str:
-    return "1 pass over the images" if count == 1 else f"{count} passes over the images"
+    return counted(count, "pass", "passes") + " over the images"

@@ -100,8 +100,8 @@ def _pack(request: Request, display: Display) -> Summary:
     if not summary.rows:
         name, reason = summary.skipped[0]
         raise UserError(
-            f"all {total} images in {folder} are corrupt, the first ({name!r}) by: "
-            f"{reason}; give a folder with readable images"
+            f"no image in {folder} is readable (the first of {total}, {name!r}: {reason}): "
+            "give a folder with readable images"
         )
     if summary.skipped:
         filled.write_skipped(out, summary.skipped)
@@ -128,7 +128,7 @@ def verify(out: Path, jobs: int, console: Console) -> Summary:
         display.finish()
     if broken:
         name, state = broken[0]
-        more = f", as are {len(broken) - 1} more" if len(broken) > 1 else ""
+        more = f" ({len(broken) - 1:,} more as well)" if len(broken) > 1 else ""
         mend = "give" if state == "missing" else "remove it and give"
         raise UserError(
             f"{out / name} is {state}{more}: {mend} the same command without --verify, which "
