@@ -487,7 +487,7 @@ def test_an_occupied_folder_is_refused(snscc: Snscc, finished: Path, tmp_path: P
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "note.txt").write_text("mine")
-    refused(unchanged(snscc, foreign, *tiny), "files that are no run", "another --out")
+    refused(unchanged(snscc, foreign, *tiny), "already holds other files, but no run", "another --out")
     refused(unchanged(snscc, foreign, *tiny, "--resume"), "holds no run")
     for out in (foreign / "note.txt", foreign / "note.txt" / "below"):
         for more in ([], ["--overwrite"], ["--resume"]):
@@ -520,9 +520,9 @@ def test_overwrite_replaces_the_run_and_nothing_else(snscc: Snscc, finished: Pat
 
 def test_resume_refuses_another_recipe(snscc: Snscc, finished: Path) -> None:
     done = unchanged(snscc, finished, "digits", *sets(*TINY), "--resume", "--seed", 3)
-    refused(done, "made by another recipe", "seed is 0 there and 3 here", "--overwrite")
+    refused(done, "made with another recipe", "seed is 0 there and 3 here", "--overwrite")
     done = unchanged(snscc, finished, "cifar10", "--resume")
-    refused(done, "made by another recipe")
+    refused(done, "made with another recipe")
     done = unchanged(snscc, finished, "--resume", *sets("train.epochs=7"))
     refused(done, "train.epochs is 3 there and 7 here")
 
@@ -596,7 +596,7 @@ def test_settings_of_another_run_do_not_serve_as_parents(
     assert snscc("run", *tiny, "--stages", "pretrain", "--out", folder).status == 0
     shutil.copytree(finished / "train", folder / "train")
     done = unchanged(snscc, folder, "--resume", "--stages", "boost")
-    refused(done, "boost needs a finished train stage of these settings")
+    refused(done, "boost needs a finished train stage with these settings")
 
 
 def test_resume_refuses_other_images(snscc: Snscc, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_every_method_runs_and_its_figures_are_those_of_its_assignment(
     assert done.status == 0, done
     rows = table(folder)
     assert list(rows) == list(METHODS)
-    assert "has the 2 epochs alone, SNSCC 4 in all" in (folder / "compare.md").read_text()
+    assert "trains for 2 epochs, SNSCC for 4 in all" in (folder / "compare.md").read_text()
     markdown = (folder / "compare.md").read_text()
     for method, row in rows.items():
         assert f"{method}: ACC {float(row['acc']):.3f}" in done.out
@@ -98,7 +98,7 @@ def test_every_method_runs_and_its_figures_are_those_of_its_assignment(
 
     monkeypatch.setattr(compare, "load", dict.fromkeys(METHODS, broken).__getitem__)
     again = snscc(*arguments(folder))
-    assert again.status == 0 and again.out.count("done before") == len(METHODS)
+    assert again.status == 0 and again.out.count("already done") == len(METHODS)
     assert table(folder) == rows
 
 

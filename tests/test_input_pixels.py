@@ -79,7 +79,7 @@ def test_a_range_that_nobody_knows_is_not_guessed(tmp_path: Path) -> None:
         decode_into(folder / "000.tif", np.empty((1, 16, 16), np.uint8), rows.reading)
     given = settings("auto", folder, value_range=(0, 2047))
     data, rows = resolve_reading(given, list_rows(given))
-    assert data.value_range == (0, 2047) and "those here go from 0 to 1023" in rows.notes[0]
+    assert data.value_range == (0, 2047) and "the sampled ones go from 0 to 1023" in rows.notes[0]
     assert assemble(rows, data, 1, None).images.max() <= 128
 
 
@@ -112,7 +112,7 @@ def test_colour_of_16_bits_that_holds_less_is_not_read_as_black() -> None:
 
     colour = np.repeat((STEPS[..., None] * 65535).astype(np.uint16), 3, 2)
     assert len(np.unique(pixels(png(colour)))) > 200
-    with pytest.raises(UnreadableImage, match="16 bits a channel"):
+    with pytest.raises(UnreadableImage, match="16 bits per channel"):
         pixels(png(colour // 64))
 
 
@@ -184,7 +184,7 @@ def test_of_several_frames_the_first_counts_and_it_is_said(tmp_path: Path, kind:
     picture().save(tmp_path / "b.png")
     _, rows = resolve_reading(settings("auto", tmp_path), list_rows(settings("auto", tmp_path)))
     assert rows.notes == (
-        "images of several frames or pages (1 of 2 that were looked at): the first of each counts",
+        "images with several frames or pages (1 of 2 sampled): only the first is read",
     )
     found = pixels(file.read_bytes()).reshape(-1, 3).mean(0)
     assert found[0] > 200 and found[2] < 50
@@ -289,7 +289,7 @@ def test_images_that_are_all_the_same_are_not_counted(tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = snscc("fit", tmp_path, "--out", run, "--device", "cpu", *QUICK)
     assert done.returncode == 2 and not run.exists()
-    assert "all 24 images are the same: there is nothing to tell apart" in done.stderr
+    assert "all 24 images are identical, so there is nothing to cluster" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     done = snscc("fit", tmp_path, "--clusters", 2, "--out", run, "--device", "cpu", *QUICK)
     assert done.returncode == 0 and "ConvergenceWarning" not in done.stdout + done.stderr

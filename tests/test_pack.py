@@ -268,7 +268,7 @@ def test_ctrl_c_leaves_nothing_half_written(
     out = tmp_path / "out"
     words = ("pack", large, out, "--shard-mb", 1)
     monkeypatch.setattr(pack_folder, "write_json", interrupt)
-    refused(snscc(*words, "--jobs", 2), "stopped; the same command again", status=130)
+    refused(snscc(*words, "--jobs", 2), "stopped; run the same command again", status=130)
     monkeypatch.undo()
     assert finished(out) and len(times(out)) < len(times(packed_once))
     assert not [name for name in content(out) if name.startswith(".")]
@@ -427,7 +427,7 @@ def test_a_shard_that_does_not_read_back_is_not_kept(
     photos = write_photos(tmp_path / "photos")
     monkeypatch.setattr(pack_shard, "write_whole", spoil)
     done = snscc("pack", photos, tmp_path / "out", "--jobs", 1)
-    refused(done, "part-00000.parquet did not read back", "same command again")
+    refused(done, "part-00000.parquet cannot be read back", "same command again")
     assert not list((tmp_path / "out").glob("*.parquet")) and not finished(tmp_path / "out")
     monkeypatch.undo()
     assert snscc("pack", photos, tmp_path / "out", "--jobs", 1).status == 0
@@ -450,7 +450,7 @@ def test_bad_folders_are_refused(snscc: Snscc, tmp_path: Path) -> None:
     refused(snscc("pack", photos, photos / "cat" / "out"), "lies in", "outside")
     refused(snscc("pack", photos, "/proc/self/out"), "cannot write to /proc/self/out")
     noise(1).save(photos / "loose.png")
-    refused(snscc("pack", photos, out, "--folders-are-labels"), "loose.png lies in no sub-folder")
+    refused(snscc("pack", photos, out, "--folders-are-labels"), "loose.png is not in a sub-folder")
     refused(snscc("pack", photos, empty, "--verify"), "holds no pack.json")
     refused(snscc("pack", photos, out, "--verify", "--overwrite"), "give one of them")
     assert not out.exists() and not list(empty.iterdir()) and note.read_text() == "mine"

@@ -86,10 +86,10 @@ def _with(state: dict[str, Tensor], name: str, value: float) -> dict[str, Tensor
         (lambda file, state: torch.save({"a": _Attack()}, file), "not executed"),
         (lambda file, state: file.write_bytes(pickle.dumps(_Attack())), "not executed"),
         (lambda file, state: file.write_bytes(b""), "is empty"),
-        (lambda file, state: file.write_bytes(b"text"), "damaged or no checkpoint"),
+        (lambda file, state: file.write_bytes(b"text"), "damaged or not a torch checkpoint"),
         (
             lambda file, state: (torch.save(state, file), os.truncate(file, 999)),
-            "damaged or no checkpoint",
+            "damaged or not a torch checkpoint",
         ),
         (lambda file, state: (torch.save(state, file), _altered(file)), "damaged"),
         (lambda file, state: file.mkdir(), "is a folder"),

@@ -123,7 +123,7 @@ def test_nearly_all_is_not_called_all() -> None:
     texts = " ".join(s.text for s in judge(health(confident_share=0.9991), 10).sentences)
     assert "over 99% of the images" in texts and "100%" not in texts
     texts = " ".join(s.text for s in judge(health(confident_share=0.001), 10).sentences)
-    assert "under 1% of the images" in texts and "0% of the images are put" not in texts
+    assert "under 1% of the images" in texts and "0% of the images are in" not in texts
 
 
 # ------------------------------------------------------------------------------------- pick

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 def fit(
     data: Annotated[str, typer.Argument(metavar="DATA", help="folder of images, or shards")],
-    clusters: Annotated[
-        str, typer.Option(help="how many kinds there are, or auto: estimate it")
-    ] = "auto",
+    clusters: Annotated[str, typer.Option(help="number of kinds, or auto to estimate it")] = "auto",
     out_folder: Annotated[
         str | None, typer.Option("--out", help="run folder  [default: runs/NAME OF DATA]")
     ] = None,
@@ -33,24 +31,24 @@ def fit(
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="start from one that is trained: torchvision:resnet50, timm:NAME, or a "
-            "checkpoint  [default: a new one, as large as the machine allows]"
+            help="a pretrained encoder: torchvision:resnet50, timm:NAME, or a checkpoint  "
+            "[default: a new encoder that suits the machine]"
         ),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=4, max=1024, help="pixels  [default: by data and machine]")
+        int | None, typer.Option(min=4, max=1024, help="in pixels  [default: by data and machine]")
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help="fill 90s, 25m or 2h, or so  [default: what it takes, at most 30m without a GPU "
-            "and 2h with one]",
+            help="time to use, such as 90s, 25m or 2h  [default: as long as needed, at most "
+            "30m without a GPU and 2h with one]",
         ),
     ] = None,
     labels: Annotated[
         bool,
-        typer.Option("--labels", help="sub-folders are classes: measure by them, learn nothing"),
+        typer.Option("--labels", help="sub-folder names are labels, used only to measure"),
     ] = False,
     seed: Annotated[int | None, typer.Option(help="random seed")] = None,
     settings: Settings = None,
@@ -111,7 +109,7 @@ def fit(
         try:
             fitted = fit_images(request, out)
         except (Interrupted, KeyboardInterrupt):
-            fail(f"stopped; the same command goes on with {shlex.quote(str(folder))}", 130)
+            fail(f"stopped; run the same command again to continue {shlex.quote(str(folder))}", 130)
         _show(fitted, folder)
         report(folder, page, out, device=device)
     out.print()
@@ -147,7 +145,7 @@ def _show(fitted: FitResult, folder: Path) -> None:
     if "oracle/acc" in last:
         names = ("acc", "nmi", "ari")
         shown = ", ".join(f"{name.upper()} {last[f'oracle/{name}']:.3f}" for name in names)
-        say(f"By the labels, which only measure: {shown}.")
+        say(f"Measured against the labels: {shown}.")
     if figures["skipped"]:
         left_out = counted(figures["skipped"], "unreadable image")
         say(f"Left out: {left_out}, named in the report.")

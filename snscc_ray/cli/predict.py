@@ -18,9 +18,12 @@ def predict(
     out_file: Annotated[
         str, typer.Option("--out", "-o", help="file to write, .parquet or .csv")
     ] = "predictions.parquet",
-    top: Annotated[int, typer.Option(min=1, help="clusters to list for each image")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="number of clusters to list for each image")] = 3,
     nearest: Annotated[
-        int, typer.Option(min=0, help="most similar images of the run to list for each; 0: none")
+        int,
+        typer.Option(
+            min=0, help="number of most similar images of the run to list for each; 0: none"
+        ),
     ] = 3,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace --out")] = False,

@@ -71,14 +71,16 @@ def run(
     storage: Annotated[
         str | None,
         typer.Option(
-            help="where runs live, such as s3://BUCKET/runs; --out is then STORAGE/RECIPE",
+            help="folder or URL for runs, such as s3://BUCKET/runs; --out is then STORAGE/RECIPE",
             rich_help_panel=SCALE,
         ),
     ] = None,
     address: Address = None,
     wait: Annotated[
         float,
-        typer.Option(min=0, help="seconds until the workers must be placed", rich_help_panel=SCALE),
+        typer.Option(
+            min=0, help="seconds to wait for the workers to be placed", rich_help_panel=SCALE
+        ),
     ] = 600.0,
 ) -> None:
     """Run a recipe: Pretrain → Train → Boost, into one folder.
@@ -114,7 +116,10 @@ def run(
     if download:
         overrides.append("data.download=true")
     if storage is not None and out_folder is not None:
-        raise UserError("--out is the run folder and --storage where run folders lie; give one")
+        raise UserError(
+            "--out is the run folder, and --storage is the folder that holds run folders; give one "
+            "of them"
+        )
     folder = as_path(out_folder or f"{(storage or 'runs').rstrip('/')}/{recipe}")
     request = Request(recipe, overrides, folder, chosen_stages, resume, overwrite, seconds)
     counts = _workers(workers)

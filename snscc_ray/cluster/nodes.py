@@ -66,9 +66,8 @@ def connected(scale: Scale) -> Iterator[None]:
             yield
     except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
         raise UserError(
-            "Ray's object store is full, and so is the disk that takes what it cannot hold (Ray "
-            "keeps 5 % of it free): free some space on it, on every node, and run the same "
-            "command again"
+            "Ray's object store is full, and so is the disk it spills to (Ray keeps 5 % of it "
+            "free): free some space on every node, and run the same command again"
         ) from error
     finally:
         ray.shutdown()
@@ -93,8 +92,8 @@ def reserved(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
             if time.monotonic() > give_up:
                 raise UserError(
                     f"{counted(fewest, 'worker')} of {amounts(bundle)} could not be placed within "
-                    f"{scale.wait:g} s: {why}; {scale.smaller if small else scale.fewer}, "
-                    "or see why nodes do not come with `ray status`"
+                    f"{scale.wait:g} s: {why}; {scale.smaller if small else scale.fewer}, or see "
+                    "with `ray status` why nodes do not come"
                 )
             if time.monotonic() - shown > _LINE_SECONDS:
                 shown = time.monotonic()

@@ -44,7 +44,7 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     resume = request.resume or (unfinished and not overwrite)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     if recipe.runtime.device == "cuda" and not scale.gpu:
-        raise UserError("runtime.device=cuda needs workers with a GPU each; add --gpu")
+        raise UserError("runtime.device=cuda needs workers with one GPU each; add --gpu")
     counts = range(scale.workers[0], scale.workers[1] + 1)
     plan = make_plan(recipe, counts)
     recipe, rows = plan.recipe, plan.rows

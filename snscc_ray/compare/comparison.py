@@ -76,7 +76,7 @@ def _compare(request: Request, display: Display) -> list[Row]:
         for index, method in enumerate(request.methods):
             place = f"[{index + 1}/{len(request.methods)}] {method}"
             if _outcome(study, method) is not None:
-                display.line(f"{place}: done before")
+                display.line(f"{place}: already done")
                 rows = _rows(study, failed)
                 continue
             display.line(f"{place}: {METHODS[method].title}")
@@ -126,7 +126,7 @@ def _check_folder(request: Request) -> None:
     if not path.exists():
         if holds_something(folder):
             raise UserError(
-                f"{folder} already holds files that are no comparison; use another --out"
+                f"{folder} already holds other files, but no comparison; use another --out"
             )
         return
     if request.overwrite:
@@ -136,8 +136,8 @@ def _check_folder(request: Request) -> None:
     difference = first_difference(there, recipe.model_dump(mode="json"))
     if difference:
         raise UserError(
-            f"{folder} holds a comparison by other settings ({difference}); "
-            "use another --out, or --overwrite"
+            f"{folder} holds a comparison with other settings ({difference}); use another --out, "
+            "or --overwrite"
         )
 
 
@@ -148,8 +148,8 @@ def _check_images(request: Request, catalog: Catalog) -> None:
     check_images(request.folder, catalog)
     if storage.read_json(path)["images"] != catalog.fingerprint:  # older folders have no ids
         raise UserError(
-            f"{request.folder} holds a comparison on other images than these; "
-            "use another --out, or --overwrite"
+            f"{request.folder} holds a comparison of other images; use another --out, or "
+            "--overwrite"
         )
 
 
@@ -162,8 +162,8 @@ def _load(request: Request, device: torch.device, display: Display) -> tuple[Rec
     recipe, stages = request.recipe, stages_of(request.methods)
     if recipe.encoder.weights is not None:
         raise UserError(
-            "encoder.weights: a comparison is fair where every method starts from random weights; "
-            "leave them out"
+            "encoder.weights: every method of a comparison starts from random weights; leave "
+            "encoder.weights out"
         )
     plan = make_plan(recipe, stages=stages)
     recipe, rows = plan.recipe, plan.rows

@@ -45,8 +45,8 @@ class Catalog:
         if self.distinct >= clusters:
             return self
         note = (
-            f"only {self.distinct:,} of the {len(self):,} images differ, which are fewer than the "
-            f"{clusters:,} clusters: the same image is in the same cluster"
+            f"only {self.distinct:,} of the {len(self):,} images are different, fewer than the "
+            f"{clusters:,} clusters: identical images are in the same cluster"
         )
         return replace(self, notes=(*self.notes, note))
 
@@ -84,7 +84,7 @@ def assemble(
             if progress is not None:
                 progress(done, total)
     if done != total:
-        raise UserError(f"{rows.place} changed while it was read: run again when it is at rest")
+        raise UserError(f"{rows.place} changed while it was read: run again once it is stable")
     if len(failed) == total:
         raise all_corrupt(rows, *failed[0])
     kept = np.setdiff1d(np.arange(total), [row for row, _ in failed])

@@ -63,7 +63,7 @@ def check_ids(rows: Rows) -> None:
     if times > 1:
         raise UserError(
             f"id {repeated!r} occurs {times} times in {rows.place}: make the ids unique, or leave "
-            "them out to have the rows numbered"
+            "the column out to number the rows"
         )
 
 
@@ -76,8 +76,8 @@ def corrupt(rows: Rows, row: int, reason: str) -> UserError:
 
 def all_corrupt(rows: Rows, row: int, reason: str) -> UserError:
     return UserError(
-        f"all {len(rows.ids)} images in {rows.place} are corrupt, the first ({rows.ids[row]!r}) "
-        f"by: {reason}; give a folder with readable images"
+        f"no image in {rows.place} is readable (the first of {len(rows.ids)}, {rows.ids[row]!r}: "
+        f"{reason}): give a folder with readable images"
     )
 
 

@@ -82,8 +82,8 @@ def choose(
     """
     if seen.unreadable and not seen.sampled:
         raise UserError(
-            f"none of a sample of the images can be read (the first: {seen.unreadable}): give "
-            "images in a known format"
+            f"none of the sampled images is readable (the first: {seen.unreadable}): give images "
+            "in a known format"
         )
     if seen.rows < FEWEST:
         raise UserError(f"{seen.rows} images are too few to learn from; give {FEWEST} or more")
@@ -98,7 +98,7 @@ def choose(
     if wishes.image_size is None:
         pick("image size", f"{size} px", _why_size(seen.side, size, gpu=gpu, known=known))
     channels = 1 if seen.grey and not known else 3
-    pick("colours", "grey" if channels == 1 else "RGB", "what a sample of the images has")
+    pick("colours", "grey" if channels == 1 else "RGB", "as in a sample of the images")
     if encoder is None:
         encoder, why = _encoder(size, gpu=gpu)
         pick("encoder", _named(encoder), why)
@@ -108,9 +108,9 @@ def choose(
     pick(
         "batch",
         batch,
-        f"what the {free_bytes / 2**30:.0f} GiB of free memory hold"
+        f"what fits into {free_bytes / 2**30:.0f} GiB of free memory"
         if batch == fits < most
-        else f"large enough to tell images apart by, out of {seen.rows:,}",
+        else f"enough to tell images apart, out of {seen.rows:,}",
     )
     uneven = wishes.max_imbalance > 1
     first, *later = _GPU_STEPS if gpu else _CPU_STEPS
@@ -121,9 +121,9 @@ def choose(
     pick(
         "epochs",
         " + ".join(map(str, counts)),
-        "the encoder comes trained: no Pretrain"
+        "the encoder is pretrained, so Pretrain is skipped"
         if known
-        else f"about {steps[0]:,} steps first" + (", more for rare kinds" if uneven else ""),
+        else f"about {steps[0]:,} steps of Pretrain" + (", more for rare kinds" if uneven else ""),
     )
     weak, strong = _views(size, channels, gpu=gpu)
     pick(
@@ -131,7 +131,7 @@ def choose(
         "crops, turns, brightness" if channels == 1 else "crops, flips, colours",
         "grey images are often signs or scans, which a flip would change"
         if channels == 1
-        else "photographs keep their meaning under these",
+        else "photographs keep their meaning when changed so",
     )
     neighbors = max(1, min(10, seen.rows // 20))
     common: dict[str, Any] = {"batch_size": batch, "schedule": "cosine"}
@@ -220,7 +220,7 @@ def as_set(picks: list[Pick], recipe: Recipe, assignments: Iterable[str]) -> lis
         )
 
     return [
-        Pick(pick.what, used(pick.what, recipe), "as you set it") if overruled(pick) else pick
+        Pick(pick.what, used(pick.what, recipe), "your setting") if overruled(pick) else pick
         for pick in picks
     ]
 
@@ -239,7 +239,7 @@ def used(what: str, recipe: Recipe) -> str:
         return " / ".join(sizes if len(set(sizes)) > 1 else sizes[:1])
     if what == "epochs":
         return " + ".join(str(stage.epochs) for stage in stages)
-    return "of your own"
+    return "your own"
 
 
 def _size(side: int, *, gpu: bool, known: bool) -> int:
@@ -252,7 +252,7 @@ def _size(side: int, *, gpu: bool, known: bool) -> int:
 def _why_size(side: int, size: int, *, gpu: bool, known: bool) -> str:
     has = f"the images' shorter side is {side} px"
     if known:
-        return f"what the encoder was trained at, or near it; {has}"
+        return f"the encoder's training size, or near it; {has}"
     if side <= size:
         return has
     return f"{has}; more " + ("is rarely worth its time" if gpu else "takes hours without a GPU")

@@ -97,19 +97,20 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     if begun is None:
         if holds_something(folder) and not request.overwrite:
             raise UserError(
-                f"{folder} already holds files that are not of `snscc fit`; use --overwrite to "
+                f"{folder} already holds files that are not from `snscc fit`; use --overwrite to "
                 "replace a run there, or another --out"
             )
         plan, picks = _chosen(request, device)
         prepare_folder(folder, plan.recipe, resume=False, overwrite=request.overwrite)
     else:
-        display.line(f"going on with the run in {folder}")
+        display.line(f"continuing the run in {folder}")
         plan = make_plan(begun)
     recipe = plan.recipe
     catalog, data = load(plan, device, display)
     if request.wishes.clusters is None and catalog.distinct == 1:
         raise UserError(
-            f"all {len(catalog):,} images are the same: there is nothing to tell apart; give others"
+            f"all {len(catalog):,} images are identical, so there is nothing to cluster; give "
+            "others"
         )
     report_skipped(catalog, display)
     for pick in picks:
@@ -119,7 +120,7 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
             chosen = used("epochs", recipe)
             recipe, told = _paced(request, recipe, catalog, data, device, display)
             if used("epochs", recipe) != chosen:
-                fitting = Pick("epochs", used("epochs", recipe), "as many as fit the time there is")
+                fitting = Pick("epochs", used("epochs", recipe), "as many as fit into the time")
                 picks = [fitting if pick.what == "epochs" else pick for pick in picks]
             _note(request, recipe, picks)
         worker = LocalWorker(folder, device)
@@ -190,9 +191,9 @@ def _paced(
     """Return the recipe with epochs that fit the time limit, and the expected seconds."""
     if not isinstance(data, ResidentData):
         if request.budget is not None:
-            raise UserError("--budget measures images held in memory; leave it out here")
+            raise UserError("--budget needs images held in memory, not streamed; leave it out")
         display.line(
-            "the images are streamed, so the time is not predicted; the ETA shows it later"
+            "the images are streamed, so the time cannot be predicted; the ETA appears later"
         )
         return recipe, None
     display.line("measuring a few steps of each stage")
@@ -208,7 +209,7 @@ def _paced(
     counting = _counting_seconds(recipe, len(catalog)) if request.wishes.clusters is None else 0.0
     display.line(describe(recipe, pace, stages))
     if counting > 5:
-        display.line(f"and {counting / 60:.1f} to count the clusters")
+        display.line(f"plus {counting / 60:.1f} minutes to count the clusters")
     return recipe, needed(recipe) + counting
 
 

@@ -56,7 +56,7 @@ class Imported:
     def __str__(self) -> str:
         said = [f"encoder: {len(self.weights)} weights from {self.origin}{self.place}"]
         if self.summed:
-            said.append("its stem for RGB summed over the channels, for grey images")
+            said.append("its RGB stem is summed over the channels, for grey images")
         for what, names in (
             ("head left out", self.head),
             ("unused", self.unused),
@@ -110,7 +110,8 @@ def import_weights(held: object, encoder: nn.Module, origin: str) -> Imported:
     surplus = [name for name in others if name.startswith(parts) and name not in heads]
     if surplus:
         raise UserError(
-            f"{origin}{best.where} does not fit: it is of a larger encoder, with {_listed(surplus)}"
+            f"{origin}{best.where} does not fit: it belongs to a larger encoder, with "
+            f"{_listed(surplus)}"
         )
     return Imported(
         origin,
@@ -146,7 +147,7 @@ def infer_encoder(held: object) -> EncoderSettings:
         except UserError:
             continue
         return settings
-    raise UserError("it is of no encoder that is known by its shapes")
+    raise UserError("its shapes match no known encoder")
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,11 @@ class _Fit:
         return f" ({found})" if found else ""
 
     def complaint(self, own: State, needed: list[str]) -> str:
-        said = f"of the encoder's {len(own)} entries it lacks {_listed(needed)}"
+        said = f"it lacks {_listed(needed)} of the encoder's {len(own)} entries"
         name = needed[0]
         if name in self.names:
             there, here = tuple(self.state[self.names[name]].shape), tuple(own[name].shape)
-            said += f": {name} is {there} there and {here} here"
+            said += f"; {name} is {there} there and {here} here"
         return said
 
 

@@ -114,7 +114,7 @@ def _remedy(settings: EncoderSettings, held: Any) -> str:
     except Unusable:
         return "give another file"
     except UserError:
-        return "set encoder.name to the encoder that it is of"
+        return "set encoder.name to its encoder"
     changes = [
         f"--set encoder.{field}={getattr(right, field)}"
         for field in ("name", "stem", "width")
@@ -131,7 +131,8 @@ def _remedy(settings: EncoderSettings, held: Any) -> str:
     except UserError:
         return "use another checkpoint"
     return (
-        "it is of grey images: use --set data.channels=1 --set data.mean=null --set data.std=null"
+        "it was trained on grey images: use --set data.channels=1 --set data.mean=null --set "
+        "data.std=null"
     )
 
 
@@ -144,12 +145,12 @@ def _try(name: str, encoder: nn.Module, data: DataSettings) -> None:
     except Exception as error:  # each architecture raises its own error
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"encoder.name={name} does not take images of {size} ({reason}); use the size it is "
-            "made for, as in --set data.image_size=224"
+            f"encoder.name={name} does not take images of {size} ({reason}); use the size that it "
+            "was made for, as in --set data.image_size=224"
         ) from error
     if not isinstance(h_BD, torch.Tensor) or h_BD.shape != (2, out_features(encoder)):
         raise UserError(
-            f"encoder.name={name} does not give one vector for each image of {size}; use another"
+            f"encoder.name={name} does not give one vector per image of {size}; use another encoder"
         )
 
 
@@ -158,6 +159,6 @@ def _refuse_fused_norms(name: str, encoder: nn.Module) -> None:
     for part in encoder.modules():
         if isinstance(part, known) and type(part) not in known:
             raise UserError(
-                f"encoder.name={name} has batch norms of its own kind ({type(part).__name__}), "
-                "which several workers cannot share; use one worker, or another encoder"
+                f"encoder.name={name} uses its own batch norm ({type(part).__name__}), which "
+                "several workers cannot share; use one worker, or another encoder"
             )

@@ -125,9 +125,9 @@ def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[Stage
     seconds *= _SHARE
     if needed(0) > seconds:
         raise UserError(
-            f"--budget: one epoch of each stage takes about {needed(0):.0f} s here, and "
-            f"{max(seconds, 0):.0f} s are left for them; give more time, or use a smaller "
-            "encoder or data.limit"
+            f"--budget: one epoch of each stage takes about {needed(0):.0f} s here, and only "
+            f"{max(seconds, 0):.0f} s are left; give more time, or use a smaller encoder or "
+            "data.limit"
         )
     low, high = 0.0, 1.0
     while asked and needed(high) <= seconds:

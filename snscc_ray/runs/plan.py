@@ -82,4 +82,6 @@ def check(recipe: Recipe, rows: int, world_size: int, stages: Sequence[StageName
     for stage in stages:
         field, count = neighbors[stage]
         if count >= rows:
-            raise UserError(f"{field}={count} must be below the {rows} images there are")
+            raise UserError(
+                f"{field}={count} must be less than the {rows} images there are; lower it"
+            )

@@ -122,7 +122,7 @@ def knn(
     chunk = chunk or min(max(_SCORES // M, 1), 1024)
     centre_D = _centre(ref_MD)
     if not centre_D.isfinite().all():
-        raise ValueError("the features hold a NaN or an infinity: no neighbours can be found")
+        raise ValueError("the features hold a NaN or an infinity, so no neighbours can be found")
     centred_MD = ref_MD - centre_D
     if _use_faiss(backend, ref_MD.device):
         search = _faiss_search(centred_MD, R)

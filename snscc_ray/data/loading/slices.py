@@ -97,8 +97,8 @@ def cut(rows: Rows, slice_rows: int) -> list[Slice]:
         ]
     if rows.shards is None:
         raise UserError(
-            f"{rows.place} can only be held in memory, and data.mode=stream was asked for: write "
-            "its images as files and those as shards with `snscc pack`, or set data.mode=resident"
+            f"data.mode=stream cannot read {rows.place}: set data.mode=resident, or save its "
+            "images as files and pack them with `snscc pack`"
         )
     slices: list[Slice] = []
     row = 0
@@ -140,7 +140,7 @@ def read_slice(piece: Slice, channels: int, size: int) -> tuple[np.ndarray, list
             failures.append((seen - 1, str(error)))
         row += 1
     if seen != piece.rows:
-        raise UserError(f"{piece.files[0]} changed while it was read: run again when it is at rest")
+        raise UserError(f"{piece.files[0]} changed while it was read: run again once it is stable")
     return pixels, failures
 
 
@@ -152,8 +152,8 @@ def decode_slice(piece: Slice, channels: int, size: int) -> np.ndarray:
     pixels, failures = read_slice(piece, channels, size)
     for row, reason in failures:
         raise UserError(
-            f"{piece.name(row)} can no longer be read ({reason}): put the image back as it was, "
-            "and continue the run"
+            f"{piece.name(row)} can no longer be read ({reason}): restore the image and continue "
+            "the run"
         )
     return pixels
 

@@ -49,12 +49,12 @@ def choose_mode(
     if data.mode != "auto":
         if data.mode == "stream" and not streamable:
             raise UserError(
-                "data.mode=stream needs image files or Parquet shards: write the images as files "
-                "and those as shards with `snscc pack`, or set data.mode=resident"
+                "data.mode=stream needs image files or Parquet shards: set data.mode=resident, or "
+                "save the images as files and pack them with `snscc pack`"
             )
         return data.mode, f"data.mode={data.mode} is set: {sizes}"
     if not streamable:
-        return "resident", f"such a set can only be held in memory: {sizes}"
+        return "resident", f"this dataset can only be held in memory: {sizes}"
     if needed <= free_bytes // 2:
         return "resident", f"it fits into half of the memory: {sizes}"
     return "stream", f"it does not fit into half of the memory: {sizes}"
@@ -69,8 +69,8 @@ def check_streamed(recipe: Recipe) -> None:
     train = recipe.train
     if train.mined_from == "images" and train.mined_weight and train.objective != "paper":
         raise UserError(
-            "train.mined_from=images reads single images at random, which a streamed set cannot "
-            "give; use --set train.mined_from=predictions, or data.mode=resident"
+            "train.mined_from=images reads single images at random, and a streamed dataset cannot "
+            "do that; use --set train.mined_from=predictions, or data.mode=resident"
         )
 
 
