@@ -505,7 +505,7 @@ def test_overwrite_replaces_the_run_and_nothing_else(snscc: Snscc, finished: Pat
     tiny = ["digits", *sets(*TINY), "--overwrite"]
     # Without pretrain in --stages there would be nothing left to train from: refused first.
     refused(unchanged(snscc, finished, *tiny, "--stages", "train"), "add pretrain to --stages")
-    refused(unchanged(snscc, finished, *tiny, "--set", "data.limit=9"), "only 9 images")
+    refused(unchanged(snscc, finished, *tiny, "--set", "data.limit=9"), "the 9 images there are")
     done = snscc("run", *tiny, "--seed", 5, "--stages", "pretrain", "--out", finished)
     assert done.status == 0, done.err
     after = content(finished)

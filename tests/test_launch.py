@@ -241,7 +241,7 @@ def refuses(cluster: Cluster, says: list[str], folder: Path, *command: object, *
             ["--workers", 2, *sets("train.batch_size=33")],
             ["train.batch_size=33 is global", "among 2 workers", "--set train.batch_size=32"],
         ),
-        (["--workers", 1, *sets("data.limit=9")], ["data.num_clusters=10", "only 9 images"]),
+        (["--workers", 1, *sets("data.limit=9")], ["data.num_clusters=10", "the 9 images there are"]),
     ],
 )
 def test_what_a_cluster_cannot_do(

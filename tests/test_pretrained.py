@@ -81,10 +81,10 @@ def _with(state: dict[str, Tensor], name: str, value: float) -> dict[str, Tensor
             lambda file, state: torch.save({k: w.to("meta") for k, w in state.items()}, file),
             "no weights by name",
         ),
-        (lambda file, state: torch.save(convnet(), file), "a whole model"),
+        (lambda file, state: torch.save(convnet(), file), "a whole pickled model"),
         (lambda file, state: torch.jit.script(nn.Linear(2, 2)).save(file), "TorchScript"),
-        (lambda file, state: torch.save({"a": _Attack()}, file), "not executed"),
-        (lambda file, state: file.write_bytes(pickle.dumps(_Attack())), "not executed"),
+        (lambda file, state: torch.save({"a": _Attack()}, file), "not loaded here"),
+        (lambda file, state: file.write_bytes(pickle.dumps(_Attack())), "not loaded here"),
         (lambda file, state: file.write_bytes(b""), "is empty"),
         (lambda file, state: file.write_bytes(b"text"), "damaged or not a torch checkpoint"),
         (
