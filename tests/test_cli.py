@@ -487,7 +487,7 @@ def test_an_occupied_folder_is_refused(snscc: Snscc, finished: Path, tmp_path: P
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "note.txt").write_text("mine")
-    refused(unchanged(snscc, foreign, *tiny), "already holds other files, but no run", "another --out")
+    refused(unchanged(snscc, foreign, *tiny), "holds other files, but no run", "another --out")
     refused(unchanged(snscc, foreign, *tiny, "--resume"), "holds no run")
     for out in (foreign / "note.txt", foreign / "note.txt" / "below"):
         for more in ([], ["--overwrite"], ["--resume"]):

@@ -179,7 +179,7 @@ def test_labels_in_some_shards_only(tmp_path: Path) -> None:
 def test_a_label_of_two_names(tmp_path: Path) -> None:
     names = ["owl", "ant", "ant"]
     file = write_shard(tmp_path / "x.parquet", image=PICTURES, label=[0] * 3, class_name=names)
-    assert "called both" in rows_of(file).notes[0]
+    assert "has two names" in rows_of(file).notes[0]
 
 
 # --------------------------------------------------------------- the sample is over all of it

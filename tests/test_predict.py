@@ -136,8 +136,8 @@ def spoil_network(run: Path, value: float) -> None:
         (lambda run: spoil_network(run, float("nan")), ["final.pt", "no usable network"]),
         (lambda run: spoil_network(run, torch.inf), ["final.pt", "no usable network"]),
         (lambda run: respell(run, network=[1]), ["final.pt", "no usable network"]),
-        (lambda run: respell(run, normalize={"mean": [0.5], "std": [0.0]}), ["no network"]),
-        (lambda run: respell(run, normalize={"mean": [0.5] * 3, "std": [1.0] * 3}), ["no network"]),
+        (lambda run: respell(run, normalize={"mean": [0.5], "std": [0.0]}), ["no usable"]),
+        (lambda run: respell(run, normalize={"mean": [0.5] * 3, "std": [1.0] * 3}), ["no usable"]),
         (lambda run: (run / "assignments.parquet").unlink(), ["assignments.parquet", "damaged"]),
         (lambda run: (run / "assignments.parquet").write_bytes(b"PAR1"), ["assignments.parquet"]),
     ],
@@ -181,7 +181,7 @@ def test_what_is_there_is_not_replaced(trained: Path, snscc: Snscc, tmp_path: Pa
     refused(snscc(*words, tmp_path), "is a folder")
     (tmp_path / "empty").mkdir()
     nothing = ["predict", trained / "run", tmp_path / "empty", "-o", tmp_path / "o.csv"]
-    refused(snscc(*nothing), "nothing known")
+    refused(snscc(*nothing), "no dataset found")
     refused(snscc(*words, tmp_path / "new.txt"), "--out", ".parquet", ".csv")
     (tmp_path / "empty").rmdir()
     assert content(tmp_path) == before

@@ -390,8 +390,8 @@ def test_without_labels_and_without_boost(
         (lambda run: (run / "clusters.json").write_text("{}"), ["clusters.json", "chosen"]),
         (lambda run: (run / "fit.json").write_text('{"picked": 3}'), ["fit.json", "picked"]),
         (lambda run: (run / "report.html").mkdir(), ["is a folder"]),
-        (lambda run: (run / "report.html").write_text("mine"), ["report.html", "no report"]),
-        (lambda run: (run / "report.json").write_text("{}"), ["report.json", "no report"]),
+        (lambda run: (run / "report.html").write_text("mine"), ["report.html", "not a report"]),
+        (lambda run: (run / "report.json").write_text("{}"), ["report.json", "not a report"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_reported_is_refused(
