@@ -153,8 +153,8 @@ def test_labels_of_all_kinds_become_classes(
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([0, None, 1], "1 of 3 rows have none"),
-        ([0, -1, -1], "2 of 3 rows have none"),
+        ([0, None, 1], "1 of 3 rows have no label"),
+        ([0, -1, -1], "2 of 3 rows have no label"),
         ([0, -5, 1], "-5 in x.parquet is not a class"),
         ([0, 1_000_000, 1], "1000000 in x.parquet is not a class"),
         ([0.5, 1.0, float("inf")], "0.5 in x.parquet"),
@@ -173,7 +173,7 @@ def test_labels_in_some_shards_only(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", image=PICTURES[:1], label=[0])
     write_shard(tmp_path / "b.parquet", image=PICTURES[1:])
     rows = rows_of(tmp_path)
-    assert rows.labels is None and "2 of 3 rows have none" in rows.notes[0]
+    assert rows.labels is None and "2 of 3 rows have no label" in rows.notes[0]
 
 
 def test_a_label_of_two_names(tmp_path: Path) -> None:

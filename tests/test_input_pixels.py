@@ -75,7 +75,7 @@ def test_8_bits_in_16_are_as_they_are() -> None:
 def test_a_range_that_nobody_knows_is_not_guessed(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", deep(0, 1023, "u2"))
     rows = list_rows(settings("auto", folder))
-    with pytest.raises(UnreadableImage, match=r"here 0 to 1023.*data.value_range=\[LOW,HIGH\]"):
+    with pytest.raises(UnreadableImage, match=r"values, 0 to 1023.*data.value_range=\[LOW,HIGH\]"):
         decode_into(folder / "000.tif", np.empty((1, 16, 16), np.uint8), rows.reading)
     given = settings("auto", folder, value_range=(0, 2047))
     data, rows = resolve_reading(given, list_rows(given))
