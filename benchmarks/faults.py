@@ -334,7 +334,7 @@ def _undisturbed(command: Command, at: Path, truth: Any, log: Path) -> None:
     words = command.again(at) if begun and command.again else command.words(at)
     status = ended(start(words, log))
     tail = log.read_text(errors="replace")[-4000:]
-    if status == 2 and "has just begun; try again in a moment" in tail:  # killed at the very start
+    if status == 2 and "has just started; try again in a moment" in tail:  # killed at the start
         time.sleep(21)
         status = ended(start(words, log))
     if status == 2 and ("other images" in tail or "have changed since" in tail):

@@ -340,11 +340,11 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
     if not holds_something(folder):
         return
     if not (folder / "recipe.json").exists():
-        raise ValueError(f"folder={str(folder)!r} holds files that are no run; give another")
+        raise ValueError(f"folder={str(folder)!r} holds other files, but no run; give another")
     there = read_recipe(folder).model_dump(mode="json")
     if difference := first_difference(there, recipe.model_dump(mode="json")):
         raise ValueError(
-            f"folder={str(folder)!r} holds the run of another recipe ({difference}); give another"
+            f"folder={str(folder)!r} holds a run with another recipe ({difference}); give another"
         )
 
 

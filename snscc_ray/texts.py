@@ -1,4 +1,4 @@
-"""Names of files, folders and classes, which may hold anything, in what a person reads."""
+"""Text for people: numbers of things, and names of files and classes, which may hold anything."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def shown(text: str) -> str:
 def in_markdown(text: str) -> str:
     """The text as it stands, for a table or a sentence of Markdown."""
     return _MARKDOWN.sub(r"\\\g<0>", shown(" ".join(text.split())))
+
+
+def counted(number: int, what: str, many: str | None = None) -> str:
+    """A number and what it counts, in the singular or plural: `1 shard`, `1,200 shards`."""
+    return f"{number:,} {what if number == 1 else many or f'{what}s'}"
 
 
 def say(console: Console, text: str) -> None:

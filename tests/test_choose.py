@@ -156,8 +156,8 @@ def test_what_is_set_is_said_instead_of_what_was_chosen() -> None:
         ("epochs", f"{first} + 3 + {last}"),
         ("batch", "128 / 128 / 16"),
     ):
-        assert (told[what].value, told[what].why) == (value, "as you set it")
-    assert told["augmentation"].why == "as you set it"
+        assert (told[what].value, told[what].why) == (value, "your setting")
+    assert told["augmentation"].why == "your setting"
     assert told["colours"] in picks
     assert as_set(picks, recipe, ["seed=3"]) == picks
 

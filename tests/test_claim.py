@@ -154,7 +154,7 @@ def test_another_machine_counts_as_dead_once_it_is_silent(tmp_path: Path) -> Non
 
 def test_a_claim_that_says_nothing_is_first_waited_for(tmp_path: Path) -> None:
     (tmp_path / CLAIM).write_text("")  # its maker was killed before it wrote, or will write soon
-    with pytest.raises(UserError, match="just begun"), claimed(tmp_path, quiet):
+    with pytest.raises(UserError, match="just started"), claimed(tmp_path, quiet):
         pass
     a_while_ago = time.time() - 60
     os.utime(tmp_path / CLAIM, (a_while_ago, a_while_ago))

@@ -389,7 +389,7 @@ def test_what_a_kill_in_mid_write_left_is_removed(snscc: Snscc, finished: Path) 
         (["digits", "--stages", "train"], ["train needs a finished pretrain", "add pretrain"]),
         (["digits", "--resume"], ["holds no run", "leave --resume out"]),
         (["digits", "--resume", "--overwrite"], ["--resume", "--overwrite", "one of them"]),
-        (["digits", "--set", "data.limit=9"], ["data.num_clusters=10", "only 9 images"]),
+        (["digits", "--set", "data.limit=9"], ["data.num_clusters=10", "the 9 images there are"]),
         (["digits", "--set", "data.limit=40"], ["=256", "40 images", "batch_size=10"]),
         (
             ["digits", *sets("data.limit=300", "train.num_neighbors=300",
@@ -466,7 +466,7 @@ def test_one_corrupt_image_is_named_or_counted(snscc: Snscc, photos: Path, tmp_p
     done = snscc(*run, "--set", "data.skip_corrupt=true")
     assert done.status == 0, done.err
     assert f"left out {bad.name}: " in done.out
-    assert "1 unreadable images were left out" in done.out
+    assert "Left out: 1 unreadable image." in done.out
     figures = json.loads((folder / "metrics.json").read_text())
     assert (figures["rows"], figures["skipped"]) == (40, 1)
 
@@ -487,7 +487,7 @@ def test_an_occupied_folder_is_refused(snscc: Snscc, finished: Path, tmp_path: P
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "note.txt").write_text("mine")
-    refused(unchanged(snscc, foreign, *tiny), "files that are no run", "another --out")
+    refused(unchanged(snscc, foreign, *tiny), "holds other files, but no run", "another --out")
     refused(unchanged(snscc, foreign, *tiny, "--resume"), "holds no run")
     for out in (foreign / "note.txt", foreign / "note.txt" / "below"):
         for more in ([], ["--overwrite"], ["--resume"]):
@@ -505,7 +505,7 @@ def test_overwrite_replaces_the_run_and_nothing_else(snscc: Snscc, finished: Pat
     tiny = ["digits", *sets(*TINY), "--overwrite"]
     # Without pretrain in --stages there would be nothing left to train from: refused first.
     refused(unchanged(snscc, finished, *tiny, "--stages", "train"), "add pretrain to --stages")
-    refused(unchanged(snscc, finished, *tiny, "--set", "data.limit=9"), "only 9 images")
+    refused(unchanged(snscc, finished, *tiny, "--set", "data.limit=9"), "the 9 images there are")
     done = snscc("run", *tiny, "--seed", 5, "--stages", "pretrain", "--out", finished)
     assert done.status == 0, done.err
     after = content(finished)
@@ -520,9 +520,9 @@ def test_overwrite_replaces_the_run_and_nothing_else(snscc: Snscc, finished: Pat
 
 def test_resume_refuses_another_recipe(snscc: Snscc, finished: Path) -> None:
     done = unchanged(snscc, finished, "digits", *sets(*TINY), "--resume", "--seed", 3)
-    refused(done, "made by another recipe", "seed is 0 there and 3 here", "--overwrite")
+    refused(done, "made with another recipe", "seed is 0 there and 3 here", "--overwrite")
     done = unchanged(snscc, finished, "cifar10", "--resume")
-    refused(done, "made by another recipe")
+    refused(done, "made with another recipe")
     done = unchanged(snscc, finished, "--resume", *sets("train.epochs=7"))
     refused(done, "train.epochs is 3 there and 7 here")
 
@@ -596,7 +596,7 @@ def test_settings_of_another_run_do_not_serve_as_parents(
     assert snscc("run", *tiny, "--stages", "pretrain", "--out", folder).status == 0
     shutil.copytree(finished / "train", folder / "train")
     done = unchanged(snscc, folder, "--resume", "--stages", "boost")
-    refused(done, "boost needs a finished train stage of these settings")
+    refused(done, "boost needs a finished train stage with these settings")
 
 
 def test_resume_refuses_other_images(snscc: Snscc, tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ from rich.console import Console
 from snscc_ray.cli import options
 from snscc_ray.compare import comparison as compare
 from snscc_ray.compare import paper
-from snscc_ray.compare.methods import METHODS, chosen, dec, load, scan
+from snscc_ray.compare.methods import METHODS, chosen, dec, load, scan, stages_of
 from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
 from snscc_ray.config.recipes import get
+from snscc_ray.config.settings import STAGES
 from snscc_ray.core import checkpoints, storage
 from snscc_ray.core.clustering import metrics
 from snscc_ray.core.display import Display
@@ -74,7 +75,7 @@ def test_every_method_runs_and_its_figures_are_those_of_its_assignment(
     assert done.status == 0, done
     rows = table(folder)
     assert list(rows) == list(METHODS)
-    assert "has the 2 epochs alone, SNSCC 4 in all" in (folder / "compare.md").read_text()
+    assert "trains for 2 epochs, SNSCC for 4 in all" in (folder / "compare.md").read_text()
     markdown = (folder / "compare.md").read_text()
     for method, row in rows.items():
         assert f"{method}: ACC {float(row['acc']):.3f}" in done.out
@@ -97,7 +98,7 @@ def test_every_method_runs_and_its_figures_are_those_of_its_assignment(
 
     monkeypatch.setattr(compare, "load", dict.fromkeys(METHODS, broken).__getitem__)
     again = snscc(*arguments(folder))
-    assert again.status == 0 and again.out.count("done before") == len(METHODS)
+    assert again.status == 0 and again.out.count("already done") == len(METHODS)
     assert table(folder) == rows
 
 
@@ -204,6 +205,23 @@ def test_mistakes_are_one_line_and_leave_nothing(
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(snscc("compare", "digits", "--out", str(folder)), "one process")
     assert not folder.exists()
+
+
+def test_only_what_the_methods_use_is_checked(tmp_path: Path, snscc: Snscc) -> None:
+    """k-means on pixels trains no network, so batch sizes do not concern it."""
+    large = sets("train.batch_size=5000", "pretrain.mined_neighbors=500")
+    call = [*arguments(tmp_path / "c"), *large]
+    assert snscc(*call, "--methods", "kmeans").status == 0
+    assert list(table(tmp_path / "c")) == ["kmeans"]
+    call = [*arguments(tmp_path / "d"), *large]
+    refused(snscc(*call, "--methods", "kmeans,ae"), "train.batch_size=5000")
+    refused(snscc(*call, "--methods", "kmeans,pretext"), "pretrain.mined_neighbors=500")
+
+
+def test_stages_that_methods_train_by() -> None:
+    assert stages_of(["kmeans", "sc", "ac", "nmf"]) == ()
+    assert stages_of(["cc", "pretext"]) == ("pretrain", "train")
+    assert stages_of(["scan"]) == stages_of(["snscc"]) == STAGES
 
 
 def test_a_folder_with_something_else_in_it_is_refused(

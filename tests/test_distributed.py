@@ -109,5 +109,5 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert "train.batch_size=33 is global and does not divide among 2 workers" in done.stderr
+    assert "train.batch_size=33 is global and cannot be split evenly among 2 workers" in done.stderr
     assert not (tmp_path / "x").exists()

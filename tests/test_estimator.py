@@ -219,7 +219,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     ("parameters", "X", "says"),
     [
         ({"n_clusters": 1}, NOISE, "n_clusters=1"),
-        ({"n_clusters": 61}, NOISE, "only 60 images"),
+        ({"n_clusters": 61}, NOISE, "the 60 images there are"),
         ({"recipe": "digit"}, NOISE, "did you mean digits"),
         ({"settings": ["train.epoch=3"]}, NOISE, "unknown field"),
         ({"settings": "train.epochs=3"}, NOISE, "a list of FIELD=VALUE"),
@@ -299,7 +299,7 @@ def test_a_tensor_of_bfloat16_is_read(fitted: SNSCC, digits: np.ndarray) -> None
 def test_what_is_left_aside_is_warned_of(fitted: SNSCC, digits: np.ndarray, tmp_path: Path) -> None:
     written(tmp_path / "files", digits[:30])
     (tmp_path / "files" / "notes.txt").write_text("no image")
-    with pytest.warns(UserWarning, match=r"left aside.* \.txt \(1\)"):
+    with pytest.warns(UserWarning, match=r"ignored.* \.txt \(1\)"):
         assert len(fitted.predict(str(tmp_path / "files"))) == 30
 
 

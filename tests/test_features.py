@@ -73,5 +73,5 @@ def test_other_images_are_refused(finished: Path, monkeypatch: pytest.MonkeyPatc
         return catalog, data
 
     monkeypatch.setattr(features, "bring", fewer)
-    with pytest.raises(UserError, match="holds other images"):
+    with pytest.raises(UserError, match="does not hold the images of the run"):
         own_images(finished, CPU, Display(QUIET))

@@ -61,7 +61,7 @@ def test_a_folder_becomes_clusters_and_a_report(scans: Path, snscc: Snscc, tmp_p
     page = (out / "report.html").read_text()
     assert "torn.png" in page and "width 24" in page
     again = snscc("fit", scans, "--clusters", 4, "--out", out, *QUICK)
-    assert again.status == 0 and "going on with the run" in again.out
+    assert again.status == 0 and "continuing the run" in again.out
     assert pq.read_table(out / "assignments.parquet").equals(found)
 
 
@@ -102,7 +102,7 @@ def test_a_stopped_fit_goes_on(scans: Path, snscc: Snscc, tmp_path: Path, stop: 
     _, said = process.communicate(timeout=60)
     assert not (out / "clusters.json").exists()
     if stop == signal.SIGTERM:
-        assert process.returncode == 130 and "the same command goes on" in said
+        assert process.returncode == 130 and "run the same command again" in said
     refused(snscc("run", "--resume", "--out", out), "begun by `snscc fit`")
     refused(snscc(*words, "--clusters", 3), "other options (clusters is", "3 here")
     assert snscc(*words).status == 0
@@ -122,7 +122,7 @@ def test_a_stopped_fit_goes_on(scans: Path, snscc: Snscc, tmp_path: Path, stop: 
         (["--max-cluster-imbalance", "0.5"], ["imbalance", "1"]),
         (["--budget", "soon"], ["--budget soon", "25m"]),
         (["--set", "train.epoch=3"], ["train.epoch"]),
-        (["--labels"], ["lies in no sub-folder"]),
+        (["--labels"], ["is not in a sub-folder"]),
     ],
 )
 def test_mistakes_are_one_line(
@@ -156,7 +156,7 @@ def test_few_rows_and_equal_rows_are_counted_without_a_fall() -> None:
     assert expected_seconds(20, 4) > 0
     two = torch.nn.functional.one_hot(torch.arange(60) % 2, 4).float()
     assert estimate(two, 0).chosen == 2
-    with pytest.raises(UserError, match="no difference between the images"):
+    with pytest.raises(UserError, match="look the same to the network"):
         estimate(torch.ones(60, 4), 0)
 
 
@@ -211,7 +211,7 @@ def test_no_image_of_a_mixed_folder_is_lost_in_silence(snscc: Snscc, tmp_path: P
         "fit", tmp_path / "mixed", "--clusters", 3, "--image-size", 16, "--out", out, *QUICK
     )
     assert done.status == 0, done.err
-    assert "RGB" in done.out and f"Left out as unreadable: {len(torn)};" in done.out
+    assert "RGB" in done.out and f"Left out: {len(torn)} unreadable images, named" in done.out
     found = set(pq.read_table(out / "assignments.parquet")["id"].to_pylist())
     there = {
         p.relative_to(tmp_path / "mixed").as_posix() for p in (tmp_path / "mixed").rglob("*.*")

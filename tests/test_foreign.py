@@ -67,13 +67,13 @@ def test_a_broken_file_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such file"):
         read_checkpoint(str(file))
     file.write_bytes(b"<html>not found</html>")
-    with pytest.raises(UserError, match=f"{name} is damaged or no"):
+    with pytest.raises(UserError, match=f"{name} is damaged or not"):
         read_checkpoint(str(file))
     state = {"w": torch.rand(100, 100)}
     (safetensors.torch.save_file if "safe" in name else torch.save)(state, file)
     assert equal_states(read_checkpoint(str(file)), state)
     os.truncate(file, 20_000)
-    with pytest.raises(UserError, match=f"{name} is damaged or no"):
+    with pytest.raises(UserError, match=f"{name} is damaged or not"):
         read_checkpoint(str(file))
 
 

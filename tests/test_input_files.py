@@ -1,4 +1,4 @@
-"""What is read of a folder or of shards, what is left aside, and that it is said."""
+"""What is read of a folder or of shards, what is ignored, and that it is said."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_image_is_known_by_what_it_holds(tmp_path: Path, name: str, kind: str
     (tmp_path / "notes.txt").write_text("P5 is a format, BM another\n")
     rows = rows_of(tmp_path)
     assert sorted(rows.ids) == sorted(["a.png", name])
-    assert rows.notes == ("left aside, being no images that can be read: .txt (1)",)
+    assert rows.notes == ("ignored, because they are not readable images: .txt (1)",)
     found = load_images(settings("auto", tmp_path)).catalog
     assert len(found) == 2 and found.notes == rows.notes
 
@@ -79,7 +79,7 @@ def test_a_pipe_among_given_paths_is_not_waited_for(tmp_path: Path) -> None:
     from snscc_ray.data import decode
 
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(decode.UnreadableImage, match="no regular file"):
+    with pytest.raises(decode.UnreadableImage, match="not a regular file"):
         decode.decode_into(tmp_path / "pipe.png", np.empty((1, 8, 8), np.uint8))
 
 
@@ -153,10 +153,10 @@ def test_labels_of_all_kinds_become_classes(
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([0, None, 1], "1 of 3 rows have none"),
-        ([0, -1, -1], "2 of 3 rows have none"),
-        ([0, -5, 1], "-5 in x.parquet is no class"),
-        ([0, 1_000_000, 1], "1000000 in x.parquet is no class"),
+        ([0, None, 1], "1 of 3 rows have no label"),
+        ([0, -1, -1], "2 of 3 rows have no label"),
+        ([0, -5, 1], "-5 in x.parquet is not a class"),
+        ([0, 1_000_000, 1], "1000000 in x.parquet is not a class"),
         ([0.5, 1.0, float("inf")], "0.5 in x.parquet"),
         ([[0], [1], [2]], "[0] in x.parquet"),
     ],
@@ -173,13 +173,13 @@ def test_labels_in_some_shards_only(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", image=PICTURES[:1], label=[0])
     write_shard(tmp_path / "b.parquet", image=PICTURES[1:])
     rows = rows_of(tmp_path)
-    assert rows.labels is None and "2 of 3 rows have none" in rows.notes[0]
+    assert rows.labels is None and "2 of 3 rows have no label" in rows.notes[0]
 
 
 def test_a_label_of_two_names(tmp_path: Path) -> None:
     names = ["owl", "ant", "ant"]
     file = write_shard(tmp_path / "x.parquet", image=PICTURES, label=[0] * 3, class_name=names)
-    assert "called both" in rows_of(file).notes[0]
+    assert "has two names" in rows_of(file).notes[0]
 
 
 # --------------------------------------------------------------- the sample is over all of it
@@ -223,4 +223,4 @@ def test_a_path_without_bytes_says_so(tmp_path: Path) -> None:
     held = [{"bytes": None, "path": f"/there/{row}.png"} for row in range(30)]
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     pq.write_table(pa.table({"image": pa.array(held, kind)}), tmp_path / "p.parquet")
-    assert "a path beside them is not followed" in inspect_images(rows_of(tmp_path)).unreadable
+    assert "a path in it is not followed" in inspect_images(rows_of(tmp_path)).unreadable

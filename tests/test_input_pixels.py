@@ -75,11 +75,11 @@ def test_8_bits_in_16_are_as_they_are() -> None:
 def test_a_range_that_nobody_knows_is_not_guessed(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", deep(0, 1023, "u2"))
     rows = list_rows(settings("auto", folder))
-    with pytest.raises(UnreadableImage, match=r"here 0 to 1023.*data.value_range=\[LOW,HIGH\]"):
+    with pytest.raises(UnreadableImage, match=r"values, 0 to 1023.*data.value_range=\[LOW,HIGH\]"):
         decode_into(folder / "000.tif", np.empty((1, 16, 16), np.uint8), rows.reading)
     given = settings("auto", folder, value_range=(0, 2047))
     data, rows = resolve_reading(given, list_rows(given))
-    assert data.value_range == (0, 2047) and "those here go from 0 to 1023" in rows.notes[0]
+    assert data.value_range == (0, 2047) and "the sampled ones go from 0 to 1023" in rows.notes[0]
     assert assemble(rows, data, 1, None).images.max() <= 128
 
 
@@ -87,7 +87,7 @@ def test_what_are_no_numbers_is_unreadable() -> None:
     for bad in (np.nan, np.inf):
         values = STEPS.astype(np.float32)
         values[3, 3] = bad
-        with pytest.raises(UnreadableImage, match="no numbers"):
+        with pytest.raises(UnreadableImage, match="NaN or infinite"):
             pixels(encoded(Image.fromarray(values), "TIFF"))
 
 
@@ -112,7 +112,7 @@ def test_colour_of_16_bits_that_holds_less_is_not_read_as_black() -> None:
 
     colour = np.repeat((STEPS[..., None] * 65535).astype(np.uint16), 3, 2)
     assert len(np.unique(pixels(png(colour)))) > 200
-    with pytest.raises(UnreadableImage, match="16 bits a channel"):
+    with pytest.raises(UnreadableImage, match="16 bits per channel"):
         pixels(png(colour // 64))
 
 
@@ -184,7 +184,7 @@ def test_of_several_frames_the_first_counts_and_it_is_said(tmp_path: Path, kind:
     picture().save(tmp_path / "b.png")
     _, rows = resolve_reading(settings("auto", tmp_path), list_rows(settings("auto", tmp_path)))
     assert rows.notes == (
-        "images of several frames or pages (1 of 2 that were looked at): the first of each counts",
+        "images with several frames or pages (1 of 2 sampled): only the first is read",
     )
     found = pixels(file.read_bytes()).reshape(-1, 3).mean(0)
     assert found[0] > 200 and found[2] < 50
@@ -289,12 +289,12 @@ def test_images_that_are_all_the_same_are_not_counted(tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = snscc("fit", tmp_path, "--out", run, "--device", "cpu", *QUICK)
     assert done.returncode == 2 and not run.exists()
-    assert "all 24 images are the same: there is nothing to tell apart" in done.stderr
+    assert "all 24 images are identical, so there is nothing to cluster" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     done = snscc("fit", tmp_path, "--clusters", 2, "--out", run, "--device", "cpu", *QUICK)
     assert done.returncode == 0 and "ConvergenceWarning" not in done.stdout + done.stderr
-    assert "only 1 of the 24 images differ" in done.stdout
-    assert "only 1 of the 24 images differ" in (run / "report.html").read_text()
+    assert "only 1 of the 24 images are different" in done.stdout
+    assert "only 1 of the 24 images are different" in (run / "report.html").read_text()
 
 
 def test_the_limits_of_pillow_stay_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:

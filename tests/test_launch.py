@@ -137,8 +137,8 @@ def snscc(capsys: pytest.CaptureFixture[str]) -> Snscc:
         (["--workers", "-1"], ["--workers -1", "MIN:MAX as in 2:8"]),
         (["--workers", "x"], ["--workers x", "MIN:MAX as in 2:8"]),
         (["--workers", "3:2"], ["--workers 3:2", "MIN:MAX as in 2:8"]),
-        (["--gpu"], ["--gpu is for Ray workers", "add --workers N"]),
-        (["--address", "auto"], ["--address is for Ray workers", "add --workers N"]),
+        (["--gpu"], ["--gpu needs Ray workers", "add --workers N"]),
+        (["--address", "auto"], ["--address needs Ray workers", "add --workers N"]),
         (["--workers", "1", "--storage", "here"], ["--out", "--storage", "give one"]),
         (["--workers", "1", "--wait", "-3"], ["--wait"]),
         (["--workers", "1", "--cpus-per-worker", "0"], ["--cpus-per-worker"]),
@@ -162,7 +162,7 @@ def test_a_mistake_is_refused_before_ray_is_started(
 def test_an_address_where_nobody_listens(snscc: Snscc, tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     done = snscc(*DIGITS, "--workers", 1, "--address", address, "--out", tmp_path / "r")
-    refused_here(done, f"--address {address}: nothing answers there", "leave --address out")
+    refused_here(done, f"--address {address}: no answer", "leave --address out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,17 +231,17 @@ def refuses(cluster: Cluster, says: list[str], folder: Path, *command: object, *
         ),
         (
             ["--workers", 1, "--gpu", "--wait", 3],
-            ["1 workers of 1 CPU and 1 GPU", "no node that is up", "0 GPU", "leave --gpu out"],
+            ["1 worker of 1 CPU and 1 GPU", "no running node", "0 GPU", "leave --gpu out"],
         ),
         (  # there are two, on two nodes
             ["--workers", 1, "--cpus-per-worker", 2, "--wait", 3],
-            ["no node that is up holds one of them (at most 1 CPU on a node)", "--cpus-per-worker"],
+            ["no running node is large enough for one (at most 1 CPU", "--cpus-per-worker"],
         ),
         (
             ["--workers", 2, *sets("train.batch_size=33")],
             ["train.batch_size=33 is global", "among 2 workers", "--set train.batch_size=32"],
         ),
-        (["--workers", 1, *sets("data.limit=9")], ["data.num_clusters=10", "only 9 images"]),
+        (["--workers", 1, *sets("data.limit=9")], ["data.num_clusters=10", "9 images there are"]),
     ],
 )
 def test_what_a_cluster_cannot_do(
@@ -307,6 +307,6 @@ def test_a_wrong_token(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_another_version_of_ray(cluster: Cluster, tmp_path: Path) -> None:
     other = "import ray; ray.__version__ = '9.9.9'; from snscc_ray.cli import main; main()"
-    says = ["runs another Ray or Python than this machine", "Ray: 9.9.9", "install the same"]
+    says = ["another version of Ray or Python than this machine", "Ray: 9.9.9", "install the same"]
     command = [sys.executable, "-c", other, *DIGITS, "--workers", 1, "--out", tmp_path / "r"]
     refuses(cluster, says, tmp_path / "r", *command)

@@ -115,7 +115,7 @@ def test_knn_wants_enough_rows(backend: str) -> None:
     for k, queries in ((4, None), (5, z), (0, None)):
         with pytest.raises(ValueError):
             knn(z, k, queries=queries, backend=backend)
-    with pytest.raises(ValueError, match="3 neighbours asked for, but a row has 1 others"):
+    with pytest.raises(ValueError, match="3 neighbours asked for, but a row has 1 other"):
         mine(rows(2, 3), 3)
 
 

@@ -148,7 +148,7 @@ def test_what_was_chosen_is_the_recipe_of_the_run(
     # The same folder needs nothing but --resume, and a second choice is refused.
     again = run_here(Request(None, [], folder, resume=True), Console(quiet=True))
     assert again is not None and again.figures["stages"] == result.figures["stages"]
-    with pytest.raises(UserError, match="leave it out of --resume"):
+    with pytest.raises(UserError, match="leave it out with --resume"):
         run_here(Request(None, [], folder, resume=True, budget=36.0), Console(quiet=True))
 
 

@@ -114,7 +114,7 @@ def test_shards_are_read_as_the_folder_is(labelled: bool, snscc: Snscc, tmp_path
     more = ["--folders-are-labels"] * labelled
     done = snscc("pack", photos, tmp_path / "out", "--jobs", 1, *more)
     assert done.status == 0, done.err
-    assert "1 shards, 14 rows" in done.out and "0 skipped" in done.out
+    assert "1 shard, 14 rows" in done.out and "0 skipped" in done.out
     assert f"Next: snscc fit {tmp_path / 'out'}" in done.out
     folder = load(photos, folders_are_labels=labelled)
     shards = load(tmp_path / "out")
@@ -268,7 +268,7 @@ def test_ctrl_c_leaves_nothing_half_written(
     out = tmp_path / "out"
     words = ("pack", large, out, "--shard-mb", 1)
     monkeypatch.setattr(pack_folder, "write_json", interrupt)
-    refused(snscc(*words, "--jobs", 2), "stopped; the same command again", status=130)
+    refused(snscc(*words, "--jobs", 2), "stopped; run the same command again", status=130)
     monkeypatch.undo()
     assert finished(out) and len(times(out)) < len(times(packed_once))
     assert not [name for name in content(out) if name.startswith(".")]
@@ -341,7 +341,7 @@ def test_nothing_but_corrupt_images(snscc: Snscc, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / "photos" / name).write_bytes(b"junk")
     done = snscc("pack", tmp_path / "photos", tmp_path / "out", "--skip-corrupt")
-    refused(done, "all 2 images", "'a.png'", "not an image")
+    refused(done, "no image in", "the first of 2, 'a.png'", "not an image")
 
 
 # -------------------------------------------------------------------------- changes and damage
@@ -427,7 +427,7 @@ def test_a_shard_that_does_not_read_back_is_not_kept(
     photos = write_photos(tmp_path / "photos")
     monkeypatch.setattr(pack_shard, "write_whole", spoil)
     done = snscc("pack", photos, tmp_path / "out", "--jobs", 1)
-    refused(done, "part-00000.parquet did not read back", "same command again")
+    refused(done, "part-00000.parquet cannot be read back", "same command again")
     assert not list((tmp_path / "out").glob("*.parquet")) and not finished(tmp_path / "out")
     monkeypatch.undo()
     assert snscc("pack", photos, tmp_path / "out", "--jobs", 1).status == 0
@@ -450,7 +450,7 @@ def test_bad_folders_are_refused(snscc: Snscc, tmp_path: Path) -> None:
     refused(snscc("pack", photos, photos / "cat" / "out"), "lies in", "outside")
     refused(snscc("pack", photos, "/proc/self/out"), "cannot write to /proc/self/out")
     noise(1).save(photos / "loose.png")
-    refused(snscc("pack", photos, out, "--folders-are-labels"), "loose.png lies in no sub-folder")
+    refused(snscc("pack", photos, out, "--folders-are-labels"), "loose.png is not in a sub-folder")
     refused(snscc("pack", photos, empty, "--verify"), "holds no pack.json")
     refused(snscc("pack", photos, out, "--verify", "--overwrite"), "give one of them")
     assert not out.exists() and not list(empty.iterdir()) and note.read_text() == "mine"
@@ -499,7 +499,7 @@ def test_frames_that_are_not_kept_are_said(
     frames = [Image.new("RGB", (40, 40), (60 * n, 0, 0)) for n in range(3)]
     frames[0].save(tmp_path / "photos" / "a.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "photos" / "b.png")
-    said = "Of several frames or pages the first is kept: 1 images"
+    said = "Only the first frame or page is kept of 1 image"
     for place, more, expected in (("small", ["--image-size", "16"], True), ("whole", [], False)):
         words = ["snscc", "pack", str(tmp_path / "photos"), str(tmp_path / place), *more]
         monkeypatch.setattr(sys, "argv", [*words, "--jobs", "1"])

@@ -133,11 +133,11 @@ def spoil_network(run: Path, value: float) -> None:
             ["older version"],
         ),
         (lambda run: (run / "boost" / "final.pt").unlink(), ["no checkpoint", "final.pt"]),
-        (lambda run: spoil_network(run, float("nan")), ["final.pt", "no network that can answer"]),
-        (lambda run: spoil_network(run, torch.inf), ["final.pt", "no network that can answer"]),
-        (lambda run: respell(run, network=[1]), ["final.pt", "no network that can answer"]),
-        (lambda run: respell(run, normalize={"mean": [0.5], "std": [0.0]}), ["no network"]),
-        (lambda run: respell(run, normalize={"mean": [0.5] * 3, "std": [1.0] * 3}), ["no network"]),
+        (lambda run: spoil_network(run, float("nan")), ["final.pt", "no usable network"]),
+        (lambda run: spoil_network(run, torch.inf), ["final.pt", "no usable network"]),
+        (lambda run: respell(run, network=[1]), ["final.pt", "no usable network"]),
+        (lambda run: respell(run, normalize={"mean": [0.5], "std": [0.0]}), ["no usable"]),
+        (lambda run: respell(run, normalize={"mean": [0.5] * 3, "std": [1.0] * 3}), ["no usable"]),
         (lambda run: (run / "assignments.parquet").unlink(), ["assignments.parquet", "damaged"]),
         (lambda run: (run / "assignments.parquet").write_bytes(b"PAR1"), ["assignments.parquet"]),
     ],
@@ -181,7 +181,7 @@ def test_what_is_there_is_not_replaced(trained: Path, snscc: Snscc, tmp_path: Pa
     refused(snscc(*words, tmp_path), "is a folder")
     (tmp_path / "empty").mkdir()
     nothing = ["predict", trained / "run", tmp_path / "empty", "-o", tmp_path / "o.csv"]
-    refused(snscc(*nothing), "nothing known")
+    refused(snscc(*nothing), "no dataset found")
     refused(snscc(*words, tmp_path / "new.txt"), "--out", ".parquet", ".csv")
     (tmp_path / "empty").rmdir()
     assert content(tmp_path) == before
@@ -364,7 +364,7 @@ def test_workers_give_the_same_answers_in_the_same_order(trained: Path, tmp_path
         assert here.wait().err == there.wait().err == "", there.said()
         said = there.out
     assert said.count("left out 100.png: not an image") == 1
-    assert "200 images, 3 unreadable ones left out" in said
+    assert "200 images, 3 unreadable left out" in said
     ours, theirs = (pq.read_table(tmp_path / f"{n}.parquet") for n in ("here", "there"))
     assert theirs.schema == ours.schema
     assert theirs["id"].equals(ours["id"])

@@ -35,7 +35,7 @@ LONG = [
     *sets(*(f"{stage}.epochs={EPOCHS}" for stage in STAGES)),
 ]  # fmt: skip
 ONE = ["--workers", 1, "--cpus-per-worker", 1]
-LOST = "workers were lost and have been started again"
+LOST = "workers were lost; starting them again"
 
 
 @pytest.fixture

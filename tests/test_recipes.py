@@ -64,7 +64,7 @@ def test_override_reaches_any_field() -> None:
         ("boost.confidence_threshold=1.5", "boost.confidence_threshold=1.5"),
         ("encoder.name=vgg", "'convnet', 'resnet18', 'resnet34' or 'resnet50'"),
         ("train.view.flip=-1", "train.view.flip=-1"),
-        ("data.mean=[0.5,0.5]", "mean needs 1 numbers, one per channel"),
+        ("data.mean=[0.5,0.5]", "mean needs one number per channel (channels=1)"),
         ("data.std=[0]", "std must be above 0"),
         ("train.num_neighbors=21", "pretrain.mined_neighbors"),
         ("train.epochs", "write FIELD=VALUE"),

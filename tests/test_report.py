@@ -123,7 +123,7 @@ def test_nearly_all_is_not_called_all() -> None:
     texts = " ".join(s.text for s in judge(health(confident_share=0.9991), 10).sentences)
     assert "over 99% of the images" in texts and "100%" not in texts
     texts = " ".join(s.text for s in judge(health(confident_share=0.001), 10).sentences)
-    assert "under 1% of the images" in texts and "0% of the images are put" not in texts
+    assert "under 1% of the images" in texts and "0% of the images are in" not in texts
 
 
 # ------------------------------------------------------------------------------------- pick
@@ -390,8 +390,8 @@ def test_without_labels_and_without_boost(
         (lambda run: (run / "clusters.json").write_text("{}"), ["clusters.json", "chosen"]),
         (lambda run: (run / "fit.json").write_text('{"picked": 3}'), ["fit.json", "picked"]),
         (lambda run: (run / "report.html").mkdir(), ["is a folder"]),
-        (lambda run: (run / "report.html").write_text("mine"), ["report.html", "no report"]),
-        (lambda run: (run / "report.json").write_text("{}"), ["report.json", "no report"]),
+        (lambda run: (run / "report.html").write_text("mine"), ["report.html", "not a report"]),
+        (lambda run: (run / "report.json").write_text("{}"), ["report.json", "not a report"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_reported_is_refused(

@@ -496,7 +496,7 @@ def test_a_jpeg_is_truncated_wherever_it_is_cut() -> None:
 
 
 def test_far_too_large_images_are_unreadable() -> None:
-    with pytest.raises(decode.UnreadableImage, match=r"64 × 64 pixels .* 4,095 of data.max_pixels"):
+    with pytest.raises(decode.UnreadableImage, match=r"64 × 64 pixels .* data.max_pixels=4095"):
         pixels(encoded(picture(size=(64, 64))), reading=decode.Reading(max_pixels=4095))
     assert pixels(encoded(picture(size=(64, 64))), reading=decode.Reading(max_pixels=4096)).any()
 

@@ -81,7 +81,7 @@ def test_no_home_and_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", nobody)
-    with pytest.raises(UserError, match="no home folder is known"):
+    with pytest.raises(UserError, match="the home folder is unknown"):
         expanded("~/photos")
     options.ready_for_ray()
     assert getpass.getuser() == str(os.getuid())
@@ -112,7 +112,7 @@ def test_nothing_is_written_among_the_images(snscc: Snscc, tmp_path: Path) -> No
         ("fit", photos, "--out", f"{photos}/../photos/", "--overwrite"),
         ("compare", "images", "--data", photos, "--out", photos),
     ):
-        refused(snscc(*words), "is where the images are")
+        refused(snscc(*words), "is the folder of the images")
     assert len(list(photos.iterdir())) == 42
     out = tmp_path / "run"
     done = snscc("run", "images", "--data", photos, "--out", out, *sets(*PHOTOS))
@@ -180,7 +180,7 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
         shell=True, cwd=gone, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "snscc: the current folder is gone; change to one that exists\n"
+    assert done.stderr == "snscc: the current folder no longer exists; change to one that does\n"
 
 
 def test_who_reads_has_gone(tmp_path: Path) -> None:

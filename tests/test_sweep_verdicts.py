@@ -57,7 +57,7 @@ def test_failures_are_said_and_do_not_pass_for_agreement() -> None:
     rows = trials({"5": [0.9, 0.9, 0.9], "10": [0.2, 0.3, None], "2": [None, None, None]})
     verdict = sv.judge(CLAIM, rows, ACC)
     assert verdict.outcome == "cannot be told" and verdict.seeds == 2
-    assert "nothing is known of 2" in verdict.text
+    assert "no results for 2" in verdict.text
     assert "4 of 9 trials failed, were stopped early or are missing" in verdict.text
     # What is known suffices to refuse it.
     worse = trials({"5": [0.1, 0.1], "10": [0.9, 0.9], "2": [None, None]})

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from snscc_ray.answers.report import page
-from snscc_ray.texts import in_markdown, say, shown
+from snscc_ray.texts import counted, in_markdown, say, shown
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,20 @@ def test_what_is_not_seen_is_escaped(text: str, expected: str) -> None:
 
 def test_a_cell_of_markdown_stays_one_cell() -> None:
     assert in_markdown("a|b\n`c` <d> *e* \\") == r"a\|b \`c\` \<d> \*e\* \\"
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "expected"),
+    [
+        (0, ("shard",), "0 shards"),
+        (1, ("shard",), "1 shard"),
+        (1, ("pass", "passes"), "1 pass"),
+        (2, ("pass", "passes"), "2 passes"),
+        (1200, ("image",), "1,200 images"),
+    ],
+)
+def test_one_thing_is_in_the_singular(number: int, words: tuple[str, ...], expected: str) -> None:
+    assert counted(number, *words) == expected
 
 
 @pytest.mark.parametrize("terminal", [True, False])

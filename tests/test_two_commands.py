@@ -98,7 +98,7 @@ def test_who_comes_second_is_refused_at_once(first: str, place: Path, snscc: Sns
             began = time.monotonic()
             done = snscc(*told(words, place))
             said = f"in use by process {pid} (snscc {first}) since {time.strftime('%Y-')}"
-            refused(done, said, "wait until it has ended, or use another f")
+            refused(done, said, "wait until it ends, or use another f")
             assert time.monotonic() - began < 20, second
             assert content(place) == before, second
 

@@ -84,13 +84,13 @@ def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
                 if not is_disk_full(error):
                     raise
                 raise UserError(
-                    f"no space left in {folder}, where --{kind} is made first: free some space"
+                    f"no space left in {folder}, where --{kind} is written first: free some space"
                 ) from error
             found[kind] = difference(model, read(path))
             if not found[kind] <= _TOLERANCE:  # also true for NaN
                 raise UserError(
                     f"--{kind}: the exported file differs from the model by {found[kind]:.2g}, "
-                    f"more than {_TOLERANCE:g}; nothing was written, use the other format"
+                    f"more than {_TOLERANCE:g}; nothing was written, so use the other format"
                 )
         for kind, target in targets.items():
             with made[kind].open("rb") as whole:

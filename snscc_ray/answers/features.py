@@ -47,16 +47,16 @@ def own_images(folder: Path, device: torch.device, display: Display) -> RunImage
     place = recipe.data.path
     if place is not None and not is_url(place) and not Path(place).exists():
         raise UserError(
-            f"the images that {folder} was made of are no longer at {place}: put them back there, "
-            "or run the recipe again"
+            f"the images of the run {folder} are no longer at {place}: put them back there, or run "
+            "the recipe again"
         )
     rows = list_rows(recipe.data)
     catalog, data = bring(recipe.data, rows, device, display)
     known = own_ids(folder)
     if catalog.ids != known:
         raise UserError(
-            f"{rows.place} holds other images than those {folder} was made of ({len(catalog)} "
-            f"now, {len(known)} then); put them back, or run the recipe again"
+            f"{rows.place} does not hold the images of the run {folder} ({len(catalog):,} now, "
+            f"{len(known):,} then); put them back, or run the recipe again"
         )
     return RunImages(folder, recipe, catalog, data, device)
 
@@ -114,12 +114,12 @@ def answering(
     caveat = None
     if trained == "bfloat16" and device.type == "cpu":
         trained, known = "float32", held["in_float32"]
-        caveat = "the run computed in bfloat16 on a GPU; this machine answers in float32"
+        caveat = "the run used bfloat16 on a GPU; this machine answers in float32"
         if known:
             caveat += (
-                f": of {known['rows']:,} images of the run {known['same_cluster']:.2%} get the "
-                f"same cluster, and probabilities differ by {known['largest_difference']:.2g} "
-                "at most"
+                f": {known['same_cluster']:.2%} of {known['rows']:,} images of the run get the "
+                "same cluster, and probabilities differ by at most "
+                f"{known['largest_difference']:.2g}"
             )
     return recipe.model_copy(update={"precision": trained}), caveat
 
@@ -137,7 +137,7 @@ def stage_features(own: RunImages, stage: StageName) -> Tensor:
     encoder = trained_encoder(own.folder, own.recipe, stage, held["network"])
     trained = encoder.adapter if isinstance(encoder, WholeEncoder) else encoder
     checkpoints.load_weights(trained, _part(held["network"], "encoder."), path)
-    encoder.to(own.device, memory_format=torch.channels_last)
+    encoder.to(own.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     normalize = Normalize(*(tuple(held["normalize"][name]) for name in ("mean", "std")))
     recipe = answering(own.recipe, held, own.device)[0]
     data = own_bank(own.folder, own.device) if recipe.encoder.frozen else own.data

@@ -138,7 +138,7 @@ def load_model(folder: Path, device: str = "auto") -> Model:
     if not (folder / "metrics.json").exists():
         begun_by_fit = (folder / FIT_FILE).exists()
         same = "the same `snscc fit` command" if begun_by_fit else "`snscc run --resume --out DIR`"
-        raise UserError(f"{folder} holds a run that is not finished; {same} goes on with it")
+        raise UserError(f"the run in {folder} is not finished; continue it with {same}")
     stage = _last_stage(folder)
     chosen = choose_device(device)
     path = folder / stage / "final.pt"
@@ -161,7 +161,10 @@ def _last_stage(folder: Path) -> StageName:
         # A finished stage whose network is missing is an error: do not fall back to another.
         if any((folder / stage / name).exists() for name in ("final.pt", "stage.json")):
             return stage
-    raise UserError(f"{folder} holds no Train stage, so there are no clusters to predict")
+    raise UserError(
+        f"the run in {folder} has no Train stage, so it has no clusters; run it with --stages "
+        "pretrain,train,boost"
+    )
 
 
 def predict(question: PredictRequest, console: Console, device: str = "auto") -> PredictResult:
@@ -245,12 +248,14 @@ def _known(question: PredictRequest, model: Model, display: Display) -> KnownIma
     ids = own_ids(run)
     features_MD = kept_features(run, stage, len(ids))
     if features_MD is None:
-        display.line("looking at the run's own images, once, to know the nearest")
+        display.line("computing the features of the run's own images once, to find the nearest")
         with claimed(run, display.line):
             try:
                 features_MD = stage_features(own_images(run, model.device, display), stage)
             except (UserError, OSError) as error:
-                display.line(f"no nearest images, as the run's own are not at hand: {error}")
+                display.line(
+                    f"no nearest images, because the images of the run cannot be read: {error}"
+                )
                 return None
     # Cached in half precision, they no longer have unit length.
     features_MD = F.normalize(features_MD, dim=1).to(model.device)

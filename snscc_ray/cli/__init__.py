@@ -60,7 +60,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # escape what the console cannot show
             stream.reconfigure(errors="backslashreplace")
     if not _has_current_folder():  # torch would abort the process
-        fail("the current folder is gone; change to one that exists", 2)
+        fail("the current folder no longer exists; change to one that does", 2)
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
@@ -88,7 +88,7 @@ def main() -> None:
             fail(f"no space left{where}: free some space and run {again}", 2)
         if error.filename is None:
             raise
-        fail(f"{error.filename}: {error.strerror}; check the paths given and their rights", 2)
+        fail(f"{error.filename}: {error.strerror}; check the path and its permissions", 2)
 
 
 def _end_unread() -> NoReturn:

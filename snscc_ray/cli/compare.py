@@ -53,7 +53,7 @@ def compare(
     try:
         rows = run_comparison(Request(wanted, names, folder, overwrite), out)
     except Interrupted:
-        fail("stopped; the same command again goes on from here", 130)
+        fail("stopped; run the same command again to continue", 130)
     shown = columns(rows)
     table = Table("method", *shown.values(), "clusters", "epochs", "seconds", box=None)
     for row in rows:

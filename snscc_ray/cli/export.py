@@ -49,7 +49,7 @@ def export(
     given: dict[Format, str | None] = {"torch": torch, "onnx": onnx}
     wanted = {kind: as_path(name) for kind, name in given.items() if name is not None}
     if not wanted:
-        raise UserError("name a file to write: --onnx model.onnx, or --torch model.pt2")
+        raise UserError("give a file to write: --onnx model.onnx, or --torch model.pt2")
     if len(set(wanted.values())) < len(wanted):
         raise UserError(f"--onnx and --torch are both {onnx}; give two files")
     for kind, target in wanted.items():

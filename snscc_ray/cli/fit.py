@@ -12,6 +12,7 @@ from rich.table import Table
 
 from snscc_ray.cli.options import Settings, fail, out, place_of, say, seconds_of
 from snscc_ray.config.errors import UserError
+from snscc_ray.texts import counted
 
 if TYPE_CHECKING:
     from snscc_ray.fit.fit import FitResult
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 def fit(
     data: Annotated[str, typer.Argument(metavar="DATA", help="folder of images, or shards")],
-    clusters: Annotated[
-        str, typer.Option(help="how many kinds there are, or auto: estimate it")
-    ] = "auto",
+    clusters: Annotated[str, typer.Option(help="number of kinds, or auto to estimate it")] = "auto",
     out_folder: Annotated[
         str | None, typer.Option("--out", help="run folder  [default: runs/NAME OF DATA]")
     ] = None,
@@ -41,19 +40,19 @@ def fit(
         bool, typer.Option("--from-scratch", help="train a new encoder on these images alone")
     ] = False,
     image_size: Annotated[
-        int | None, typer.Option(min=4, max=1024, help="pixels  [default: by data and machine]")
+        int | None, typer.Option(min=4, max=1024, help="in pixels  [default: by data and machine]")
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help="fill 90s, 25m or 2h, or so  [default: what it takes, at most 30m without a GPU "
-            "and 2h with one]",
+            help="time to use, such as 90s, 25m or 2h  [default: as long as needed, at most "
+            "30m without a GPU and 2h with one]",
         ),
     ] = None,
     labels: Annotated[
         bool,
-        typer.Option("--labels", help="sub-folders are classes: measure by them, learn nothing"),
+        typer.Option("--labels", help="sub-folder names are labels, used only to measure"),
     ] = False,
     seed: Annotated[int | None, typer.Option(help="random seed")] = None,
     settings: Settings = None,
@@ -116,7 +115,7 @@ def fit(
         try:
             fitted = fit_images(request, out)
         except (Interrupted, KeyboardInterrupt):
-            fail(f"stopped; the same command goes on with {shlex.quote(str(folder))}", 130)
+            fail(f"stopped; run the same command again to continue {shlex.quote(str(folder))}", 130)
         _show(fitted, folder)
         report(folder, page, out, device=device)
     out.print()
@@ -152,8 +151,9 @@ def _show(fitted: FitResult, folder: Path) -> None:
     if "oracle/acc" in last:
         names = ("acc", "nmi", "ari")
         shown = ", ".join(f"{name.upper()} {last[f'oracle/{name}']:.3f}" for name in names)
-        say(f"By the labels, which only measure: {shown}.")
+        say(f"Measured against the labels: {shown}.")
     if figures["skipped"]:
-        say(f"Left out as unreadable: {figures['skipped']}; the report names them.")
+        left_out = counted(figures["skipped"], "unreadable image")
+        say(f"Left out: {left_out}, named in the report.")
     told = "" if fitted.told_seconds is None else f" (predicted: {fitted.told_seconds / 60:.1f})"
     say(f"It took {fitted.took_seconds / 60:.1f} minutes{told}.")

@@ -87,7 +87,7 @@ def refuse_alone(**given: object) -> None:
     for name, value in given.items():
         if value:
             option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} is for Ray workers; add --workers N")
+            raise UserError(f"{option} needs Ray workers; add --workers N")
 
 
 def say(text: str) -> None:

@@ -10,25 +10,32 @@ import typer
 
 from snscc_ray.cli.options import fail, out, say
 from snscc_ray.config.errors import UserError
+from snscc_ray.texts import counted
 
 
 def pack_folder(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the images, nested or not")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of images, nested or not")],
     shards: Annotated[str, typer.Argument(metavar="OUT", help="folder for the shards")],
-    shard_mb: Annotated[int, typer.Option(min=1, max=2000, help="size of a shard, about")] = 64,
+    shard_mb: Annotated[
+        int, typer.Option(min=1, max=2000, help="approximate size of a shard")
+    ] = 64,
     image_size: Annotated[
         int | None,
-        typer.Option(min=4, max=1024, help="make larger images squares of this side, encoded anew"),
+        typer.Option(
+            min=4,
+            max=1024,
+            help="resize larger images to squares of this side, and encode them again",
+        ),
     ] = None,
     folders_are_labels: Annotated[
         bool, typer.Option("--folders-are-labels", help="sub-folder names become labels")
     ] = False,
     jobs: Annotated[int, typer.Option(min=0, help="processes; 0: one per core")] = 0,
     skip_corrupt: Annotated[
-        bool, typer.Option("--skip-corrupt", help="leave out unreadable images, and list them")
+        bool, typer.Option("--skip-corrupt", help="leave out unreadable images and list them")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace the shards that a pack left in OUT")
+        bool, typer.Option("--overwrite", help="replace earlier shards in OUT")
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="only check the finished shards in OUT")
@@ -59,14 +66,15 @@ def pack_folder(
             request = pack.Request(expanded(folder), place, options, jobs, skip_corrupt, overwrite)
             found = pack.pack(request, out)
         except KeyboardInterrupt:
-            fail("stopped; the same command again keeps the finished shards", 130)
+            fail("stopped; run the same command again to continue: finished shards are kept", 130)
     rate = f", {found.packed / found.seconds:,.0f} images/s" if found.packed else ""
     lines = [
-        f"{'OK: ' * verify}{found.shards:,} shards, {found.rows:,} rows, "
+        f"{'OK: ' * verify}{counted(found.shards, 'shard')}, {counted(found.rows, 'row')}, "
         f"{found.bytes / 1e6:,.1f} MB, {len(found.skipped):,} skipped{rate}"
     ]
     if found.first_frames:
-        lines.append(f"Of several frames or pages the first is kept: {found.first_frames:,} images")
+        cut = counted(found.first_frames, "image")
+        lines.append(f"Only the first frame or page is kept of {cut}")
     if found.skipped:
         lines.append(f"Left out: {place / pack.SKIPPED}")
     if not verify:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from snscc_ray.cli.options import SCALE, Address, launcher, out, place_of, refuse_alone, say
 from snscc_ray.config.errors import UserError
+from snscc_ray.texts import counted
 
 
 def predict(
@@ -17,9 +18,12 @@ def predict(
     out_file: Annotated[
         str, typer.Option("--out", "-o", help="file to write, .parquet or .csv")
     ] = "predictions.parquet",
-    top: Annotated[int, typer.Option(min=1, help="clusters to list for each image")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="number of clusters to list for each image")] = 3,
     nearest: Annotated[
-        int, typer.Option(min=0, help="most similar images of the run to list for each; 0: none")
+        int,
+        typer.Option(
+            min=0, help="number of most similar images of the run to list for each; 0: none"
+        ),
     ] = 3,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace --out")] = False,
@@ -94,6 +98,6 @@ def predict(
     for row in sizes.sort_by("cluster").to_pylist():
         table.add_row(str(row["cluster"]), f"{row['id_count']:,}", f"{row['confidence_mean']:.3f}")
     out.print(table)
-    left_out = f", {found.left_out} unreadable ones left out" if found.left_out else ""
+    left_out = f", {found.left_out:,} unreadable left out" if found.left_out else ""
     out.print()
-    say(f"{found.table.num_rows:,} images{left_out}: {out_file}")
+    say(f"{counted(found.table.num_rows, 'image')}{left_out}: {out_file}")

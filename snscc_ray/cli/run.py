@@ -23,6 +23,7 @@ from snscc_ray.cli.options import (
 )
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, StageName
+from snscc_ray.texts import counted
 
 
 def run(
@@ -70,14 +71,16 @@ def run(
     storage: Annotated[
         str | None,
         typer.Option(
-            help="where runs live, such as s3://BUCKET/runs; --out is then STORAGE/RECIPE",
+            help="folder or URL for runs, such as s3://BUCKET/runs; --out is then STORAGE/RECIPE",
             rich_help_panel=SCALE,
         ),
     ] = None,
     address: Address = None,
     wait: Annotated[
         float,
-        typer.Option(min=0, help="seconds until the workers must be placed", rich_help_panel=SCALE),
+        typer.Option(
+            min=0, help="seconds to wait for the workers to be placed", rich_help_panel=SCALE
+        ),
     ] = 600.0,
 ) -> None:
     """Run a recipe: Pretrain → Train → Boost, into one folder.
@@ -113,7 +116,10 @@ def run(
     if download:
         overrides.append("data.download=true")
     if storage is not None and out_folder is not None:
-        raise UserError("--out is the run folder and --storage where run folders lie; give one")
+        raise UserError(
+            "--out is the run folder, and --storage is the folder that holds run folders; give one "
+            "of them"
+        )
     folder = as_path(out_folder or f"{(storage or 'runs').rstrip('/')}/{recipe}")
     request = Request(recipe, overrides, folder, chosen_stages, resume, overwrite, seconds)
     counts = _workers(workers)
@@ -179,7 +185,7 @@ def _print_result(figures: dict[str, object], folder: Path) -> None:
     if any(row.get("health/restored") for row in stages.values()):
         out.print("Boost made the label-free score worse: the best earlier state was kept.")
     if figures["skipped"]:
-        out.print(f"{figures['skipped']} unreadable images were left out.")
+        out.print(f"Left out: {counted(int(str(figures['skipped'])), 'unreadable image')}.")
     out.print()
     say(f"Run folder: {folder}")
 

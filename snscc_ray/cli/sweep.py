@@ -19,6 +19,7 @@ from snscc_ray.cli.options import (
 from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
+from snscc_ray.texts import counted
 
 _METRICS = (
     "health/score", "health/neighbor_agreement", "health/balance", "health/confidence",
@@ -39,14 +40,16 @@ def sweep(
     out_folder: Annotated[
         str | None, typer.Option("--out", help="sweep folder  [default: runs/RECIPE-SPACE]")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="runs of every point, from --seed on")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="runs of each point, with seeds from --seed on")
+    ] = 3,
     seed: Annotated[int | None, typer.Option(help="the first seed")] = None,
     settings: Settings = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="only so many points  [default: all]")
+        int | None, typer.Option(min=1, help="number of points to try  [default: all]")
     ] = None,
     searcher: Annotated[
-        str, typer.Option(help="random, or optuna: what points --samples takes")
+        str, typer.Option(help="how --samples chooses points: random or optuna")
     ] = "random",
     scheduler: Annotated[
         str, typer.Option(help="none, asha or median: stops trials that fall behind")
@@ -59,17 +62,20 @@ def sweep(
         bool, typer.Option("--overwrite", help="replace the sweep in --out")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="run a few steps and say what the sweep would take")
+        bool, typer.Option("--dry-run", help="run a few steps and print the expected time")
     ] = False,
     max_concurrent: Annotated[
         int | None,
-        typer.Option(min=1, help="trials at a time, if fewer than fit", rich_help_panel=SCALE),
+        typer.Option(
+            min=1, help="most trials at a time  [default: as many as fit]", rich_help_panel=SCALE
+        ),
     ] = None,
     cpus_per_trial: Annotated[
-        float, typer.Option(min=0.01, help="of each worker", rich_help_panel=SCALE)
+        float, typer.Option(min=0.01, help="CPUs of each worker", rich_help_panel=SCALE)
     ] = 1.0,
     gpus_per_trial: Annotated[
-        float, typer.Option(min=0, help="of each worker; .25 shares a GPU", rich_help_panel=SCALE)
+        float,
+        typer.Option(min=0, help="GPUs of each worker; .25 shares one", rich_help_panel=SCALE),
     ] = 0.0,
     workers_per_trial: Annotated[
         int, typer.Option(min=1, help="Ray Train workers of each trial", rich_help_panel=SCALE)
@@ -98,20 +104,20 @@ def sweep(
     if searcher not in ("random", "optuna"):
         raise UserError(f"--searcher {searcher}: use random or optuna")
     if searcher == "optuna" and samples is None:
-        raise UserError("--searcher optuna needs --samples: how many points it may ask for")
+        raise UserError("--searcher optuna needs --samples, the number of points to try")
     if metric not in _METRICS:
         raise UserError(f"--metric {metric}: use one of {', '.join(_METRICS)}")
     if workers_per_trial > 1 and gpus_per_trial not in (0, 1):
         raise UserError(
-            f"--gpus-per-trial {gpus_per_trial:g}: each of --workers-per-trial {workers_per_trial} "
-            "takes a whole GPU; use 1 or 0"
+            f"--gpus-per-trial {gpus_per_trial:g}: with --workers-per-trial {workers_per_trial} "
+            "each worker takes a whole GPU; use 1 or 0"
         )
     overrides = overrides_of(settings, seed, data)
     chosen = override(recipes.get(recipe), overrides)
     label = space.replace(".py:", "-").replace("/", "-")
     folder = as_path(out_folder or f"runs/{recipe}-{label}")
     if metric.startswith("oracle/"):
-        out.print(f"Searching by {metric}, which reads the labels, as asked.", highlight=False)
+        out.print(f"The search maximises {metric}, which uses the labels.", highlight=False)
     ready_for_ray()
     try:
         from snscc_ray.sweep.run import Request, run_sweep
@@ -133,9 +139,9 @@ def sweep(
         request = Request(space, chosen, folder, options, seeds, samples, overwrite, dry_run)
         summary = run_sweep(request, out)
     except (Interrupted, KeyboardInterrupt):
-        fail("stopped; the same command again goes on from here", 130)
+        fail("stopped; run the same command again to continue", 130)
     if summary is None:
-        out.print("Nothing was written. Leave --dry-run out to start.", highlight=False)
+        out.print("Nothing was written. Leave --dry-run out to start the sweep.", highlight=False)
         return
     for line in summary.text.splitlines():
         say(line)
@@ -143,5 +149,5 @@ def sweep(
     say(f"Sweep folder: {folder}")
     failed = sum(row["status"] == "failed" for row in summary.rows)
     if failed:
-        again = "the reasons are in the table, and the same command tries them again"
-        fail(f"{failed} of {len(summary.rows)} trials failed; {again}", 1)
+        again = "the table gives the reasons; run the same command again to retry them"
+        fail(f"{failed} of {counted(len(summary.rows), 'trial')} failed; {again}", 1)

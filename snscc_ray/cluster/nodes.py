@@ -36,6 +36,7 @@ from snscc_ray.config.paths import is_url
 from snscc_ray.core.storage import write_whole
 from snscc_ray.runs.folder import SEEN
 from snscc_ray.runs.local import terminated_like_interrupted
+from snscc_ray.texts import counted
 
 _LINE_SECONDS = 10.0
 
@@ -65,9 +66,8 @@ def connected(scale: Scale) -> Iterator[None]:
             yield
     except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
         raise UserError(
-            "Ray's object store is full, and so is the disk that takes what it cannot hold (Ray "
-            "keeps 5 % of it free): free some space on it, on every node, and run the same "
-            "command again"
+            "Ray's object store is full, and so is the disk it spills to (Ray keeps 5 % of it "
+            "free): free some space on every node, and run the same command again"
         ) from error
     finally:
         ray.shutdown()
@@ -91,15 +91,15 @@ def reserved(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
             why = small or _free()
             if time.monotonic() > give_up:
                 raise UserError(
-                    f"{fewest} workers of {amounts(bundle)} could not be placed within "
-                    f"{scale.wait:g} s: {why}; {scale.smaller if small else scale.fewer}, "
-                    "or see why nodes do not come with `ray status`"
+                    f"{counted(fewest, 'worker')} of {amounts(bundle)} could not be placed within "
+                    f"{scale.wait:g} s: {why}; {scale.smaller if small else scale.fewer}, or see "
+                    "with `ray status` why nodes do not come"
                 )
             if time.monotonic() - shown > _LINE_SECONDS:
                 shown = time.monotonic()
                 left = give_up - shown
                 say(
-                    f"waiting for {fewest} workers of {amounts(bundle)} each: {why}; "
+                    f"waiting for {counted(fewest, 'worker')} of {amounts(bundle)}: {why}; "
                     f"giving up in {left:.0f} s"
                 )
         yield _probe(group, bundle, fewest)

@@ -31,8 +31,8 @@ def predict_on_ray(question: PredictRequest, console: Console, scale: Scale) -> 
         answerer, data, rows = prepare(question, display, "auto" if scale.gpu else "cpu")
         if not rows.streamable:
             raise UserError(
-                f"--workers: {rows.place} holds no image files and no Parquet shards, which is "
-                "what workers read; leave --workers out"
+                f"--workers reads only image files and Parquet shards, and {rows.place} holds "
+                "neither; leave --workers out"
             )
         with connected(scale):
             with reserved(scale, display.line) as probes:

@@ -41,8 +41,7 @@ class Relay:
         if self._starts > 1:
             self._events.append(("finish", ()))
             self._events.append(
-                ("line", ("workers were lost and have been started again: going on from the last "
-                          "checkpoint",))
+                ("line", ("workers were lost; starting them again from the last checkpoint",))
             )  # fmt: skip
         return self._starts
 

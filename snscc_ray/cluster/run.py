@@ -23,6 +23,7 @@ from snscc_ray.runs.local import report_skipped
 from snscc_ray.runs.monitor import Journal
 from snscc_ray.runs.plan import check, make_plan
 from snscc_ray.runs.run import Request, Result, final_figures
+from snscc_ray.texts import counted
 
 
 def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
@@ -43,7 +44,7 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     resume = request.resume or (unfinished and not overwrite)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     if recipe.runtime.device == "cuda" and not scale.gpu:
-        raise UserError("runtime.device=cuda needs workers with a GPU each; add --gpu")
+        raise UserError("runtime.device=cuda needs workers with one GPU each; add --gpu")
     counts = range(scale.workers[0], scale.workers[1] + 1)
     plan = make_plan(recipe, counts)
     recipe, rows = plan.recipe, plan.rows
@@ -74,9 +75,11 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
 
 def _headline(recipe: Recipe, catalog: Catalog, scale: Scale) -> str:
     fewest, most = scale.workers
-    workers = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    workers = counted(most, "Ray worker")
+    if fewest != most:
+        workers = f"{fewest} to {workers}"
     return (
         f"{recipe.name}: {len(catalog):,} images of {recipe.data.image_size} px, "
-        f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {workers} Ray "
-        f"worker{'s' * (most > 1)} with a {'GPU' if scale.gpu else 'CPU share'} each"
+        f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {workers} "
+        f"with a {'GPU' if scale.gpu else 'CPU share'} each"
     )

@@ -64,8 +64,8 @@ def check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except OSError as error:
         raise UserError(
-            f"--address {address}: nothing answers there ({error}); start the cluster, or leave "
-            "--address out to run on this machine"
+            f"--address {address}: no answer ({error}); start the cluster, or leave --address out "
+            "to run on this machine"
         ) from error
 
 
@@ -77,10 +77,9 @@ def why_not_joined(address: str, error: BaseException, said: str) -> str:
     reason = " ".join(str(error).split())
     if "ersion mismatch" in reason:
         return (
-            f"the cluster at {address} runs another Ray or Python than this machine "
-            f"(here: Ray {importlib.metadata.version('ray')}, Python "
-            f"{platform.python_version()}): install the same versions on both. "
-            f"Ray says: {reason[:300]}"
+            f"the cluster at {address} has another version of Ray or Python than this machine "
+            f"(here: Ray {importlib.metadata.version('ray')}, Python {platform.python_version()}): "
+            f"install the same versions on both. Ray says: {reason[:300]}"
         )
     if "uthenticat" in reason + said or "token" in reason.lower():
         return (
@@ -108,7 +107,7 @@ def why_failed(error: BaseException) -> str:
     cause: object = next(iter(failures.values()), error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return (
-        f"the workers failed too often: {lines[-1] if lines else type(error).__name__}; mend that "
+        f"the workers failed too often: {lines[-1] if lines else type(error).__name__}; fix that "
         "and run the same command again to continue, or raise runtime.max_failures"
     )
 
@@ -133,7 +132,7 @@ def too_small(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]])
     if any(all(node.get(k, 0) >= amount for k, amount in bundle.items()) for node in nodes):
         return None
     most = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in bundle}
-    return f"no node that is up holds one of them (at most {amounts(most)} on a node)"
+    return f"no running node is large enough for one (at most {amounts(most)} on a node)"
 
 
 def amounts(bundle: Mapping[str, float]) -> str:
@@ -184,7 +183,7 @@ def check_alike(probes: Sequence[Probe], gpu: bool) -> None:
                 )
         if gpu and probe.gpu_memory is None:
             raise UserError(
-                f"node {probe.node} gives a GPU, but torch sees none there: install a torch built "
+                f"node {probe.node} has a GPU, but torch sees none there: install a torch built "
                 "for its CUDA driver, or leave --gpu out"
             )
 
@@ -203,8 +202,8 @@ def unseen(address: str, marker: str, token: str, files: list[str]) -> str | Non
     path = as_path(marker)
     if not path.exists() or path.read_text() != token:
         return (
-            f"node {node} does not see {path.parent}: give an --out, or of `snscc run` "
-            "a --storage, that every node sees, such as s3://BUCKET/runs or a shared file system"
+            f"node {node} does not see {path.parent}: give an --out (or a --storage, with `snscc "
+            "run`) that every node sees, such as s3://BUCKET/runs or a shared file system"
         )
     return unread(address, files)
 
@@ -218,6 +217,6 @@ def unread(address: str, files: list[str]) -> str | None:
         except OSError as error:
             return (
                 f"node {_called(address)} cannot read {file} ({error.strerror or error}): give "
-                "images that every node sees, or copy it there"
+                "images that every node sees, or copy them to it"
             )
     return None

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
-from snscc_ray.compare.methods import METHODS, load, ours
+from snscc_ray.compare.methods import METHODS, load, ours, stages_of
 from snscc_ray.compare.study import MethodResult, Study, method_folder
 from snscc_ray.compare.table import Row, figures_of, line, write_table
 from snscc_ray.config.errors import UserError
@@ -76,7 +76,7 @@ def _compare(request: Request, display: Display) -> list[Row]:
         for index, method in enumerate(request.methods):
             place = f"[{index + 1}/{len(request.methods)}] {method}"
             if _outcome(study, method) is not None:
-                display.line(f"{place}: done before")
+                display.line(f"{place}: already done")
                 rows = _rows(study, failed)
                 continue
             display.line(f"{place}: {METHODS[method].title}")
@@ -101,7 +101,7 @@ def _prepare(request: Request, display: Display) -> Study:
         raise UserError("a comparison runs in one process; leave torchrun out")
     device = choose_device(recipe.runtime.device)
     _check_folder(request)
-    recipe, images = _load(recipe, device, display)
+    recipe, images = _load(request, device, display)
     held = {"recipe": recipe.model_dump(mode="json"), "images": images.catalog.fingerprint}
     _check_images(request, images.catalog)
     if request.overwrite:
@@ -126,7 +126,7 @@ def _check_folder(request: Request) -> None:
     if not path.exists():
         if holds_something(folder):
             raise UserError(
-                f"{folder} already holds files that are no comparison; use another --out"
+                f"{folder} already holds other files, but no comparison; use another --out"
             )
         return
     if request.overwrite:
@@ -136,8 +136,8 @@ def _check_folder(request: Request) -> None:
     difference = first_difference(there, recipe.model_dump(mode="json"))
     if difference:
         raise UserError(
-            f"{folder} holds a comparison by other settings ({difference}); "
-            "use another --out, or --overwrite"
+            f"{folder} holds a comparison with other settings ({difference}); use another --out, "
+            "or --overwrite"
         )
 
 
@@ -148,22 +148,24 @@ def _check_images(request: Request, catalog: Catalog) -> None:
     check_images(request.folder, catalog)
     if storage.read_json(path)["images"] != catalog.fingerprint:  # older folders have no ids
         raise UserError(
-            f"{request.folder} holds a comparison on other images than these; "
-            "use another --out, or --overwrite"
+            f"{request.folder} holds a comparison of other images; use another --out, or "
+            "--overwrite"
         )
 
 
-def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Recipe, ImageSet]:
+def _load(request: Request, device: torch.device, display: Display) -> tuple[Recipe, ImageSet]:
     """Load the dataset into memory; return the recipe completed from it, and the images.
 
-    Raises UserError, also if the dataset would have to be streamed.
+    Checks the batch sizes and neighbours of only the stages whose settings the methods use. Raises
+    UserError, also if the dataset would have to be streamed.
     """
+    recipe, stages = request.recipe, stages_of(request.methods)
     if recipe.encoder.weights is not None:
         raise UserError(
-            "encoder.weights: a comparison is fair where every method starts from random weights; "
-            "leave them out"
+            "encoder.weights: every method of a comparison starts from random weights; leave "
+            "encoder.weights out"
         )
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, stages=stages)
     recipe, rows = plan.recipe, plan.rows
     mode, why = choose_mode(recipe.data, len(rows.ids), free_bytes(device), rows.streamable)
     if mode == "stream":
@@ -176,7 +178,7 @@ def _load(recipe: Recipe, device: torch.device, display: Display) -> tuple[Recip
     display.finish()
     report_skipped(images.catalog.for_clusters(recipe.data.num_clusters), display)
     if images.catalog.skipped:  # fewer images than were checked
-        check(recipe, len(images), 1)
+        check(recipe, len(images), 1, stages)
     return recipe, images
 
 

@@ -40,7 +40,7 @@ def cluster_some(
     clusters_N = study.timed(everything)
     if N <= ROWS:
         return MethodResult(clusters_N)
-    note = f"needs N × N: found on {ROWS:,} of {N:,} rows, the rest by nearest centroid"
+    note = f"needs an N × N matrix: {ROWS:,} of {N:,} rows clustered, the rest by centroid"
     return MethodResult(clusters_N, note=note)
 
 

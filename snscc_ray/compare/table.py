@@ -124,17 +124,16 @@ def as_markdown(recipe: Recipe, rows: list[Row], images: int) -> str:
         "",
         *("| " + " | ".join(parts) + " |" for parts in lines),
         "",
-        f"Encoder of every deep method: {recipe.encoder.name}. Each network trains as the recipe's "
-        f"Train stage does (batch size {train.batch_size}, epochs {train.epochs}, "
-        f"{train.optimizer} at {train.learning_rate:g}), Pretrain and Boost by their own settings, "
-        "SCAN's self-labelling by those of Boost; `epochs` lists the networks trained one after "
-        "the other. `seconds` holds all parts of a method, also those it shares with another. "
-        "`clusters` counts those with a tenth of an equal share or more.",
+        f"All deep methods use the encoder {recipe.encoder.name}. Networks train with the recipe's "
+        f"Train settings (batch size {train.batch_size}, epochs {train.epochs}, {train.optimizer} "
+        f"at {train.learning_rate:g}); Pretrain, Boost and SCAN's self-labelling (as Boost) have "
+        "their own. `epochs` lists the networks in the order of their training. `seconds` includes "
+        "parts shared with other methods. `clusters` counts those with at least a tenth of an "
+        "equal share.",
         "",
-        f"A method from scratch has the {train.epochs} epochs alone, SNSCC {ours} in all: "
-        f"`--set train.epochs={ours} --methods iic,pica,cc`, in another folder, gives them as "
-        "many.",
+        f"A method from scratch trains for {train.epochs} epochs, SNSCC for {ours} in all. To give "
+        f"them as many, use `--set train.epochs={ours} --methods iic,pica,cc` with another folder.",
     ]
     if beside:
-        text += ["", f"Beside them: {SOURCE}; by other encoders and settings, on the whole set."]
+        text += ["", f"Paper: {SOURCE}; with other encoders and settings, on the whole dataset."]
     return "\n".join(text) + "\n"

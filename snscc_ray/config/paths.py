@@ -28,7 +28,7 @@ def as_path(text: str | Path) -> Path:
             "pip install universal-pathlib and s3fs (S3) or gcsfs (Google Cloud)"
         ) from error
     except ValueError as error:
-        raise UserError(f"{text} is a URL of no kind known here ({error})") from error
+        raise UserError(f"{text}: this kind of URL is not supported ({error})") from error
     return cast(Path, path)
 
 
@@ -50,7 +50,7 @@ def expanded(text: str | Path) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{text}: no home folder is known here; give the path in full") from error
+        raise UserError(f"{text}: the home folder is unknown; give the full path") from error
 
 
 def as_text(name: str) -> str:

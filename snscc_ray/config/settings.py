@@ -64,7 +64,9 @@ class DataSettings(Settings):
         None,
         description="grey level behind transparent pixels; None: white if the content shows on it",
     )
-    max_pixels: Count = Field(500_000_000, description="of an image; a larger one is unreadable")
+    max_pixels: Count = Field(
+        500_000_000, description="of an image; larger images count as unreadable"
+    )
     skip_corrupt: bool = Field(False, description="count and leave out unreadable images")
     limit: Count | None = Field(None, description="keep only the first rows (a quick try)")
     mode: Literal["auto", "resident", "stream"] = Field(
@@ -82,7 +84,7 @@ class DataSettings(Settings):
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and len(value) != self.channels:
-                raise ValueError(f"{name} needs {self.channels} numbers, one per channel")
+                raise ValueError(f"{name} needs one number per channel (channels={self.channels})")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError("value_range needs the smaller number first")
         if self.std is not None and min(self.std) <= 0:
@@ -250,7 +252,7 @@ class TrainSettings(StageSettings):
     num_neighbors: Count = Field(10, description="K")
     entropy_weight: NonNegative = Field(5.0, description="ε")
     max_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
-        1.0, description="how many times the smallest cluster the largest may be, unpunished"
+        1.0, description="ratio of the largest to the smallest cluster that costs nothing"
     )
     local_weight: NonNegative = Field(1.0, description="α1")
     global_weight: NonNegative = Field(1.0, description="α2")
@@ -258,8 +260,8 @@ class TrainSettings(StageSettings):
     mined_weight: NonNegative = Field(1.0, description="of neighbours mined over the whole set")
     mined_from: Literal["images", "predictions"] = Field(
         "images",
-        description="one mined neighbour's augmented image per row, with gradient; or what was "
-        "last said of all K, without (a third less work, and no random access)",
+        description="images: one mined neighbour's augmented image per row, with gradient; "
+        "predictions: the last predictions of all K, without (a third less work, no random access)",
     )
     temperature: Positive = Field(1.0, description="τ of Eq. 7")
     agreement: Literal["linear", "log"] = Field("linear", description="-O, or -log O")
@@ -278,8 +280,8 @@ class TrainSettings(StageSettings):
     def _imbalance_is_for_soft(self) -> TrainSettings:
         if self.max_imbalance > 1 and self.objective != "soft":
             raise ValueError(
-                f"max_imbalance={self.max_imbalance:g} is for objective=soft; the sum of "
-                f"{self.objective} has no place for it"
+                f"max_imbalance={self.max_imbalance:g} is for objective=soft and has no effect "
+                f"with objective={self.objective}; use objective=soft, or leave max_imbalance out"
             )
         return self
 
@@ -300,8 +302,8 @@ class BoostSettings(StageSettings):
     )
     score_tolerance: Fraction = Field(
         0.001,
-        description="how far the label-free score may fall before Boost is undone: it falls where "
-        "the clusters leave the pretext's neighbours, for worse or for better",
+        description="how far the label-free score may fall before Boost is undone; it falls when "
+        "clusters leave the pretext's neighbours, for worse or for better",
     )
     view: View
 

@@ -77,7 +77,7 @@ def load_final(path: Path, channels: int, device: torch.device | str) -> dict[st
     except (KeyError, TypeError, ValueError, RuntimeError):
         sound = False
     if not sound:
-        raise UserError(f"checkpoint {path} holds no network that can answer: {AGAIN}")
+        raise UserError(f"checkpoint {path} holds no usable network: {AGAIN}")
     return held
 
 
@@ -99,7 +99,7 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor], origin: obje
             have = tuple(state[name].shape) if name in state else "absent"
             want = tuple(own[name].shape) if name in own else "absent"
             raise UserError(
-                f"{origin} is of another architecture: {name} is {have} there and {want} in this "
+                f"{origin} has another architecture: {name} is {have} there and {want} in this "
                 "recipe; bring back the recipe.json that it was made with, or run the recipe into "
                 "another folder"
             )

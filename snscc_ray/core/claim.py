@@ -111,7 +111,7 @@ def _make(folder: Path) -> list[Path]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir():
-        raise UserError(f"{there} is a file and no folder; use another folder")
+        raise UserError(f"{there} is a file, not a folder; use another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -225,10 +225,10 @@ def _silent_seconds(path: Path) -> float:
 def _in_use(what: Path, path: Path, text: str) -> str:
     about = _about(text)
     if not about:
-        return f"{what} is in use by a process that has just begun; try again in a moment"
+        return f"{what} is in use by a process that has just started; try again in a moment"
     here = about["machine"] == _machine()
     who = f"process {about['pid']} ({about['command']})" + f" on {about['host']}" * (not here)
-    mend = f"wait until it has ended, or use another {'folder' if path.name == CLAIM else 'file'}"
+    mend = f"wait until it ends, or use another {'folder' if path.name == CLAIM else 'file'}"
     if not here:
         mend += f"; if it no longer runs there, remove {path}"
     return f"{what} is in use by {who} since {about['since']}: {mend}"

@@ -64,7 +64,7 @@ def check_writable(path: Path) -> None:
         return
     there = next(place for place in path.absolute().parents if place.exists())
     if not there.is_dir():
-        raise UserError(f"{path}: {there} is a file and no folder; give another file")
+        raise UserError(f"{path}: {there} is a file, not a folder; give another file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{path}: {there} is not writable; give a file in another folder")
 

@@ -172,10 +172,10 @@ def why_unreadable(error: Exception) -> str:
 def content_of(source: Source) -> bytes | np.ndarray:
     """Return the bytes of a file, or an array. Raises UnreadableImage, OSError or UserError."""
     if source is None:
-        raise UnreadableImage("there are no image bytes (a path beside them is not followed)")
+        raise UnreadableImage("the row has no image bytes (a path in it is not followed)")
     if isinstance(source, Path):
         if source.exists() and not source.is_file():  # reading a pipe would block
-            raise UnreadableImage("it is no regular file")
+            raise UnreadableImage("not a regular file")
         return source.read_bytes()
     if not isinstance(source, bytes | np.ndarray):  # a URL, see paths.py
         return _fetch(source)
@@ -256,8 +256,8 @@ def _open(encoded: bytes, size: int, reading: Reading) -> Image.Image:
     image.load()
     if halved and max(high for _, high in _extrema(image.convert("RGB"))) < _DARKEST:
         raise UnreadableImage(
-            "it has 16 bits a channel, of which the upper 8 are read, and these hold (almost) "
-            "nothing: save it with 8 bits a channel"
+            "only the upper 8 of its 16 bits per channel are read, and they are (almost) empty: "
+            "save it with 8 bits per channel"
         )
     return image
 
@@ -267,8 +267,8 @@ def open_image(encoded: bytes, reading: Reading) -> Image.Image:
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     if image.width * image.height > reading.max_pixels:
         raise UnreadableImage(
-            f"{image.width:,} × {image.height:,} pixels are more than the "
-            f"{reading.max_pixels:,} of data.max_pixels"
+            f"{image.width:,} × {image.height:,} pixels are more than "
+            f"data.max_pixels={reading.max_pixels}"
         )
     return image
 
@@ -294,7 +294,7 @@ def deep_range(image: Image.Image) -> tuple[float, float]:
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise UnreadableImage("it holds values that are no numbers (NaN or infinite)")
+        raise UnreadableImage("it holds NaN or infinite values")
     return low, high
 
 
@@ -313,8 +313,8 @@ def _to_8_bits(image: Image.Image, reading: Reading) -> Image.Image:
     own = deep_range(image)
     if reading.value_range is None and not reading.own_range:
         raise UnreadableImage(
-            f"its values of more than 8 bits, here {own[0]:g} to {own[1]:g}, have no known range: "
-            "say with data.value_range=[LOW,HIGH] which are black and white"
+            f"its values, {own[0]:g} to {own[1]:g}, have more than 8 bits and an unknown range: "
+            "set data.value_range=[LOW,HIGH], where LOW is black and HIGH is white"
         )
     low, high = reading.value_range or own
     # Each integer gets an equal step, so that 0 to 255 stay unchanged.

@@ -42,8 +42,8 @@ class Catalog:
         if self.distinct >= clusters:
             return self
         note = (
-            f"only {self.distinct:,} of the {len(self):,} images differ, which are fewer than the "
-            f"{clusters:,} clusters: the same image is in the same cluster"
+            f"only {self.distinct:,} of the {len(self):,} images are different, fewer than the "
+            f"{clusters:,} clusters: identical images are in the same cluster"
         )
         return replace(self, notes=(*self.notes, note))
 
@@ -67,7 +67,7 @@ def check_ids(rows: Rows) -> None:
     if times > 1:
         raise UserError(
             f"id {repeated!r} occurs {times} times in {rows.place}: make the ids unique, or leave "
-            "them out to have the rows numbered"
+            "the column out to number the rows"
         )
 
 
@@ -80,8 +80,8 @@ def corrupt(rows: Rows, row: int, reason: str) -> UserError:
 
 def all_corrupt(rows: Rows, row: int, reason: str) -> UserError:
     return UserError(
-        f"all {len(rows.ids)} images in {rows.place} are corrupt, the first ({rows.ids[row]!r}) "
-        f"by: {reason}; give a folder with readable images"
+        f"no image in {rows.place} is readable (the first of {len(rows.ids)}, {rows.ids[row]!r}: "
+        f"{reason}): give a folder with readable images"
     )
 
 
@@ -107,7 +107,7 @@ def assemble(
             if progress is not None:
                 progress(done, total)
     if done != total:
-        raise UserError(f"{rows.place} changed while it was read: run again when it is at rest")
+        raise UserError(f"{rows.place} changed while it was read: run again once it is stable")
     if len(failed) == total:
         raise all_corrupt(rows, *failed[0])
     kept = np.setdiff1d(np.arange(total), [row for row, _ in failed])

@@ -25,14 +25,14 @@ class Labels:
         values = [_plain(value) for value in table["label"].to_pylist()]
         odd = next((value for value in values if isinstance(value, _Odd)), None)
         if odd is not None:
-            self._amiss = self._amiss or f"{odd.value!r:.60} in {shard.file.name} is no class"
+            self._amiss = self._amiss or f"{odd.value!r:.60} in {shard.file.name} is not a class"
         self._values += values
         if shard.class_name:
             for label, name in set(zip(values, table["class_name"].to_pylist(), strict=True)):
                 known = None if name is None or label is None else str(name)
                 if known is not None and self._names.setdefault(label, known) != known:
                     both = f"{self._names[label]!r} and {known!r}"
-                    self._amiss = f"label {label} is called both {both} in {shard.file.name}"
+                    self._amiss = f"label {label} has two names in {shard.file.name}, {both}"
 
     def concluded(self, rows: int) -> tuple[np.ndarray | None, tuple[str, ...] | None, str | None]:
         """Return labels, int64 (N,), and class names if all rows have a label, and a note."""
@@ -41,14 +41,14 @@ class Labels:
             return None, None, None
         amiss = self._amiss
         if bare:
-            amiss = amiss or f"{bare:,} of {rows:,} rows have none"
+            amiss = amiss or f"{bare:,} of {rows:,} rows have no label"
         texts = {value for value in self._values if isinstance(value, str)}
         if texts and any(isinstance(value, int) for value in self._values):
-            amiss = amiss or "some are numbers and some are texts"
+            amiss = amiss or "some labels are numbers and some are text"
         if len(texts) > MAX_CLASSES:
-            amiss = amiss or f"{len(texts):,} different ones are too many"
+            amiss = amiss or f"{len(texts):,} different labels are too many"
         if amiss:
-            return None, None, f"the column `label` is left aside: {amiss}"
+            return None, None, f"the column `label` is ignored: {amiss}"
         if texts:
             classes = {name: number for number, name in enumerate(sorted(texts))}
             return np.array([classes[v] for v in self._values], np.int64), tuple(classes), None

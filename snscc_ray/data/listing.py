@@ -47,7 +47,7 @@ class ImageListing:
         named = ", ".join(f"{kind} ({count:,})" for kind, count in kinds[:_ENDINGS])
         more = sum(count for _, count in kinds[_ENDINGS:])
         rest = f" and others ({more:,})" if more else ""
-        return (f"left aside, being no images that can be read: {named}{rest}",)
+        return (f"ignored, because they are not readable images: {named}{rest}",)
 
 
 def find_images(root: Path) -> ImageListing:
@@ -162,7 +162,7 @@ def _ends_like_an_image(name: str) -> bool:
 
 
 def _ending(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "without an ending"
+    return os.path.splitext(name)[1].lower() or "without an extension"
 
 
 def _special(file: str) -> str | None:

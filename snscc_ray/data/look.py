@@ -168,20 +168,20 @@ def _notes(
     seen: ImageStats, value_range: tuple[float, float] | None, background: int | None
 ) -> tuple[str, ...]:
     notes = []
-    sample = f"of {seen.sampled:,} that were looked at"
+    sample = f"of {seen.sampled:,} sampled"
     if seen.value_range is not None and value_range is not None:
         low, high = value_range
         own = seen.value_range
-        other = "" if own == value_range else f"; those here go from {own[0]:g} to {own[1]:g}"
+        other = "" if own == value_range else f"; the sampled ones go from {own[0]:g} to {own[1]:g}"
         notes.append(
             f"values of more than 8 bits ({seen.deep:,} {sample}): {low:g} is black and {high:g} "
             f"white{other}"
         )
     if background is not None:
-        notes.append(f"what is transparent is laid over a grey of {background} (white is 255)")
+        notes.append(f"transparent pixels become grey level {background} (white is 255)")
     if seen.frames:
         notes.append(
-            f"images of several frames or pages ({seen.frames:,} {sample}): the first of each "
-            "counts"
+            f"images with several frames or pages ({seen.frames:,} {sample}): only the first is "
+            "read"
         )
     return tuple(notes)

@@ -69,7 +69,7 @@ def read_shards(path: Path, limit: int | None) -> Rows:
         columns.add(shard, table)
     labels, class_names, note = columns.concluded(len(ids))
     other = [file.name for file in files if file not in kept]
-    left = f"left aside, having no column `image`: {', '.join(other[:8])}" if other else None
+    left = f"ignored for lack of a column `image`: {', '.join(other[:8])}" if other else None
     return Rows(
         place=str(path),
         ids=ids,
@@ -93,9 +93,9 @@ def _refuse_part(path: Path, files: Sequence[Path]) -> None:
     there = [entry for entry in entries if "sha256" in entry and entry.get("file") in names]
     if len(there) < len(entries):
         raise UserError(
-            f"{path} holds only {len(there)} of the {len(entries)} shards in its {MANIFEST}: let "
-            f"`snscc pack` finish them (the same command again), or remove {MANIFEST} to take "
-            "what is there"
+            f"{path} holds only {len(there)} of the {len(entries)} shards in its {MANIFEST}: "
+            f"finish them with the same `snscc pack` command, or remove {MANIFEST} to use the "
+            "shards that are there"
         )
 
 

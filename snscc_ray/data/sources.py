@@ -89,8 +89,8 @@ def _recognise(data: DataSettings) -> tuple[str, ImageListing | None]:
     known = ", ".join(archive.folder for archive in ARCHIVES.values())
     aside = "".join(f"; {note}" for note in found.notes())
     raise UserError(
-        f"nothing known in {path} (looked for *.parquet, {known}, and image files at any depth"
-        f"{aside}): give another folder or file"
+        f"no dataset found in {path} (looked for *.parquet, {known}, and image files at any "
+        f"depth{aside}): give another folder or file"
     )
 
 
@@ -175,7 +175,7 @@ def _archive(data: DataSettings, source: str, found: ImageListing | None) -> Row
 def _shards(data: DataSettings, source: str, found: ImageListing | None) -> Rows:
     rows = read_shards(_existing_path(data), data.limit)
     if found is not None and found.files:
-        beside = f"left aside: {len(found.files):,} image files, as the shards hold more"
+        beside = f"ignored: {len(found.files):,} image files, because the shards hold more images"
         rows = replace(rows, notes=(*rows.notes, beside))
     return rows
 
@@ -207,8 +207,8 @@ def folder_classes(root: Path, files: list[str], remedy: str) -> dict[str, int]:
     loose = next((file for file in files if "/" not in file), None)
     if loose is not None:
         raise UserError(
-            f"{root / loose} lies in no sub-folder to take its label from: move it into one, or "
-            f"{remedy}"
+            f"{root / loose} is not in a sub-folder, which would be its label: move it into one, "
+            f"or {remedy}"
         )
     return {name: label for label, name in enumerate(sorted({f.split("/", 1)[0] for f in files}))}
 

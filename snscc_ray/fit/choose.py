@@ -91,8 +91,8 @@ def choose(
     """
     if seen.unreadable and not seen.sampled:
         raise UserError(
-            f"none of a sample of the images can be read (the first: {seen.unreadable}): give "
-            "images in a known format"
+            f"none of the sampled images is readable (the first: {seen.unreadable}): give images "
+            "in a known format"
         )
     if seen.rows < FEWEST:
         raise UserError(f"{seen.rows} images are too few to learn from; give {FEWEST} or more")
@@ -107,7 +107,7 @@ def choose(
     if wishes.image_size is None:
         pick("image size", f"{size} px", why_size)
     channels = 1 if seen.grey and not known else 3
-    pick("colours", "grey" if channels == 1 else "RGB", "what a sample of the images has")
+    pick("colours", "grey" if channels == 1 else "RGB", "as in a sample of the images")
     if why:
         pick("encoder", _named(encoder), why)
     most = 512 if gpu else 256
@@ -116,9 +116,9 @@ def choose(
     pick(
         "batch",
         batch,
-        f"what the {free_bytes / 2**30:.0f} GiB of free memory hold"
+        f"what fits into {free_bytes / 2**30:.0f} GiB of free memory"
         if batch == fits < most
-        else f"large enough to tell images apart by, out of {seen.rows:,}",
+        else f"enough to tell images apart, out of {seen.rows:,}",
     )
     uneven = wishes.max_imbalance > 1
     first, *later = _FROZEN_STEPS if frozen else _GPU_STEPS if gpu else _CPU_STEPS
@@ -129,9 +129,9 @@ def choose(
     pick(
         "epochs",
         " + ".join(map(str, counts)),
-        "the encoder comes trained: no Pretrain"
+        "the encoder is pretrained, so Pretrain is skipped"
         if known
-        else f"about {steps[0]:,} steps first" + (", more for rare kinds" if uneven else ""),
+        else f"about {steps[0]:,} steps of Pretrain" + (", more for rare kinds" if uneven else ""),
     )
     weak, strong = _views(size, channels, gpu=gpu or frozen)
     if frozen:
@@ -141,7 +141,7 @@ def choose(
         "crops, turns, brightness" if channels == 1 else "crops, flips, colours",
         "grey images are often signs or scans, which a flip would change"
         if channels == 1
-        else "photographs keep their meaning under these",
+        else "photographs keep their meaning when changed so",
     )
     neighbors = max(1, min(10, seen.rows // 20))
     common: dict[str, Any] = {"batch_size": batch, "schedule": "cosine"}
@@ -247,7 +247,7 @@ def as_set(picks: list[Pick], recipe: Recipe, assignments: Iterable[str]) -> lis
         )
 
     return [
-        Pick(pick.what, used(pick.what, recipe), "as you set it") if overruled(pick) else pick
+        Pick(pick.what, used(pick.what, recipe), "your setting") if overruled(pick) else pick
         for pick in picks
     ]
 
@@ -257,7 +257,7 @@ def as_paced(picks: list[Pick], chosen: Recipe, recipe: Recipe) -> list[Pick]:
     epochs = used("epochs", recipe)
     if epochs == used("epochs", chosen):
         return picks
-    fitting = Pick("epochs", epochs, "as many as fit the time there is")
+    fitting = Pick("epochs", epochs, "as many as fit into the time")
     return [fitting if pick.what == "epochs" else pick for pick in picks]
 
 
@@ -275,7 +275,7 @@ def used(what: str, recipe: Recipe) -> str:
         return " / ".join(sizes if len(set(sizes)) > 1 else sizes[:1])
     if what == "epochs":
         return " + ".join(str(stage.epochs) for stage in stages)
-    return "of your own"
+    return "your own"
 
 
 def _size(

@@ -129,8 +129,8 @@ def estimate(
         gaps = _eigengaps(rows_ND, tried)
     if max(silhouette) == -1:
         raise UserError(
-            "after Pretrain the network sees no difference between the images: there is nothing to "
-            "count; look at the images, or give a number with --clusters"
+            "after Pretrain all images look the same to the network, so clusters cannot be "
+            "counted; check the images, or give a number with --clusters"
         )
     merit = np.array(stability) * np.maximum(silhouette, 0)
     best, second = (tried[place] for place in np.argsort(-merit, kind="stable")[:2])
@@ -199,5 +199,5 @@ def _why(best: int, second: int, tried: list[int], merit: np.ndarray, gaps: list
         if ratio < 0.98
         else "hardly better than"
     )
-    agrees = "which the eigengap says too" if by_gap == best else f"the eigengap says {by_gap}"
+    agrees = "the eigengap agrees" if by_gap == best else f"the eigengap says {by_gap}"
     return f"{best} clusters are the most stable and best separated, {sure} {second}; {agrees}"

@@ -100,12 +100,12 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
         "folders_are_labels": request.folders_are_labels,
     }
     if begun is not None:
-        display.line(f"going on with the run in {folder}")
+        display.line(f"continuing the run in {folder}")
         settings = begun.data
     else:
         if holds_something(folder) and not request.overwrite:
             raise UserError(
-                f"{folder} already holds files that are not of `snscc fit`; use --overwrite to "
+                f"{folder} already holds files that are not from `snscc fit`; use --overwrite to "
                 "replace a run there, or another --out"
             )
         settings = data_settings(where, request.overrides)
@@ -134,7 +134,8 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     catalog, data = load(plan, device, display)
     if request.wishes.clusters is None and catalog.distinct == 1:
         raise UserError(
-            f"all {len(catalog):,} images are the same: there is nothing to tell apart; give others"
+            f"all {len(catalog):,} images are identical, so there is nothing to cluster; give "
+            "others"
         )
     report_skipped(catalog, display)
     for pick in picks:
@@ -148,7 +149,7 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
                 counting = expected_seconds(len(catalog), feature_width(recipe, len(catalog)))
                 told += counting
                 if counting > 5:
-                    display.line(f"and {counting / 60:.1f} to count the clusters")
+                    display.line(f"plus {counting / 60:.1f} minutes to count the clusters")
             picks = as_paced(picks, chosen, recipe)
             if request.overwrite:
                 remove_run(request.folder)

@@ -50,20 +50,20 @@ def read_checkpoint(place: str) -> Any:
             ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:  # fmt: skip
         if isinstance(error, pickle.UnpicklingError) and content[:1] in (b"P", b"\x80"):
             raise UserError(
-                f"{place} holds objects that only its own program can read, and pickles are not "
-                "executed here; extract the weights where it was written: torch.save(torch.load("
-                "FILE, weights_only=False)['state_dict'], 'weights.pth')"
+                f"{place} holds pickled objects, which are not loaded here; extract the weights "
+                "where it was written: torch.save(torch.load(FILE, "
+                "weights_only=False)['state_dict'], 'weights.pth')"
             ) from error
         if any(name.endswith("/constants.pkl") for name in parts or ()):
             raise UserError(
                 f"{place} is TorchScript, a program and its weights; extract the weights: "
                 "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
             ) from error
-        raise UserError(f"{place} is damaged or no checkpoint of torch; {_COPY}") from error
+        raise UserError(f"{place} is damaged or not a torch checkpoint; {_COPY}") from error
     if "_modules" in getattr(held, "__dict__", ()):  # an object that became empty
         raise UserError(
-            f"{place} is a whole model, which only its own program can read; save its weights "
-            "where it was written: torch.save(model.state_dict(), 'weights.pth')"
+            f"{place} is a whole pickled model, which is not loaded here; save its weights where "
+            "it was written: torch.save(model.state_dict(), 'weights.pth')"
         )
     return held
 
@@ -107,7 +107,7 @@ def _read_safetensors(content: bytes, place: str) -> Any:
     try:
         return load(content)
     except SafetensorError as error:
-        raise UserError(f"{place} is damaged or no safetensors file; {_COPY}") from error
+        raise UserError(f"{place} is damaged or not a safetensors file; {_COPY}") from error
 
 
 def _bytes(place: str) -> bytes:
@@ -117,12 +117,12 @@ def _bytes(place: str) -> bytes:
         raise
     except FileNotFoundError as error:
         raise UserError(
-            f"encoder.weights={place}: there is no such file; give one that is there"
+            f"encoder.weights={place}: there is no such file; give an existing one"
         ) from error
     except IsADirectoryError as error:
         raise UserError(
-            f"encoder.weights={place} is a folder; give the file in it, of a run of ours such as "
-            "boost/final.pt"
+            f"encoder.weights={place} is a folder; give a file in it (in a run folder: "
+            "boost/final.pt)"
         ) from error
     except Exception as error:  # an object store's client may raise anything
         reason = " ".join(str(error).split())[:200]

@@ -75,8 +75,8 @@ class Torchvision:
         linear = [(place, part) for place, part in net.named_modules() if type(part) is nn.Linear]
         if not linear:
             raise UserError(
-                f"encoder.name=torchvision:{model}: it ends in no linear layer that could be left "
-                "out; use another model"
+                f"encoder.name=torchvision:{model}: it has no linear layer at its end to remove; "
+                "use another model"
             )
         place, classifier = linear[-1]
         net.set_submodule(place, nn.Identity())

@@ -68,7 +68,7 @@ class Imported:
     def __str__(self) -> str:
         said = [f"encoder: {len(self.weights)} weights from {self.origin}{self.place}"]
         if self.summed:
-            said.append("its stem for RGB summed over the channels, for grey images")
+            said.append("its RGB stem is summed over the channels, for grey images")
         for what, names in (
             ("head left out", self.head),
             ("unused", self.unused),
@@ -200,7 +200,7 @@ def _remedy(settings: EncoderSettings, held: object) -> str:
     except Unusable:
         return "give another file"
     except UserError:
-        return "set encoder.name to the encoder that it is of"
+        return "set encoder.name to its encoder"
     changes = [
         f"--set encoder.{field}={getattr(right, field)}"
         for field in ("name", "stem", "width")
@@ -217,7 +217,8 @@ def _remedy(settings: EncoderSettings, held: object) -> str:
     except UserError:
         return "use another checkpoint"
     return (
-        "it is of grey images: use --set data.channels=1 --set data.mean=null --set data.std=null"
+        "it was trained on grey images: use --set data.channels=1 --set data.mean=null --set "
+        "data.std=null"
     )
 
 
@@ -230,12 +231,12 @@ def _try(name: str, encoder: nn.Module, data: DataSettings) -> None:
     except Exception as error:  # each architecture raises its own error
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"encoder.name={name} does not take images of {size} ({reason}); use the size it is "
-            "made for, as in --set data.image_size=224"
+            f"encoder.name={name} does not take images of {size} ({reason}); use the size that it "
+            "was made for, as in --set data.image_size=224"
         ) from error
     if not isinstance(h_BD, torch.Tensor) or h_BD.shape != (2, out_features(encoder)):
         raise UserError(
-            f"encoder.name={name} does not give one vector for each image of {size}; use another"
+            f"encoder.name={name} does not give one vector per image of {size}; use another encoder"
         )
 
 
@@ -244,8 +245,8 @@ def _refuse_fused_norms(name: str, encoder: nn.Module) -> None:
     for part in encoder.modules():
         if isinstance(part, known) and type(part) not in known:
             raise UserError(
-                f"encoder.name={name} has batch norms of its own kind ({type(part).__name__}), "
-                "which several workers cannot share; use one worker, or another encoder"
+                f"encoder.name={name} uses its own batch norm ({type(part).__name__}), which "
+                "several workers cannot share; use one worker, or another encoder"
             )
 
 
@@ -295,7 +296,8 @@ def import_weights(held: object, encoder: nn.Module, origin: str) -> Imported:
     surplus = [name for name in others if name.startswith(parts) and name not in heads]
     if surplus:
         raise UserError(
-            f"{origin}{best.where} does not fit: it is of a larger encoder, with {_listed(surplus)}"
+            f"{origin}{best.where} does not fit: it belongs to a larger encoder, with "
+            f"{_listed(surplus)}"
         )
     return Imported(
         origin,
@@ -331,7 +333,7 @@ def infer_encoder(held: object) -> EncoderSettings:
         except UserError:
             continue
         return settings
-    raise UserError("it is of no encoder that is known by its shapes")
+    raise UserError("its shapes match no known encoder")
 
 
 @dataclass(frozen=True)
@@ -374,11 +376,11 @@ class _Fit:
         return f" ({found})" if found else ""
 
     def complaint(self, own: State, needed: list[str]) -> str:
-        said = f"of the encoder's {len(own)} entries it lacks {_listed(needed)}"
+        said = f"it lacks {_listed(needed)} of the encoder's {len(own)} entries"
         name = needed[0]
         if name in self.names:
             there, here = tuple(self.state[self.names[name]].shape), tuple(own[name].shape)
-            said += f": {name} is {there} there and {here} here"
+            said += f"; {name} is {there} there and {here} here"
         return said
 
 

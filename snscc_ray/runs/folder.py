@@ -45,7 +45,7 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
     if not is_url(folder):
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not there.is_dir():
-            raise UserError(f"{there} is a file and no folder; use another --out")
+            raise UserError(f"{there} is a file, not a folder; use another --out")
         if not os.access(there, os.W_OK):
             raise UserError(f"{there} is not writable; use another --out")
     if resume:
@@ -53,22 +53,22 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
         if (folder / FIT_FILE).exists() and not (folder / "train" / "stage.json").exists():
             raise UserError(
-                f"--resume: {folder} was begun by `snscc fit`; the same `snscc fit` command goes "
-                "on with it"
+                f"--resume: {folder} was begun by `snscc fit`; continue it with the same `snscc "
+                "fit` command"
             )
         difference = first_difference(
             read_recipe(folder).model_dump(mode="json"), recipe.model_dump(mode="json")
         )
         if difference:
             raise UserError(
-                f"--resume: {folder} was made by another recipe ({difference}); "
-                "use another --out, or --overwrite"
+                f"--resume: {folder} was made with another recipe ({difference}); use another "
+                "--out, or --overwrite"
             )
     elif not overwrite and holds_something(folder):
         if not path.exists():
             raise UserError(
-                f"{folder} already holds files that are no run; use another --out, or --overwrite "
-                "to write beside them"
+                f"{folder} already holds other files, but no run; use another --out, or "
+                "--overwrite to write beside them"
             )
         what = "a finished run" if (folder / "metrics.json").exists() else "an unfinished run"
         raise UserError(
@@ -90,7 +90,7 @@ def check_apart(folder: Path, source: str | None) -> None:
     if source is None or is_url(source) or is_url(folder):
         return
     if folder.resolve() == Path(source).resolve():
-        raise UserError(f"{folder} is where the images are; use another --out")
+        raise UserError(f"{folder} is the folder of the images; use another --out")
 
 
 @contextmanager
@@ -111,12 +111,12 @@ def read_recipe(folder: Path) -> Recipe:
     """Return the recipe of a run folder. Raises UserError if the folder has none."""
     path = folder / "recipe.json"
     if not path.exists():
-        raise UserError(f"{folder} holds no run (there is no recipe.json in it)")
+        raise UserError(f"{folder} holds no run (it has no recipe.json)")
     held = storage.read_json(path)
     if not isinstance(held, dict) or not isinstance(held.get("recipe"), dict):
         raise UserError(
-            f"{path} is not the recipe of a run: bring back a copy of it, or repeat the "
-            "command that made the run, with --overwrite"
+            f"{path} is not a run's recipe: bring back a copy of it, or repeat the command that "
+            "made the run, with --overwrite"
         )
     try:
         return validate(held["recipe"])
@@ -156,10 +156,10 @@ def check_images(folder: Path, catalog: Catalog) -> None:
         return
     then, now = set(table["id"].to_pylist()), set(catalog.ids)
     came, went = len(now - then), len(then - now)
-    what = f"{came:,} came and {went:,} went" if came or went else "of the same names"
+    what = f"{came:,} came and {went:,} went" if came or went else "with the same names"
     raise UserError(
-        f"{folder} was made of other images ({what}; {len(then):,} then, {len(now):,} now): put "
-        "them back as they were, or use another --out, or --overwrite to replace it"
+        f"{folder} was made from other images ({what}; {len(then):,} then, {len(now):,} now): "
+        "restore them, or use another --out, or --overwrite to replace it"
     )
 
 

@@ -70,7 +70,7 @@ def _run_here(
 ) -> Result | None:
     began = time.monotonic()
     if request.budget is not None and request.resume:
-        raise UserError("--budget chose the epochs when the run began; leave it out of --resume")
+        raise UserError("--budget chose the epochs when the run began; leave it out with --resume")
     recipe, folder = request.recipe(), request.folder
     device = choose_device(recipe.runtime.device)
     prepare_folder(folder, recipe, resume=request.resume, overwrite=request.overwrite)

@@ -84,9 +84,9 @@ def paced(
     frozen = recipe.encoder.frozen
     if not isinstance(data, ResidentData) and not frozen:
         if budget is not None:
-            raise UserError("--budget measures images held in memory; leave it out here")
+            raise UserError("--budget needs images held in memory, not streamed; leave it out")
         display.line(
-            "the images are streamed, so the time is not predicted; the ETA shows it later"
+            "the images are streamed, so the time cannot be predicted; the ETA appears later"
         )
         return recipe, None
     display.line("measuring a few steps of each stage")
@@ -215,9 +215,9 @@ def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[Stage
     seconds *= _SHARE
     if lasting(0) > seconds:
         raise UserError(
-            f"--budget: one epoch of each stage takes about {lasting(0):.0f} s here, and "
-            f"{max(seconds, 0):.0f} s are left for them; give more time, or use a smaller "
-            "encoder or data.limit"
+            f"--budget: one epoch of each stage takes about {lasting(0):.0f} s here, and only "
+            f"{max(seconds, 0):.0f} s are left; give more time, or use a smaller encoder or "
+            "data.limit"
         )
     low, high = 0.0, 1.0
     while asked and lasting(high) <= seconds:

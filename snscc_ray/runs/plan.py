@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.settings import STAGES, Recipe
+from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.data.loading.order import smallest_batch
 from snscc_ray.data.look import resolve_reading
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.models.pretrained import check_encoder
+from snscc_ray.texts import counted
 
 
 @dataclass(frozen=True)
@@ -22,31 +23,41 @@ class Plan:
     rows: Rows
 
 
-def make_plan(recipe: Recipe, workers: Sequence[int] = (1,)) -> Plan:
+def make_plan(
+    recipe: Recipe, workers: Sequence[int] = (1,), stages: Sequence[StageName] = STAGES
+) -> Plan:
     """List the images of a recipe, look at some, and check both (see `check_plan`)."""
     data, rows = resolve_reading(recipe.data, list_rows(recipe.data))
-    return check_plan(recipe.model_copy(update={"data": data}), rows, workers)
+    return check_plan(recipe.model_copy(update={"data": data}), rows, workers, stages)
 
 
-def check_plan(recipe: Recipe, rows: Rows, workers: Sequence[int] = (1,)) -> Plan:
+def check_plan(
+    recipe: Recipe,
+    rows: Rows,
+    workers: Sequence[int] = (1,),
+    stages: Sequence[StageName] = STAGES,
+) -> Plan:
     """Check a recipe for the images that were listed for it.
 
-    workers: every number of workers that may train. Raises UserError naming the field.
+    workers: every number of workers that may train. stages: those that are trained.
+    Raises UserError naming the field.
     """
     for count in workers:
-        check(recipe, len(rows.ids), count)
-    check_encoder(recipe, max(workers))
+        check(recipe, len(rows.ids), count, stages)
+    if stages:
+        check_encoder(recipe, max(workers))
     return Plan(recipe, rows)
 
 
-def check(recipe: Recipe, rows: int, world_size: int) -> None:
+def check(recipe: Recipe, rows: int, world_size: int, stages: Sequence[StageName] = STAGES) -> None:
     """Refuse a recipe that cannot train on so many rows. Raises UserError naming the field."""
     clusters = recipe.data.num_clusters
     if rows < clusters:
         raise UserError(
-            f"data.num_clusters={clusters}, but there are only {rows} images: use fewer clusters"
+            f"data.num_clusters={clusters} is more than the {counted(rows, 'image')} there are; "
+            "give more images, or use fewer clusters"
         )
-    batches = {f"{stage}.batch_size": getattr(recipe, stage).batch_size for stage in STAGES}
+    batches = {f"{stage}.batch_size": getattr(recipe, stage).batch_size for stage in stages}
     large = [field for field, batch in batches.items() if batch > rows]
     if large:
         smaller = max(2, rows // 4)
@@ -57,21 +68,24 @@ def check(recipe: Recipe, rows: int, world_size: int) -> None:
     for field, batch in batches.items():
         if batch % world_size:
             raise UserError(
-                f"{field}={batch} is global and does not divide among {world_size} workers; "
+                f"{field}={batch} is global and cannot be split evenly among {world_size} workers; "
                 f"use --set {field}={batch - batch % world_size or world_size}"
             )
         # The batches of an epoch have nearly equal sizes, which may be below the batch size.
         least = smallest_batch(rows, batch)
         if least < 2 * world_size:
             raise UserError(
-                f"{field}={batch} leaves a batch of {least} of the {rows} images to {world_size} "
-                f"workers; use --set {field}={4 * world_size} or more"
+                f"{field}={batch} splits {rows} images into batches of only {least} for "
+                f"{counted(world_size, 'worker')}; use --set {field}={4 * world_size} or more"
             )
-    neighbors = {
-        "pretrain.mined_neighbors": recipe.pretrain.mined_neighbors,
-        "train.num_neighbors": recipe.train.num_neighbors,
-        "boost.num_neighbors": recipe.boost.num_neighbors,
+    neighbors: dict[StageName, tuple[str, int]] = {
+        "pretrain": ("pretrain.mined_neighbors", recipe.pretrain.mined_neighbors),
+        "train": ("train.num_neighbors", recipe.train.num_neighbors),
+        "boost": ("boost.num_neighbors", recipe.boost.num_neighbors),
     }
-    for field, count in neighbors.items():
+    for stage in stages:
+        field, count = neighbors[stage]
         if count >= rows:
-            raise UserError(f"{field}={count} must be below the {rows} images there are")
+            raise UserError(
+                f"{field}={count} must be less than the {rows} images there are; lower it"
+            )

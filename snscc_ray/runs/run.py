@@ -174,7 +174,7 @@ class _Run:
 
     def _unfinished(self, parent: StageName, wanted_by: StageName) -> UserError:
         return UserError(
-            f"{wanted_by} needs a finished {parent} stage of these settings in {self.folder}; "
+            f"{wanted_by} needs a finished {parent} stage with these settings in {self.folder}; "
             f"add {parent} to --stages"
         )
 

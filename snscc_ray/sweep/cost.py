@@ -10,6 +10,7 @@ from rich.table import Table
 from snscc_ray.config.settings import STAGES, StageName
 from snscc_ray.runs.pace import Seconds
 from snscc_ray.sweep.plan import Job, Ledger, Trial
+from snscc_ray.texts import counted
 
 Jobs = Mapping[StageName, Sequence[Job]]
 
@@ -46,12 +47,12 @@ def say_plan(
             str(epochs),
             f"{minutes:.1f}" if seconds else "-",
         )
-    console.print(f"{len(trials)} trials, {concurrent} at a time:", highlight=False)
+    console.print(f"{counted(len(trials), 'trial')}, {concurrent} at a time:", highlight=False)
     console.print(table)
     if seconds:
         console.print(
-            f"about {total / concurrent:.1f} minutes, from steps measured just now "
-            f"(from scratch, one after the other: {_scratch(jobs, trials, seconds):.1f})",
+            f"about {total / concurrent:.1f} minutes, measured from a few steps (one after the "
+            f"other and without sharing: {_scratch(jobs, trials, seconds):.1f})",
             highlight=False,
         )
 
@@ -80,13 +81,13 @@ def what_sharing_saved(trials: Sequence[Trial], jobs: Jobs, ledger: Ledger) -> s
     scratch = sum(spent[identity] for trial in trials for identity in trial.chain.values())
     share = seconds / scratch if scratch else 1.0
     said = (
-        f"{shared} distinct stages for the {apart} that the trials consist of: {seconds:.0f} s of "
-        f"training in place of {scratch:.0f} s ({share:.2f} of retraining each)."
+        f"Sharing stages: {shared} trained instead of {apart}, in {seconds:.0f} s instead of "
+        f"{scratch:.0f} s (a share of {share:.2f})."
     )
     epochs, all_epochs = _epochs(jobs, ledger)
     if epochs < all_epochs:
         said += (
-            f" {epochs:,} epochs of the {all_epochs:,} that all of them take in full "
+            f" Early stopping: {epochs:,} of {all_epochs:,} epochs trained "
             f"({epochs / all_epochs:.2f})."
         )
     return said

@@ -23,7 +23,7 @@ import pyarrow.csv
 from snscc_ray.config.settings import STAGES, StageName
 from snscc_ray.core import tables
 from snscc_ray.core.storage import write_whole
-from snscc_ray.texts import in_markdown
+from snscc_ray.texts import counted, in_markdown
 from tune_spaces.paper import DATA_SETS
 from tune_spaces.space import Figures, Space
 
@@ -265,14 +265,14 @@ def shortfalls(space: Space, rows: Sequence[Row]) -> list[str]:
     stopped = [_ended(row, "stopped_at") for row in rows if row["status"] == "stopped"]
     said = []
     if failed:
-        said.append(f"{_counted(len(failed))} failed: {_listed(failed)}.")
+        said.append(f"{counted(len(failed), 'trial')} failed: {_listed(failed)}.")
     if stopped:
         said.append(
-            f"{_counted(len(stopped))} stopped early, not counted in that stage: "
+            f"{counted(len(stopped), 'trial')} stopped early, not counted in that stage: "
             f"{_listed(stopped)}."
         )
     if missing:
-        said.append(f"{_counted(len(missing))} missing: {_listed(missing)}.")
+        said.append(f"{counted(len(missing), 'trial')} missing: {_listed(missing)}.")
     if untried:
         # Random search skips most of a grid: a long list of names would not help.
         names = (
@@ -287,10 +287,6 @@ def shortfalls(space: Space, rows: Sequence[Row]) -> list[str]:
 def _ended(row: Row, why: str) -> str:
     text = f"{in_markdown(row['point'])}, seed {row['seed']}"
     return f"{text} ({in_markdown(str(row[why]))})" if row.get(why) else text
-
-
-def _counted(number: int) -> str:
-    return "1 trial" if number == 1 else f"{number} trials"
 
 
 def _listed(texts: Sequence[str]) -> str:

@@ -199,7 +199,7 @@ def _refuse_another(folder: Path, described: dict[str, Any]) -> None:
     if not holds_something(folder):
         return
     if not (folder / _PLAN).exists():
-        raise UserError(f"{folder} already holds files that are no sweep; use another --out")
+        raise UserError(f"{folder} already holds other files, but no sweep; use another --out")
     held = storage.read_json(folder / _PLAN)
     for name, value in described.items():
         if held.get(name) != value:

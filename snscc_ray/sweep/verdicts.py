@@ -78,7 +78,7 @@ def judge(claim: Claim, rows: Sequence[Row], metric: str) -> Verdict:
         said = f"{claim.best} and {rival} differ by 0.000"
     detail = f"{said}{spread} ({after}, {how})"
     if unheard:
-        detail += f"; nothing is known of {', '.join(unheard)}"
+        detail += f"; no results for {', '.join(unheard)}"
     text = f"{head}: {outcome} here: {detail}{tail}"
     return Verdict(outcome, text, rival, difference, half, len(paired))
 

@@ -40,7 +40,7 @@ def report(run: Path, out: Path, console: Console, *, device: str = "auto") -> P
     facts = read_facts(run)
     mined = MinedNeighbors.load(run / "pretrain" / "neighbors.parquet")
     own = own_images(run, model.device, display)
-    display.line(f"answers for {len(own.catalog):,} images")
+    display.line(f"predicting {len(own.catalog):,} images")
     p_NC = model.probabilities(own.data)
     digests = sprites.row_digests(own.data)
 
@@ -66,7 +66,7 @@ def _check_ours(path: Path) -> None:
         with path.open("rb") as file:
             ours = GENERATOR.encode() in file.read(_MARK_BYTES)
         if not ours:
-            raise UserError(f"{path} exists and is no report; give another --out")
+            raise UserError(f"{path} exists and is not a report; give another --out")
 
 
 def _write(content: bytes, file: IO[bytes]) -> None:

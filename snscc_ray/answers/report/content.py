@@ -45,7 +45,7 @@ def build(
     sampled = pick.sample(len(own.catalog), seed)
     points = {}
     for stage in stages:
-        tell(f"features, and t-SNE of {len(sampled):,} images, after {stage}")
+        tell(f"features and t-SNE of {len(sampled):,} images after {stage}")
         points[stage] = embed(features(stage)[sampled], seed)
     galleries = pick.galleries(features(stages[-1]), p_NC, clusters_N, seed)
     content: dict[str, Any] = {

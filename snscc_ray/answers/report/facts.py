@@ -79,7 +79,7 @@ def read_facts(folder: Path) -> Facts:
     """Read the facts of a run folder. Raises UserError if a file cannot be read."""
     figures = _read(folder / "metrics.json", _Figures)
     if figures is None:
-        raise UserError(f"{folder} holds a run that is not finished")
+        raise UserError(f"the run in {folder} is not finished")
     held = figures.stages
     lines = _lines(folder / "metrics.jsonl")
     path = folder / "assignments.parquet"

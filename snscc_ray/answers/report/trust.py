@@ -73,7 +73,7 @@ def judge(
         *_confidence(figures, num_clusters),
         *_training(figures),
         *(
-            Sentence("note", f"While it trained there was a warning: {text}.", "", "warning", None)
+            Sentence("note", f"Warning during training: {text}.", "", "warning", None)
             for text in warnings
         ),
     )
@@ -100,8 +100,8 @@ def _in_use(figures: Mapping[str, float], num_clusters: int) -> Iterator[Sentenc
         todo = "Raise train.entropy_weight and run again, or ask for fewer clusters."
         yield Sentence("bad", text, todo, name, used)
     elif used < num_clusters:
-        text = f"{used} of the {num_clusters} clusters are in use; the rest are all but empty."
-        todo = f"If the clusters look right, {used} may be the better number to ask for."
+        text = f"{used} of the {num_clusters} clusters are in use; the others are almost empty."
+        todo = f"If the clusters look right, ask for {used} clusters next time."
         yield Sentence("caution", text, todo, name, used)
     else:
         yield Sentence("good", f"All {num_clusters} clusters are in use.", "", name, used)
@@ -114,16 +114,16 @@ def _agreement(figures: Mapping[str, float], num_clusters: int) -> Iterator[Sent
     value = figures[name]
     text = f"{_percent(value)} of the images that look most alike share a cluster"
     if _collapsed(figures, num_clusters):
-        text += ", which means nothing here: almost everything is in the same few clusters."
+        text += ", which means nothing here: almost all images are in the same few clusters."
         yield Sentence("note", text, "", name, value)
     elif value >= _AGREE_GOOD:
         yield Sentence("good", f"{text}: clusters keep look-alikes together.", "", name, value)
     else:
         bad = value < _AGREE_BAD
         text += (
-            ": clusters cut through groups of look-alikes."
+            ": clusters split groups of look-alikes."
             if bad
-            else ": most look-alikes stay together, and some groups are cut."
+            else ": most look-alikes stay together, but some groups are split."
         )
         todo = (
             "Train longer (pretrain.epochs above all), use a larger encoder, or try another "
@@ -143,13 +143,13 @@ def _balance(
     # As in health/score: imbalance that the settings allow does not count against a run.
     of_allowed = value * math.log(num_clusters) / enough_entropy(num_clusters, max_imbalance)
     if of_allowed >= _EVEN_GOOD:
-        kind = "of similar sizes" if max_imbalance == 1 else "no more uneven than was allowed"
-        text = f"The clusters are {kind} (as even as {equal:.1f} equal ones)."
+        kind = "of similar sizes" if max_imbalance == 1 else "no more uneven than allowed"
+        text = f"The clusters are {kind} (like {equal:.1f} clusters of equal size)."
         yield Sentence("good", text, "", name, value)
         return
-    text = f"Sizes are very uneven: as if there were only {equal:.1f} clusters of equal size."
+    text = f"Sizes are very uneven (like only {equal:.1f} clusters of equal size)."
     todo = (
-        "That is right if some kinds of image are rare in your set; otherwise raise "
+        "This is right if some kinds of image are rare in your dataset; otherwise raise "
         "train.entropy_weight."
     )
     yield Sentence("bad" if of_allowed < _EVEN_BAD else "caution", text, todo, name, value)
@@ -161,12 +161,14 @@ def _forced(figures: Mapping[str, float]) -> Iterator[Sentence]:
     if value is None:
         return
     if forced_warning(value) is None:
-        text = "Nothing suggests that even sizes were forced onto uneven images."
+        text = (
+            "The cluster sizes fit the images: nothing suggests that they were forced to be even."
+        )
         yield Sentence("good", text, "", name, value)
         return
     text = (
-        "The clusters are more even than the images look: large groups may have been cut up and "
-        "small ones joined."
+        "The cluster sizes are more even than the images suggest: large groups may be split and "
+        "small ones merged."
     )
     todo = (
         "If some kinds are much more frequent than others, run again with "
@@ -179,15 +181,15 @@ def _confidence(figures: Mapping[str, float], num_clusters: int) -> Iterator[Sen
     name, mean = "health/confident_share", figures.get("health/confidence")
     if mean is not None and (mean - 1 / num_clusters) / (1 - 1 / num_clusters) < _ABOVE_CHANCE_BAD:
         text = (
-            f"On average an image is put where it is with {_percent(mean)} confidence, and "
-            f"guessing would have {_percent(1 / num_clusters)}: the clusters are hardly told apart."
+            f"The mean confidence is {_percent(mean)}, where guessing would give "
+            f"{_percent(1 / num_clusters)}: the network hardly tells the clusters apart."
         )
         todo = "Train longer: train.epochs, and pretrain.epochs before it."
         yield Sentence("bad", text, todo, "health/confidence", mean)
     if name not in figures:
         return
     value = figures[name]
-    text = f"{_percent(value)} of the images are put into their cluster with 99% confidence or more"
+    text = f"{_percent(value)} of the images are in their cluster with 99% confidence or more"
     if value >= _SURE_GOOD:
         yield Sentence("good", f"{text}.", "", name, value)
         return
@@ -196,10 +198,10 @@ def _confidence(figures: Mapping[str, float], num_clusters: int) -> Iterator[Sen
         figures
     )
     bad = value < _SURE_BAD and not together
-    text += ": hardly any answer is sure." if bad else ": most answers are less sure."
+    text += ": almost no answer is confident." if bad else ": most answers are less confident."
     todo = (
-        "Train longer (train.epochs, boost.epochs), and until then keep only rows of "
-        "assignments.parquet whose confidence is high."
+        "Train longer (train.epochs, boost.epochs). Until then, use only the rows of "
+        "assignments.parquet with a high confidence."
     )
     yield Sentence("bad" if bad else "caution", text, todo, name, value)
 
@@ -211,15 +213,13 @@ def _training(figures: Mapping[str, float]) -> Iterator[Sentence]:
             text = "Pretrain ended with all images at almost one point: it cannot tell them apart."
             todo = "Lower pretrain.learning_rate, or use pretrain.method=simclr."
         else:
-            text = (
-                "Pretrain hardly tells the images apart, so that what it calls alike means little."
-            )
+            text = "Pretrain hardly tells the images apart, so its look-alikes mean little."
             todo = "Train longer: pretrain.epochs."
         level: Level = "bad" if bad else "caution"
         yield Sentence(level, text, todo, "health/projection_spread", spread)
     selected = figures.get("health/selected_share", 1.0)
     if selected == 0:
-        text = "Boost found no image sure enough to learn from, so it changed little."
+        text = "Boost found no image confident enough to learn from, so it changed little."
         todo = "Lower boost.confidence_threshold, or train longer before Boost."
         yield Sentence("caution", text, todo, "health/selected_share", selected)
     if figures.get("health/restored"):

@@ -9,18 +9,19 @@ from snscc_ray.config.settings import (
     Recipe,
     TrainSettings,
 )
+from snscc_ray.texts import counted
 
 STAGE_NAMES = {"pretrain": "Pretrain", "train": "Train", "boost": "Boost"}
 
 STAGE_MEANING = {
     "pretrain": "learns, without any clusters, which images look alike",
     "train": "puts images and their look-alikes into the same cluster",
-    "boost": "sharpens the clusters with the answers it is surest of",
+    "boost": "trains on its most confident answers, to sharpen the clusters",
 }
 
 # Figures shown over time: title, meaning, and whether the scale starts at 0.
 FIGURES = {
-    "loss/total": ("Loss", "What training makes smaller; only its course means anything.", False),
+    "loss/total": ("Loss", "The value that training lowers; only its trend means anything.", False),
     "health/score": ("Score", "Neighbour agreement times balance; higher is better.", True),
     "health/neighbor_agreement": (
         "Neighbour agreement",
@@ -28,8 +29,12 @@ FIGURES = {
         True,
     ),
     "health/balance": ("Balance", "1: clusters of equal size. 0: all in one cluster.", True),
-    "health/clusters_in_use": ("Clusters in use", "Clusters that are not all but empty.", True),
-    "health/confidence": ("Mean confidence", "How sure the answers are on average.", True),
+    "health/clusters_in_use": (
+        "Clusters in use",
+        "Clusters with at least a tenth of an equal share of the images.",
+        True,
+    ),
+    "health/confidence": ("Mean confidence", "The mean confidence of all answers.", True),
     "health/confident_share": ("Confident share", "Images placed with 99% confidence.", True),
     "health/selected_share": ("Selected share", "Images that Boost learns from.", True),
     "health/projection_spread": (
@@ -39,13 +44,13 @@ FIGURES = {
     ),
     "health/effective_rank": (
         "Effective rank",
-        "How many directions the network tells images apart by.",
+        "How many independent directions the features use.",
         True,
     ),
 }
 
 CRITERIA = {
-    "stability": ("Stability", "How alike the clusters are when the images are drawn again."),
+    "stability": ("Stability", "How little the clusters change when the images are sampled again."),
     "silhouette": ("Silhouette", "How much closer images are to their own cluster than to others."),
     "eigengap": ("Eigengap", "How clearly the graph of look-alikes falls into that many parts."),
 }
@@ -92,11 +97,16 @@ def _pretrain(pretrain: PretrainSettings) -> str:
 
 
 def _train(train: TrainSettings) -> str:
-    uneven = f"; sizes may differ {train.max_imbalance:g} times" if train.max_imbalance > 1 else ""
+    uneven = (
+        f"; the largest cluster may be {train.max_imbalance:g} times the smallest"
+        if train.max_imbalance > 1
+        else ""
+    )
     return (
         f"Train: {_epochs(train.epochs)}. It puts each image into the cluster of its "
-        f"{train.num_neighbors} nearest neighbours; closer ones count more. An entropy term "
-        f"(weight {train.entropy_weight:g}) keeps clusters from becoming empty{uneven}."
+        f"{counted(train.num_neighbors, 'nearest neighbour')}; closer ones count more. "
+        f"An entropy term (weight {train.entropy_weight:g}) keeps clusters from becoming "
+        f"empty{uneven}."
     )
 
 
@@ -110,4 +120,4 @@ def _boost(boost: BoostSettings) -> str:
 
 
 def _epochs(count: int) -> str:
-    return "1 pass over the images" if count == 1 else f"{count} passes over the images"
+    return counted(count, "pass", "passes") + " over the images"

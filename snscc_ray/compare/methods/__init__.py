@@ -7,11 +7,12 @@ keep `snscc compare --help` fast.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import STAGES, StageName
 
 if TYPE_CHECKING:
     from snscc_ray.compare.study import MethodResult, Study
@@ -20,25 +21,26 @@ if TYPE_CHECKING:
 class Method(NamedTuple):
     title: str  # in the table
     file: str  # in this folder, without .py
+    stages: tuple[StageName, ...]  # those whose settings it trains by
     function: str = "cluster"
 
 
 # In the order of the table.
 METHODS = {
-    "kmeans": Method("K-Means on pixels", "kmeans"),
-    "sc": Method("Spectral on pixels", "sc"),
-    "ac": Method("Agglomerative on pixels", "ac"),
-    "nmf": Method("NMF on pixels", "nmf"),
-    "ae": Method("AE + K-Means", "ae"),
-    "dae": Method("DAE + K-Means", "dae"),
-    "vae": Method("VAE + K-Means", "vae"),
-    "dec": Method("DEC", "dec"),
-    "iic": Method("IIC", "iic"),
-    "pica": Method("PICA", "pica"),
-    "cc": Method("CC", "cc"),
-    "pretext": Method("Pretrain + K-Means", "ours", "pretext_kmeans"),
-    "scan": Method("SCAN", "scan"),
-    "snscc": Method("SNSCC (ours)", "ours"),
+    "kmeans": Method("K-Means on pixels", "kmeans", ()),
+    "sc": Method("Spectral on pixels", "sc", ()),
+    "ac": Method("Agglomerative on pixels", "ac", ()),
+    "nmf": Method("NMF on pixels", "nmf", ()),
+    "ae": Method("AE + K-Means", "ae", ("train",)),
+    "dae": Method("DAE + K-Means", "dae", ("train",)),
+    "vae": Method("VAE + K-Means", "vae", ("train",)),
+    "dec": Method("DEC", "dec", ("train",)),
+    "iic": Method("IIC", "iic", ("train",)),
+    "pica": Method("PICA", "pica", ("train",)),
+    "cc": Method("CC", "cc", ("train",)),
+    "pretext": Method("Pretrain + K-Means", "ours", ("pretrain",), "pretext_kmeans"),
+    "scan": Method("SCAN", "scan", STAGES),
+    "snscc": Method("SNSCC (ours)", "ours", STAGES),
 }
 
 
@@ -48,6 +50,12 @@ def load(name: str) -> Callable[[Study], MethodResult]:
     module = import_module(f"{__name__}.{method.file}")
     function: Callable[[Study], MethodResult] = getattr(module, method.function)
     return function
+
+
+def stages_of(names: Iterable[str]) -> tuple[StageName, ...]:
+    """Return the stages whose settings any of the methods trains by."""
+    used = {stage for name in names for stage in METHODS[name].stages}
+    return tuple(stage for stage in STAGES if stage in used)
 
 
 def chosen(text: str) -> tuple[str, ...]:

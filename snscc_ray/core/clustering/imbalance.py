@@ -36,8 +36,8 @@ def forced_warning(forced: float) -> str | None:
     if forced < _FORCED:
         return None
     return (
-        f"forced-balance: the clusters are more even than the images look (by {forced:.2f} of 1), "
-        "so large groups may have been cut up and small ones joined; if some kinds are much more "
-        "frequent than others, say how much: --max-cluster-imbalance 10 of `snscc fit`, or "
+        f"forced-balance: the cluster sizes are more even than the images suggest (by {forced:.2f} "
+        "of 1), so large groups may be split and small ones merged; if some kinds are much more "
+        "frequent than others, use --max-cluster-imbalance 10 (`snscc fit`) or "
         "train.max_imbalance=10"
     )

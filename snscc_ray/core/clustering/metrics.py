@@ -136,12 +136,12 @@ def warnings(figures: dict[str, float], num_clusters: int) -> dict[str, str]:
         )
     if figures.get("health/projection_spread", 1) < _COLLAPSED_SPREAD:
         found["projection-collapse"] = (
-            "all images are projected to almost one point; raise pretrain.warmup_epochs, lower "
-            "pretrain.learning_rate or, with BYOL and MoCo, raise pretrain.key_momentum"
+            "all images are projected to almost the same point; raise pretrain.warmup_epochs, "
+            "lower pretrain.learning_rate or, with BYOL and MoCo, raise pretrain.key_momentum"
         )
     if figures.get("health/selected_share") == 0:
         found["no-pseudo-labels"] = (
-            "no image is as sure as boost.confidence_threshold asks, so there is nothing to learn "
-            "from; lower it, or train longer before Boost"
+            "no image reaches boost.confidence_threshold, so Boost learns nothing; lower it, or "
+            "train longer before Boost"
         )
     return found

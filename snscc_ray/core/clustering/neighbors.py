@@ -24,6 +24,7 @@ from snscc_ray.core import distributed
 from snscc_ray.core.checkpoints import AGAIN
 from snscc_ray.core.losses.neighbors import soft_confidence
 from snscc_ray.core.tables import write_table
+from snscc_ray.texts import counted
 
 # Candidates beyond k, because the product's rounding may swap close ones.
 _SPARE = 8
@@ -111,7 +112,9 @@ def knn(
     not_self = queries is None
     others = len(features_ND) - not_self
     if others < k:
-        raise ValueError(f"{k} neighbours asked for, but a row has {max(others, 0)} others")
+        raise ValueError(
+            f"{counted(k, 'neighbour')} asked for, but a row has {counted(max(others, 0), 'other')}"
+        )
     ref_MD = features_ND.float()
     begin, end = rows or (0, others + 1)
     z_ND = ref_MD[begin:end] if queries is None else queries.float()
@@ -119,7 +122,7 @@ def knn(
     chunk = chunk or min(max(_SCORES // M, 1), 1024)
     centre_D = _centre(ref_MD)
     if not centre_D.isfinite().all():
-        raise ValueError("the features hold a NaN or an infinity: no neighbours can be found")
+        raise ValueError("the features hold a NaN or an infinity, so no neighbours can be found")
     centred_MD = ref_MD - centre_D
     if _use_faiss(backend, ref_MD.device):
         search = _faiss_search(centred_MD, R)

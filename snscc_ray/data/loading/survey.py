@@ -139,12 +139,12 @@ def choose_mode(
     if data.mode != "auto":
         if data.mode == "stream" and not streamable:
             raise UserError(
-                "data.mode=stream needs image files or Parquet shards: write the images as files "
-                "and those as shards with `snscc pack`, or set data.mode=resident"
+                "data.mode=stream needs image files or Parquet shards: set data.mode=resident, or "
+                "save the images as files and pack them with `snscc pack`"
             )
         return data.mode, f"data.mode={data.mode} is set: {sizes}"
     if not streamable:
-        return "resident", f"such a set can only be held in memory: {sizes}"
+        return "resident", f"this dataset can only be held in memory: {sizes}"
     if needed <= free_bytes // 2:
         return "resident", f"it fits into half of the memory: {sizes}"
     return "stream", f"it does not fit into half of the memory: {sizes}"
@@ -159,8 +159,8 @@ def check_streamed(recipe: Recipe) -> None:
     train = recipe.train
     if train.mined_from == "images" and train.mined_weight and train.objective != "paper":
         raise UserError(
-            "train.mined_from=images reads single images at random, which a streamed set cannot "
-            "give; use --set train.mined_from=predictions, or data.mode=resident"
+            "train.mined_from=images reads single images at random, and a streamed dataset cannot "
+            "do that; use --set train.mined_from=predictions, or data.mode=resident"
         )
 
 
@@ -190,8 +190,8 @@ def cut(rows: Rows, slice_rows: int) -> list[Slice]:
         ]
     if rows.shards is None:
         raise UserError(
-            f"{rows.place} can only be held in memory, and data.mode=stream was asked for: write "
-            "its images as files and those as shards with `snscc pack`, or set data.mode=resident"
+            f"data.mode=stream cannot read {rows.place}: set data.mode=resident, or save its "
+            "images as files and pack them with `snscc pack`"
         )
     slices: list[Slice] = []
     row = 0
@@ -233,7 +233,7 @@ def read_slice(piece: Slice, channels: int, size: int) -> tuple[np.ndarray, list
             failures.append((seen - 1, str(error)))
         row += 1
     if seen != piece.rows:
-        raise UserError(f"{piece.files[0]} changed while it was read: run again when it is at rest")
+        raise UserError(f"{piece.files[0]} changed while it was read: run again once it is stable")
     return pixels, failures
 
 
@@ -245,8 +245,8 @@ def decode_slice(piece: Slice, channels: int, size: int) -> np.ndarray:
     pixels, failures = read_slice(piece, channels, size)
     for row, reason in failures:
         raise UserError(
-            f"{piece.name(row)} can no longer be read ({reason}): put the image back as it was, "
-            "and continue the run"
+            f"{piece.name(row)} can no longer be read ({reason}): restore the image and continue "
+            "the run"
         )
     return pixels
 

@@ -100,8 +100,8 @@ def _pack(request: Request, display: Display) -> Summary:
     if not summary.rows:
         name, reason = summary.skipped[0]
         raise UserError(
-            f"all {total} images in {folder} are corrupt, the first ({name!r}) by: "
-            f"{reason}; give a folder with readable images"
+            f"no image in {folder} is readable (the first of {total}, {name!r}: {reason}): "
+            "give a folder with readable images"
         )
     if summary.skipped:
         filled.write_skipped(out, summary.skipped)
@@ -128,11 +128,11 @@ def verify(out: Path, jobs: int, console: Console) -> Summary:
         display.finish()
     if broken:
         name, state = broken[0]
-        more = f", as are {len(broken) - 1} more" if len(broken) > 1 else ""
-        mend = "give" if state == "missing" else "remove it and give"
+        more = f" ({len(broken) - 1:,} more as well)" if len(broken) > 1 else ""
+        mend = "run" if state == "missing" else "remove it and run"
         raise UserError(
-            f"{out / name} is {state}{more}: {mend} the same command without --verify, which "
-            "writes what is missing anew"
+            f"{out / name} is {state}{more}: {mend} the same command without --verify to write it "
+            "again"
         )
     return _summary(entries, sum(entry["rows"] for entry in entries), time.monotonic() - began)
 
@@ -142,7 +142,7 @@ def _state(out: Path, entry: dict[str, Any]) -> str:
         whole = file_digest(out / entry["file"]) == (entry["bytes"], entry["sha256"])
     except FileNotFoundError:
         return "missing"
-    return "whole" if whole else "broken (its bytes are not those written)"
+    return "whole" if whole else "broken (its bytes have changed)"
 
 
 def _summary(entries: list[dict[str, Any]], packed: int, seconds: float) -> Summary:

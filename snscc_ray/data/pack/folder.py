@@ -32,7 +32,7 @@ def check_folders(folder: Path, out: Path) -> None:
         raise UserError(f"{folder} {what}: give the folder that holds the images")
     if not is_url(out) and out.resolve().is_relative_to(folder.resolve()):
         raise UserError(
-            f"{out} lies in {folder}: give a folder outside of the images for the shards"
+            f"{out} lies in {folder}: give a folder for the shards outside of the images"
         )
 
 
@@ -75,14 +75,17 @@ def finished_shards(out: Path) -> list[dict[str, Any]]:
     """Return the manifest's entries. Raises UserError unless `out` holds just one finished pack."""
     names = _names_in(out)
     if MANIFEST not in names:
-        raise UserError(f"{out} holds no {MANIFEST}: there is nothing of `snscc pack` to verify")
+        raise UserError(
+            f"{out} holds no {MANIFEST}, so `snscc pack` did not write it: give a folder of its "
+            "shards"
+        )
     entries: list[dict[str, Any]] = _read_manifest(out)["shards"]
     _refuse_foreign(out, names, {entry["file"] for entry in entries})
     finished = sum("sha256" in entry for entry in entries)
     if finished < len(entries):
         raise UserError(
-            f"{out} is not finished ({finished} of {len(entries)} shards): give the same "
-            "command without --verify to finish it"
+            f"{out} is not finished ({finished} of {len(entries)} shards): run the same command "
+            "without --verify to finish it"
         )
     return entries
 
@@ -116,7 +119,7 @@ def _refuse_foreign(out: Path, names: list[str], own: set[str]) -> None:
     for name in names:
         if name.endswith(".parquet") and not name.startswith(".") and name not in own:
             raise UserError(
-                f"{out} holds {name}, which is not of this pack and would be read with it: "
+                f"{out} holds {name}, which is from elsewhere and would be read with the shards: "
                 "move it away, or give another folder for the shards"
             )
 
@@ -131,7 +134,7 @@ def _read_manifest(out: Path) -> dict[str, Any]:
         or not all(isinstance(entry, dict) for entry in held)
     ):
         raise UserError(
-            f"{out / MANIFEST} is not of this version of `snscc pack`: start afresh with "
+            f"{out / MANIFEST} was not written by this version of `snscc pack`: start again with "
             "--overwrite, or give another folder for the shards"
         )
     return dict(manifest)
@@ -140,21 +143,21 @@ def _read_manifest(out: Path) -> dict[str, Any]:
 def _refuse_other_plan(
     out: Path, there: dict[str, Any], here: dict[str, Any], ids: Sequence[str]
 ) -> None:
-    remedy = "or start afresh with --overwrite"
+    remedy = "or start again with --overwrite"
     for name, value in here["options"].items():
         if there["options"].get(name) != value:
             raise UserError(
-                f"{out} was begun with {name} {there['options'].get(name)}, not {value}: give the "
+                f"{out} was begun with {name} {there['options'].get(name)}, not {value}: use the "
                 f"same options, {remedy}"
             )
     for old, new in zip_longest(there["shards"], here["shards"]):
         if not (old and new) or not new.items() <= old.items():
             entry = old or new
             raise UserError(
-                f"images have changed since {out} was begun ({_came_and_went(out, there, ids)}"
-                f"{there.get('files')} files then, {here['files']} now; the first between "
-                f"{entry['first']!r} and {entry['last']!r}): put them back as they were, give "
-                f"another folder for the shards, {remedy}"
+                f"images have changed since {out} was begun "
+                f"({_came_and_went(out, there, ids)}{there.get('files')} files then, "
+                f"{here['files']} now; the first change is between {entry['first']!r} and "
+                f"{entry['last']!r}): restore them, give another folder for the shards, {remedy}"
             )
 
 

@@ -74,8 +74,8 @@ def write_shards(
             raise failures[min(failures)]
     except BrokenProcessPool as error:
         raise UserError(
-            "one of the processes was killed, perhaps for lack of memory: give the same command "
-            "again, with fewer --jobs"
+            "a process was killed, perhaps for lack of memory: run the same command again with "
+            "fewer --jobs"
         ) from error
     finally:
         stop.set()

@@ -80,8 +80,8 @@ def write_shard(shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
     if not _reads_back(shard.path, columns, content.hexdigest()):
         shard.path.unlink()
         raise UserError(
-            f"{shard.path} did not read back as it was written: check this machine's disk and "
-            "memory, then give the same command again"
+            f"{shard.path} cannot be read back as written: check the disk and memory of this "
+            "machine, then run the same command again"
         )
     size, digest = file_digest(shard.path)
     rows = len(shard.names) - len(skipped)
@@ -92,8 +92,8 @@ def write_shard(shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
 def corrupt(root: Path, identifier: str, reason: str) -> UserError:
     return UserError(
         f"image {identifier!r} in {root} is corrupt ({reason}): leave out such images with "
-        "--skip-corrupt (the finished shards are kept), or repair or remove it and start afresh "
-        "with --overwrite"
+        "--skip-corrupt (finished shards are kept), or repair or remove it and start again with "
+        "--overwrite"
     )
 
 
@@ -122,8 +122,8 @@ def keeps_shards(path: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         raise UserError(
-            f"no space left while writing {path}: free some space and give the same command "
-            "again, which keeps the finished shards"
+            f"no space left while writing {path}: free some space and run the same command again, "
+            "which keeps the finished shards"
         ) from error
 
 
@@ -187,8 +187,8 @@ def _read(path: str, state: tuple[int, int]) -> bytes:
     finally:  # also when reading failed: a file that is gone is not reported as corrupt
         if file_state(path) != state:
             raise UserError(
-                f"{path} has changed since the start: give the command again when the images are "
-                "at rest, with --overwrite"
+                f"{path} has changed since the start: run again with --overwrite when nothing "
+                "writes to the images"
             )
 
 
