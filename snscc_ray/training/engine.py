@@ -55,7 +55,7 @@ def fit(stage: Stage, context: Context, worker: Worker, monitor: Monitor, identi
     """
     loop = _Loop(stage, context, worker, monitor, identity)
     loop.resume()
-    with _graceful_stop() as stopped, context.float32_as_asked():
+    with _graceful_stop() as stopped, context.float32_as_asked(), context.few_threads():
         loop.run(stopped)
 
 
