@@ -266,6 +266,11 @@ class TrainSettings(StageSettings):
     temperature: Positive = Field(1.0, description="τ of Eq. 7")
     agreement: Literal["linear", "log"] = Field("linear", description="-O, or -log O")
     head: Literal["prototype", "linear"] = "prototype"
+    start: Literal["kmeans", "cut", "both"] = Field(
+        "kmeans",
+        description="where the prototypes of the heads start: centres of k-means on the features, "
+        "parts of a normalised cut of the neighbour graph, or some heads each",
+    )
     adapter: Literal["none", "linear", "mlp"] = Field(
         "none",
         description="of a frozen encoder: what is trained between its features and the heads; both "

@@ -34,7 +34,9 @@ FEWEST = 20  # images: too few below this for a network to learn from
 # worked well on digits, both whole and cut down to 710 rows (docs/log.md).
 _CPU_STEPS = (750, 200, 120)
 _GPU_STEPS = (20_000, 10_000, 4_000)
-_FROZEN_STEPS = (0, 1500, 150)  # no Pretrain; only an adapter and heads learn
+# No Pretrain; only heads learn. The cuts that they start from differ: the best of more is better.
+_FROZEN_STEPS, _FROZEN_HEADS = (0, 600, 60), 8
+_FROZEN_EPOCHS = 15  # at least
 # Factor on the first stage's steps: rare kinds have few images and take longer (docs/log.md).
 _UNEVEN = 2
 _GPU_SIZES = (32, 64, 96)  # image sizes in pixels; larger ones only for pretrained encoders
@@ -124,6 +126,8 @@ def choose(
     first, *later = _FROZEN_STEPS if frozen else _GPU_STEPS if gpu else _CPU_STEPS
     steps = (first * _UNEVEN if uneven else first, *later)
     counts = [math.ceil(s / math.ceil(seen.rows / batch)) for s in steps]
+    if frozen:
+        counts[1] = max(counts[1], _FROZEN_EPOCHS)
     if known:
         counts[0] = 0  # the pretrained encoder knows more than these images could teach it
     pick(
@@ -179,6 +183,8 @@ def choose(
             num_neighbors=neighbors,
             mined_from="predictions",
             head_scale=30 if frozen else 10,
+            num_heads=_FROZEN_HEADS if frozen else 3,
+            start="both" if frozen else "kmeans",
             view=strong,
             **common,
         ),

@@ -14,7 +14,7 @@ _VERSION = 2
 # Fields added since, each with the value that keeps the old behaviour. At that value a field does
 # not enter the hash, so that stages finished before it existed are still found.
 _LATER: dict[StageName, dict[str, Any]] = {
-    "train": {"max_imbalance": 1.0, "adapter": "none"},
+    "train": {"max_imbalance": 1.0, "adapter": "none", "start": "kmeans"},
     "boost": {"score_tolerance": 1e-3},
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from snscc_ray.config.settings import StageName
 from snscc_ray.core import distributed, rng
 from snscc_ray.core.clustering import metrics
+from snscc_ray.core.clustering.cut import cut_starts
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.clustering.uneven import uneven_starts
@@ -52,21 +53,31 @@ class Train:
         self._health_NK = mined.neighbors_NK.cpu()
 
     def prepare(self) -> None:
-        """Initialise the prototypes with k-means centres of the pretext features, per head."""
+        """Start the prototypes at clusters of the pretext features, other ones for each head."""
         if self.settings.head == "prototype":
             features_ND = pretext_features(self.context, self.network)
             centres_HCD = distributed.from_first(lambda: self._starts(features_ND))
             self.network.heads.start_at(centres_HCD)
 
     def _starts(self, features_ND: Tensor) -> Tensor:
-        """Return centres (H, C, D), from a different start for each head."""
+        """Return centres (H, C, D), by `train.start`."""
         clusters, heads = self.context.recipe.data.num_clusters, self.settings.num_heads
-        uneven = self.settings.max_imbalance
-        if uneven > 1:
-            key = self.context.key("kmeans")
-            return uneven_starts(features_ND, self._health_NK, clusters, uneven, heads, key)
-        keys = [self.context.key("kmeans", head) for head in range(heads)]
-        return torch.stack([kmeans(features_ND, clusters, key)[0] for key in keys])
+        uneven, key = self.settings.max_imbalance, self.context.key("kmeans")
+        cuts = {"kmeans": 0, "cut": heads, "both": (heads + 1) // 2}[self.settings.start]
+        starts = []
+        if cuts:
+            starts.append(cut_starts(features_ND, self._health_NK, clusters, cuts, key, uneven))
+        if (others := heads - cuts) and uneven > 1:
+            starts.append(
+                uneven_starts(features_ND, self._health_NK, clusters, uneven, others, key)
+            )
+        elif others:
+            keys = [self.context.key("kmeans", head) for head in range(others)]
+            # One start each where the heads should differ.
+            tries = 1 if cuts else 10
+            found = [kmeans(features_ND, clusters, own, tries)[0] for own in keys]
+            starts.append(torch.stack(found))
+        return torch.cat(starts)
 
     def viewer(self, epoch: int) -> Viewer:
         original, augmented, mined = (
