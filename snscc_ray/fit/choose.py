@@ -36,12 +36,11 @@ _CPU_STEPS = (750, 200, 120)
 _GPU_STEPS = (20_000, 10_000, 4_000)
 # No Pretrain; only heads learn. The cuts that they start from differ: the best of more is better.
 _FROZEN_STEPS, _FROZEN_HEADS = (0, 600, 60), 8
-_FROZEN_EPOCHS = 15  # at least
+_FROZEN_EPOCHS = 10  # at least
 # Factor on the first stage's steps: rare kinds have few images and take longer (docs/log.md).
 _UNEVEN = 2
 _GPU_SIZES = (32, 64, 96)  # image sizes in pixels; larger ones only for pretrained encoders
 _FROZEN_SIDE = 24  # a trained encoder is used from this side on, in pixels
-_PHOTOGRAPH = 64  # smaller images gain little from being enlarged further
 _SMALLEST = 8  # the ConvNet halves the side twice
 # Share of the device's free memory for the activations of one step. The rest is for weights, the
 # optimizer, gradients and the images themselves.
@@ -112,7 +111,7 @@ def choose(
     pick("colours", "grey" if channels == 1 else "RGB", "as in a sample of the images")
     if why:
         pick("encoder", _named(encoder), why)
-    most = 512 if gpu else 256
+    most = 512 if gpu or frozen else 256
     fits = most if frozen else _batch_that_fits(encoder, channels, size, gpu=gpu, free=free_bytes)
     batch = _batch(seen.rows, most=min(most, fits))
     pick(
@@ -177,7 +176,7 @@ def choose(
         ),
         train=TrainSettings(
             epochs=counts[1],
-            learning_rate=1e-4 if known and not frozen else 1e-3,
+            learning_rate=2e-3 if frozen else 1e-4 if known else 1e-3,
             entropy_weight=10,
             max_imbalance=wishes.max_imbalance,
             num_neighbors=neighbors,
@@ -295,13 +294,9 @@ def _size(
         inputs = [input_of(part.name) for part in encoder.each()]
         if only := next((one.size for one in inputs if one.size), None):
             return only, f"the only one that the encoder takes; {has}"
-        near = 224 if gpu else 128 if side >= _PHOTOGRAPH else 96
+        near = 224 if gpu else 128
         multiple = math.lcm(*(one.multiple for one in inputs))
-        why = (
-            "what the encoder was trained at, or near it"
-            if gpu or side >= _PHOTOGRAPH
-            else ("more than they have, as the encoder was trained on larger ones")
-        )
+        why = "the encoder's training size, or near it"
         return near // multiple * multiple, f"{why}; {has}"
     most = max([s for s in _GPU_SIZES if s <= side], default=side) if gpu else min(32, side)
     size = max(_SMALLEST, most)
