@@ -95,7 +95,8 @@ def paced(
     else:
         pace = measure_frozen(recipe, catalog, data, device)
     most = budget or (_GPU_SECONDS if device.type == "cuda" else _CPU_SECONDS)
-    if budget is not None or needed(recipe, pace, STAGES) > most:
+    # Fewer epochs would hardly shorten a frozen encoder's run: most of it is extraction.
+    if budget is not None or (not frozen and needed(recipe, pace, STAGES) > most):
         recipe = within(recipe, pace, most, STAGES)
     display.line(describe(recipe, pace, STAGES))
     return recipe, needed(recipe, pace, STAGES)
