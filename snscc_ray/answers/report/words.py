@@ -68,11 +68,12 @@ def in_words(recipe: Recipe, images: int) -> list[str]:
     """Describe the settings of a run in a few sentences."""
     data = recipe.data
     colour = "in colour" if data.channels == 3 else "in grey"
+    pretrain = [] if recipe.encoder.frozen else [_pretrain(recipe.pretrain)]
     return [
         f"{images:,} images, resized to {data.image_size}×{data.image_size} pixels {colour}, in "
         f"{data.num_clusters} clusters.",
         _encoder(recipe.encoder),
-        _pretrain(recipe.pretrain),
+        *pretrain,
         _train(recipe.train),
         _boost(recipe.boost),
         f"All random numbers come from the seed {recipe.seed}.",
@@ -82,8 +83,22 @@ def in_words(recipe: Recipe, images: int) -> list[str]:
 def _encoder(encoder: EncoderSettings) -> str:
     width = f" of width {encoder.width}" if encoder.name == "convnet" else ""
     known = _ENCODERS.get(encoder.name, encoder.name)
-    start = "trained from scratch" if encoder.weights is None else "with pretrained weights"
-    return f"The encoder is {known}{width}, {start}."
+    if not encoder.frozen:
+        start = "trained from scratch" if encoder.weights is None else "with pretrained weights"
+        return f"The encoder is {known}{width}, {start}."
+    names = " and ".join(part.name for part in encoder.each())
+    labels = (
+        " It was trained on ImageNet with its labels, so the clusters are not learned from your "
+        "images alone."
+        if any(part.name.startswith("pip:") for part in encoder.each())
+        else " What it was trained on, and whether with labels, is up to its weights."
+    )
+    return (
+        f"The encoder is {names}, frozen: its features of each image were computed once, with "
+        f"{counted(encoder.views, 'augmented view')}, and only the cluster heads learned from "
+        f"them.{labels} On such features it cannot be measured whether the clusters were forced to "
+        "be of even sizes."
+    )
 
 
 def _pretrain(pretrain: PretrainSettings) -> str:

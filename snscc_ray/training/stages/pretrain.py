@@ -77,13 +77,20 @@ class Pretrain:
 def measure_features(
     context: Context, features_ND: Tensor, mined: MinedNeighbors
 ) -> dict[str, float]:
-    """Return metrics of features: k-means clusters, balance of uneven clusters, k-NN accuracy."""
+    """Return metrics of features: k-means clusters, balance of uneven clusters, k-NN accuracy.
+
+    On a frozen encoder's features the balance of uneven clusters does not depend on the true sizes
+    (docs/log.md), so it is left out.
+    """
     clusters, key = context.recipe.data.num_clusters, context.key("kmeans")
-    even_N, uneven_N = distributed.from_first(
-        lambda: [group(features_ND, clusters, key)[1] for group in (kmeans, uneven_clusters)]
+    frozen = context.recipe.encoder.frozen
+    groups = (kmeans,) if frozen else (kmeans, uneven_clusters)
+    even_N, *uneven = distributed.from_first(
+        lambda: [group(features_ND, clusters, key)[1] for group in groups]
     )
     figures = context.measure(even_N, mined.neighbors_NK.cpu())
-    figures["health/free_balance"] = metrics.balance(uneven_N, clusters)
+    for uneven_N in uneven:
+        figures["health/free_balance"] = metrics.balance(uneven_N, clusters)
     if context.labels_N is not None:
         figures["oracle/knn_acc"] = metrics.knn_accuracy(
             context.labels_N.cpu(), mined.neighbors_NK, mined.distances_NK
