@@ -41,9 +41,8 @@ def extract(
     worker computes its share of the shards. Raises UserError on a full disk.
     """
     shape = BankShape(len(context.data), context.recipe.encoder.views, frozen.out_features)
-    if distributed.rank() == 0:
-        begin_bank(folder, identity, shape)
-    distributed.barrier()
+    if distributed.from_first(lambda: begin_bank(folder, identity, shape)):
+        return open_bank(folder, context.device)
     frozen.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     first, last = distributed.own_share(len(shape.edges()))
     edges = list(enumerate(shape.edges()))[first:last]
