@@ -27,7 +27,7 @@ from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
 from snscc_ray.core.tables import write_table
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import Catalog
-from snscc_ray.data.loading.bank import FeatureBank, has_all_shards, open_bank
+from snscc_ray.data.loading.bank import FeatureBank, has_all_shards, identity_of, open_bank
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.models.encoders import (
     ClusterHeads,
@@ -45,6 +45,7 @@ from snscc_ray.runs.folder import (
     read_recipe,
     remove_leftovers,
     remove_run,
+    remove_tree,
     write_recipe,
 )
 from snscc_ray.runs.identity import bank_identity, stage_identity
@@ -114,6 +115,9 @@ def execute(
         remove_leftovers(folder)
         if overwrite:
             remove_run(folder)
+            # A frozen encoder may use the features again, if they are the same.
+            if not recipe.encoder.frozen and identity_of(folder / "pretrain" / BANK):
+                remove_tree(folder / "pretrain" / BANK)
         write_recipe(folder, recipe)
         note_images(folder, catalog)
     distributed.barrier()
