@@ -43,7 +43,6 @@ from tests.conftest import equal_states, execute_on
 from tests.ray_tools import own_ray
 from tests.test_bank import flip
 from tests.test_cli import Snscc, content, refused, sets, start
-from tests.test_importers import noisy
 from tests.test_sources import write_archive
 
 pytestmark = pytest.mark.skipif(
@@ -148,7 +147,7 @@ def test_the_features_are_those_of_the_encoder(place: Path, photos: Path) -> Non
         expected = nn.functional.normalize(encoder((images - 0.498) / 0.502), dim=1)
     found = torch.from_numpy(features(place / "runs" / "one"))
     assert found.dtype == torch.float16 and found.shape == (ROWS, 2, 1280)
-    torch.testing.assert_close(found[:, 0].float(), expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(found[:, 0].float(), expected, atol=3e-4, rtol=0)
     assert (found[:, 0] - found[:, 1]).abs().max() > 0.01  # the second view is an augmented one
     assert expected.std(0).max() > 0.01  # the images differ
 
@@ -399,7 +398,7 @@ def test_other_features_are_computed(
     done = snscc(*of(photos, *more), "--stages", "pretrain", "--out", two)
     assert done.status == 0 and "features: found in" not in done.out, done
     assert identity_of(bank_of(one)) != identity_of(bank_of(two))
-    assert not np.array_equal(features(one), features(two)[:, :2])
+    assert not np.array_equal(features(one), features(two))
 
 
 @pytest.mark.parametrize("more", [["seed=3"], ["encoder.components=16"], ["train.adapter=mlp"]])
@@ -506,12 +505,23 @@ def test_a_report(one: Path, snscc: Snscc, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- several encoders
 
 
+def trained(net: nn.Module) -> nn.Module:
+    """Statistics and scales as after training: not the mean 0 and variance 1 of a start."""
+    torch.manual_seed(0)
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.normal_(part.running_mean, std=0.1)
+            nn.init.uniform_(part.running_var, 0.7, 1.5)
+            nn.init.uniform_(part.weight, 0.7, 1.5)
+            nn.init.normal_(part.bias, std=0.1)
+    return net
+
+
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet-18's random weights, with statistics as after training."""
     path = tmp_path_factory.mktemp("weights") / "resnet.pth"
-    torch.manual_seed(0)
-    torch.save(noisy(torchvision.models.resnet18()).state_dict(), path)
+    torch.save(trained(torchvision.models.resnet18()).state_dict(), path)
     return path
 
 
@@ -578,7 +588,8 @@ def test_an_adapter_starts_as_the_identity(kind: str) -> None:
     adapter.project_on(mean, basis)
     x = torch.rand(9, 12)
     expected = nn.functional.normalize((x - mean) @ basis, dim=1)
-    assert torch.equal(adapter(x), expected)
+    torch.testing.assert_close(adapter(x), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(adapter.eval()(x), expected, atol=1e-6, rtol=0)
     trained = list(adapter.parameters())
     assert bool(trained) == (kind != "none")
     if trained:
@@ -619,7 +630,7 @@ def test_principal_components_are_those_of_numpy(rows: int, width: int, count: i
 def test_merged_batch_norms_change_nothing(name: str) -> None:
     torch.manual_seed(0)
     settings = recipe_of(Path("x")).encoder.model_copy(update={"name": name, "width": 8})
-    encoder = noisy(build_encoder(settings, 3)).eval()
+    encoder = trained(build_encoder(settings, 3)).eval()
     if name.startswith("pip:"):
         encoder.load_state_dict(libraries.default_weights(name, fetch=True)[1], strict=False)
     images = torch.rand(3, 3, 64, 64)
@@ -658,11 +669,15 @@ class _Attack:
 
 
 def _spoilt(path: Path, kind: str) -> Path:
-    state: dict[str, Any] = noisy(torchvision.models.resnet18()).state_dict()
+    state: dict[str, Any] = trained(torchvision.models.resnet18()).state_dict()
     if kind == "code":
         torch.save({"state_dict": state, "more": _Attack()}, path)
     elif kind == "only code":
         torch.save(_Attack(), path)
+    elif kind == "overflow":
+        for value in state.values():
+            value.mul_(1e6)
+        torch.save(state, path)
     elif kind == "nan":
         state["layer2.0.conv1.weight"][3, 4] = torch.nan
         torch.save(state, path)
@@ -679,7 +694,9 @@ def _spoilt(path: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("only code", "holds no weights"),
+        ("code", "holds pickled objects"),
+        ("only code", "holds pickled objects"),
+        ("overflow", "gives a NaN or an infinity"),
         ("nan", "NaN"),
         ("part", "does not fit"),
         ("other", "no weights of this encoder"),
@@ -696,17 +713,9 @@ def test_weights_that_cannot_be_used_are_one_line(
     refused(snscc("fit", photos, "--encoder", f"{encoder}={file}", "--out", "out"), says)
     named = [f"encoder.name={encoder}", f"encoder.weights={file}"]
     refused(snscc(*of(photos, *named), "--out", "out"), says)
-    assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
-
-
-def test_code_in_weights_is_not_run(
-    photos: Path, snscc: Snscc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    file = _spoilt(tmp_path / "w.pth", "code")
-    named = ["encoder.name=torchvision:resnet18", f"encoder.weights={file}"]
-    assert snscc(*of(photos, *named), "--out", "out", "--stages", "pretrain").status == 0
-    assert not (tmp_path / "executed").exists()
+    if kind != "overflow":  # only the images show it
+        assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 @pytest.mark.parametrize(

@@ -123,10 +123,10 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def write_shard(folder: Path, number: int, features_BVD: np.ndarray) -> None:
     """Write one shard whole or not at all. Raises UserError on a full disk."""
-    array = np.ascontiguousarray(features_BVD, np.float16)
-    storage.write_whole(
-        shard_path(folder, number), lambda file: np.save(file, array, allow_pickle=False)
-    )
+    content = BytesIO()
+    np.save(content, np.ascontiguousarray(features_BVD, np.float16), allow_pickle=False)
+    # NumPy's own write to a file hides why it failed.
+    storage.write_whole(shard_path(folder, number), lambda file: file.write(content.getbuffer()))
 
 
 def read_shard(folder: Path, number: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from snscc_ray.config.errors import UserError
 from snscc_ray.core import distributed, rng
 from snscc_ray.core.views import make_view
 from snscc_ray.data.loading.bank import (
@@ -55,7 +56,13 @@ def extract(
 
             def compute(rows_B: Tensor, first: int = begin, of: Tensor = images_BCHW) -> np.ndarray:
                 own_BCHW = of[int(rows_B[0]) - first : int(rows_B[-1]) + 1 - first]
-                return features_of(context, frozen, own_BCHW, rows_B).cpu().half().numpy()
+                features_BVD = features_of(context, frozen, own_BCHW, rows_B).cpu().half()
+                if not features_BVD.isfinite().all():
+                    raise UserError(
+                        "the frozen encoder gives a NaN or an infinity for some images; use other "
+                        "weights, or precision=float32"
+                    )
+                return features_BVD.numpy()
 
             parts = []
             for part in mapped(compute, torch.arange(begin, end).split(_STEP_ROWS)):
