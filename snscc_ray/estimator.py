@@ -49,7 +49,7 @@ from snscc_ray.data.given import (
 from snscc_ray.data.look import inspect_images, resolve_reading
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
-from snscc_ray.fit.choose import Preferences, choose, data_settings
+from snscc_ray.fit.choose import Preferences, choose, data_settings, with_overrides
 from snscc_ray.runs.folder import first_difference, holds_something, read_recipe
 from snscc_ray.runs.local import bring, device_bytes, load
 from snscc_ray.runs.monitor import Journal, RunMonitor
@@ -234,6 +234,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             rows = rows or list_rows(data_settings(where, self.settings))
             seen = inspect_images(rows)
             wishes = Preferences(int(self.n_clusters), self.image_size)
+            wishes = with_overrides(wishes, self.settings)
             gpu, free = device.type == "cuda", device_bytes(device)
             recipe, _ = choose("auto", where, seen, gpu=gpu, free_bytes=free, wishes=wishes)
         else:

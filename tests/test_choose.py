@@ -19,9 +19,9 @@ WHERE: dict[str, Any] = {"source": "auto", "path": "anywhere"}
 
 
 def chosen(seen: ImageStats, *, gpu: bool = False, free: float = 64, **wishes: Any) -> Recipe:
-    """free: GiB of memory."""
+    """Unless an encoder is wished for, one that learns from scratch. free: GiB of memory."""
     machine: dict[str, Any] = {"gpu": gpu, "free_bytes": int(free * 2**30)}
-    wished = Preferences(**{"clusters": 5, **wishes})
+    wished = Preferences(**{"clusters": 5, "from_scratch": "encoder" not in wishes, **wishes})
     recipe, picks = choose("mine", WHERE, seen, wishes=wished, **machine)
     assert all(pick.value and pick.why for pick in picks)
     return recipe
@@ -138,7 +138,7 @@ def test_a_look_at_a_folder(tmp_path: Path, colours: int, greys: int, grey: bool
 def test_nothing_to_look_at(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"no")
     data = DataSettings(source="auto", path=str(tmp_path), num_clusters=2, image_size=32)
-    with pytest.raises(UserError, match=r"none of a sample .*known format"):
+    with pytest.raises(UserError, match=r"none of the sampled .*known format"):
         chosen(inspect_images(list_rows(data)))
 
 

@@ -265,5 +265,5 @@ def test_a_run_does_not_go_on_with_other_images(
         back.rename(own / back.name)
     assert snscc(*asked).status == 0
     (own / "000.png").write_bytes((own / "001.png").read_bytes())
-    refused(snscc(*asked), "of the same names")
+    refused(snscc(*asked), "with the same names")
     assert snscc(*asked, "--overwrite").status == 0

@@ -125,7 +125,7 @@ def test_no_step_waits_for_the_device(
 
     def step() -> torch.Tensor:
         batch = next(batches)
-        views = viewer(batch.images_BCHW, batch.drawing_rows_B)
+        views = viewer(batch.inputs, batch.drawing_rows_B)
         with context.autocast():
             terms = stage.step(stage.network, views, batch)
         loss = torch.stack(list(terms.values())).sum()

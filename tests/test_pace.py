@@ -16,6 +16,7 @@ from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import STAGES, Recipe
 from snscc_ray.core.eta import Eta
 from snscc_ray.data.imageset import ImageSet
+from snscc_ray.data.loading.resident import ResidentData
 from snscc_ray.runs import local, pace
 from snscc_ray.runs.folder import read_recipe
 from snscc_ray.runs.local import run_here
@@ -113,7 +114,7 @@ def test_what_a_few_rows_show_is_scaled_to_the_whole_set(
     seen: list[int] = []
 
     def few(*given: object) -> dict[str, pace._Timed]:
-        rows = given[-1]
+        rows = given[3]
         assert isinstance(rows, int)
         seen.append(rows)
         return dict.fromkeys(STAGES, pace._Timed(3.0, 1 + rows / 32, epoch))
@@ -127,7 +128,8 @@ def test_what_a_few_rows_show_is_scaled_to_the_whole_set(
 
 def test_the_time_of_a_stage_has_three_parts(tiny: Recipe, tiny_images: ImageSet) -> None:
     known, images = tiny_images.catalog, tiny_images.images
-    timed = pace._measure(tiny, known, images, torch.device("cpu"), 64)
+    device = torch.device("cpu")
+    timed = pace._measure(tiny, known, ResidentData(images[:64], device), 64, device)
     assert set(timed) == set(STAGES)
     assert all(of.epoch > 0 and of.once > 0 and of.warm_up >= 0 for of in timed.values())
 

@@ -122,7 +122,7 @@ def test_the_encoder_runs_in_bfloat16_and_the_losses_in_float32(
     first = stage.network.encoder.layers[0]
     first.register_forward_hook(lambda layer, given, out: seen.extend((*given, out)))
     batch = next(context.data.epoch(32, 7))
-    views = stage.viewer(0)(batch.images_BCHW, batch.drawing_rows_B)
+    views = stage.viewer(0)(batch.inputs, batch.drawing_rows_B)
     with context.autocast():
         terms = stage.step(stage.network, views, batch)
     given, out = seen

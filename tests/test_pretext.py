@@ -48,7 +48,7 @@ def byol(stage: Pretrain) -> Byol:
 def step(stage: Pretrain) -> Tensor:
     rows_B = torch.arange(32)
     batch = Batch(stage.context.data.take(rows_B), rows_B, 32)
-    views = stage.viewer(0)(batch.images_BCHW, rows_B)
+    views = stage.viewer(0)(batch.inputs, rows_B)
     return stage.step(stage.network, views, batch)["instance"]
 
 

@@ -161,7 +161,7 @@ def test_every_objective_has_finite_terms_and_gradients(
     stage = train_stage(context)
     stage.begin_epoch(0)
     batch = batch_of(context, torch.arange(32))
-    views = stage.viewer(0)(batch.images_BCHW, batch.rows_B)
+    views = stage.viewer(0)(batch.inputs, batch.rows_B)
     assert len(views) == (2 if objective == "paper" or mined_from == "predictions" else 3)
     found = stage.step(stage.network, views, batch)
     assert found.keys() == terms
@@ -177,7 +177,7 @@ def test_without_a_mined_weight_no_mined_view_is_made(tiny: Recipe, tiny_images:
     stage = train_stage(context)
     stage.begin_epoch(0)
     batch = batch_of(context, torch.arange(32))
-    views = stage.viewer(0)(batch.images_BCHW, batch.rows_B)
+    views = stage.viewer(0)(batch.inputs, batch.rows_B)
     assert len(views) == 2
     assert "mined" not in stage.step(stage.network, views, batch)
 
@@ -194,7 +194,7 @@ def test_mined_predictions_are_the_mean_over_all_neighbours_by_confidence(
     stage.begin_epoch(0)
     said_NHC = probabilities(context, stage.network)
     batch = batch_of(context, torch.arange(7, 20))
-    views = stage.viewer(0)(batch.images_BCHW, batch.rows_B)
+    views = stage.viewer(0)(batch.inputs, batch.rows_B)
     term = stage.step(stage.network, views, batch)["mined"]
     p_HBC = stage.network(torch.cat(views))[1].softmax(2)[:, : len(batch.rows_B)]
     losses = []
@@ -307,7 +307,7 @@ def test_nothing_confident_enough_teaches_nothing(
     stage.begin_epoch(0)
     assert (stage.labels_N == -1).all()
     batch = batch_of(context, torch.arange(32))
-    terms = stage.step(stage.network, stage.viewer(0)(batch.images_BCHW, batch.rows_B), batch)
+    terms = stage.step(stage.network, stage.viewer(0)(batch.inputs, batch.rows_B), batch)
     assert {name: term.item() for name, term in terms.items()} == {"soft": 0, "label": 0}
     torch.stack(list(terms.values())).sum().backward()
     gradients = [w.grad for w in stage.network.parameters() if w.grad is not None]
@@ -329,7 +329,7 @@ def test_selection_within_the_batch(tiny: Recipe, tiny_images: ImageSet, tmp_pat
     stage = boost_stage(context)
     stage.begin_epoch(0)
     batch = batch_of(context, torch.arange(32))
-    views = stage.viewer(0)(batch.images_BCHW, batch.rows_B)
+    views = stage.viewer(0)(batch.inputs, batch.rows_B)
     before = copied(stage.network)
     terms = stage.step(stage.network, views, batch)
     stage.network.load_state_dict(before)

@@ -164,7 +164,7 @@ def test_no_step_waits_for_the_device(
         viewer = stage.viewer(0)
         batches = context.data.epoch(stage.settings.batch_size, 7)
         for batch in islice(batches, 2):
-            made = viewer(batch.images_BCHW, batch.drawing_rows_B)
+            made = viewer(batch.inputs, batch.drawing_rows_B)
             terms = stage.step(stage.network, made, batch)
             torch.stack(list(terms.values())).sum().backward()
             stage.after_step()
@@ -178,7 +178,7 @@ def test_rows_on_the_device_would_wait(on_meta: Any) -> None:
     batch = next(context.data.epoch(32, 7))
     viewer = pretrain(context).viewer(0)
     with pytest.raises((Waits, NotImplementedError, RuntimeError)), nothing_waits():
-        viewer(batch.images_BCHW, batch.rows_B)
+        viewer(batch.inputs, batch.rows_B)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def one_step(stage_name: str, overrides: list[str]) -> dict[str, Any]:
             if isinstance(held, torch.nn.Module | torch.Tensor):
                 setattr(stage.pretext, name, held.double())
     *_, batch = context.data.epoch(stage.settings.batch_size, 7)
-    views = tuple(view.double() for view in stage.viewer(0)(batch.images_BCHW, batch.rows_B))
+    views = tuple(view.double() for view in stage.viewer(0)(batch.inputs, batch.rows_B))
     forward = distributed.wrap(stage.network)  # held: a wrapper that is gone averages nothing
     terms = stage.step(forward, views, batch)
     sum(terms.values(), torch.zeros(())).backward()

@@ -26,7 +26,7 @@ from snscc_ray.answers.predict import Model, load_model
 from snscc_ray.config.errors import UserError
 from snscc_ray.core.storage import is_disk_full, write_whole
 from snscc_ray.core.views import Normalize, clean_view
-from snscc_ray.models.encoders import ClusterNet
+from snscc_ray.models.encoders import ClusterNet, Exact
 from snscc_ray.runs.folder import reading
 
 Format = Literal["onnx", "torch"]
@@ -72,6 +72,9 @@ def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
         )
     with reading(run):
         model = load_model(run, "cpu")
+    for part in model.network.modules():
+        if isinstance(part, Exact):
+            part.exact = False  # few readers of such files know float64
     program = traced(model)
     with tempfile.TemporaryDirectory() as folder:
         made = {kind: Path(folder) / f"model.{kind}.pt2" for kind in targets}

@@ -344,6 +344,15 @@ class Recipe(Settings):
     runtime: RuntimeSettings = RuntimeSettings()
 
     @model_validator(mode="after")
+    def _frozen_encoders_get_their_channels(self) -> Recipe:
+        if self.encoder.frozen and self.data.channels == 1 and self.data.mean is None:
+            raise ValueError(
+                "a frozen encoder gets colour images, grey ones too: set data.channels=3, or, for "
+                "an encoder trained on grey images, data.mean and data.std"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _enough_neighbors_are_mined(self) -> Recipe:
         if self.train.num_neighbors > self.pretrain.mined_neighbors:
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ def _read_cifar(source: str, dataset: Any, folder: Path, limit: int | None) -> R
     return Rows(
         place=str(folder),
         ids=ids,
-        batches=_cifar_images(source, used),
+        batches=_CifarImages(source, used),
         labels=np.array(labels, np.int64),
         class_names=tuple(meta[names_key]),
     )
@@ -123,13 +124,31 @@ def _unpickle(source: str, file: Path, md5: str) -> Any:
     return pickle.loads(_checked(source, file, md5), encoding="latin1")
 
 
-def _cifar_images(source: str, used: list[tuple[Path, str, int]]) -> Iterator[list[Source]]:
-    for file, md5, rows in used:
-        images = _unpickle(source, file, md5)["data"][:rows].reshape(-1, 3, 32, 32)
-        yield from Batches(images.transpose(0, 2, 3, 1))
+@dataclass(frozen=True, eq=False)
+class _CifarImages:
+    """The images of some files in batches. It can be iterated repeatedly."""
+
+    source: str
+    used: list[tuple[Path, str, int]]  # file, checksum, rows
+
+    def __iter__(self) -> Iterator[list[Source]]:
+        for file, md5, rows in self.used:
+            images = _unpickle(self.source, file, md5)["data"][:rows].reshape(-1, 3, 32, 32)
+            yield from Batches(images.transpose(0, 2, 3, 1))
 
 
 # ------------------------------------------------------------------------------------ STL-10
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """The images of several arrays in batches. It can be iterated repeatedly."""
+
+    parts: list[np.ndarray]
+
+    def __iter__(self) -> Iterator[list[Source]]:
+        for part in self.parts:
+            yield from Batches(part)
 
 
 def _read_stl10(source: str, dataset: Any, folder: Path, limit: int | None) -> Rows:
@@ -153,7 +172,7 @@ def _read_stl10(source: str, dataset: Any, folder: Path, limit: int | None) -> R
     return Rows(
         place=str(folder),
         ids=ids,
-        batches=(batch for part in parts for batch in Batches(part)),
+        batches=_Parts(parts),
         labels=np.concatenate(labels),
         class_names=tuple(names.read_text().splitlines()) if names.is_file() else None,
     )

@@ -199,10 +199,14 @@ def with_overrides(wishes: Preferences, overrides: Sequence[str]) -> Preferences
     changed = [text for text in overrides if text.strip().startswith(_ENCODER_FIELDS)]
     if not changed:
         return wishes
-    fields = {text.partition("=")[0].strip() for text in changed}
+    fields = {name.strip(): value.strip() for name, _, value in (t.partition("=") for t in changed)}
+    if wishes.from_scratch and fields.get("encoder.weights", "null") != "null":
+        raise UserError(
+            "--from-scratch and --set encoder.weights exclude each other; use one of them"
+        )
     start = wishes.encoder or EncoderSettings(name="convnet")
     base = recipes.get("images").model_copy(update={"encoder": start})
-    if "encoder.frozen" not in fields and "encoder.weights" in fields:
+    if "encoder.frozen" not in fields and fields.get("encoder.weights", "null") != "null":
         changed.append("encoder.frozen=true")
     return replace(wishes, encoder=override(base, changed).encoder)
 

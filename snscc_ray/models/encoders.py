@@ -129,7 +129,17 @@ def _head(features: int, hidden: int, out: int, *, norm: bool) -> nn.Sequential:
     )
 
 
-class ClusterHeads(nn.Module):
+class Exact(nn.Module):
+    """A part that may compute its products in float64 outside of training.
+
+    In float32 the last bits of a row depend on its place in the batch, and cached features must
+    give the answers of their images.
+    """
+
+    exact = False
+
+
+class ClusterHeads(Exact):
     """H cluster heads at once, `weight` (H, C, D); each head trains as if it were alone.
 
     prototype: logits = scale × cosine(feature, prototype); linear: the paper's affine head.
@@ -144,12 +154,18 @@ class ClusterHeads(nn.Module):
 
     def forward(self, h_BD: Tensor) -> Tensor:
         """Map features (B, D) to logits (H, B, C)."""
-        if self.bias is not None:
-            return torch.einsum("bd,hcd->hbc", h_BD, self.weight) + self.bias
-        cosine = torch.einsum(
-            "bd,hcd->hbc", F.normalize(h_BD, dim=1), F.normalize(self.weight, dim=2)
-        )
-        return self.scale * cosine
+        weight_HCD: Tensor = self.weight
+        bias = self.bias
+        exact = self.exact and not self.training
+        if exact:
+            h_BD, weight_HCD = h_BD.double(), weight_HCD.double()
+        if bias is not None:
+            logits_HBC = torch.einsum("bd,hcd->hbc", h_BD, weight_HCD) + bias
+        else:
+            logits_HBC = self.scale * torch.einsum(
+                "bd,hcd->hbc", F.normalize(h_BD, dim=1), F.normalize(weight_HCD, dim=2)
+            )
+        return logits_HBC.float() if exact else logits_HBC
 
     @torch.no_grad()
     def start_at(self, centres_HCD: Tensor) -> None:
@@ -172,6 +188,7 @@ class ClusterNet(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.heads = heads
+        heads.exact = isinstance(encoder, Exact)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         h_BD = _full(self.encoder(x_BCHW))

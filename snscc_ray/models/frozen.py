@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snscc_ray.config.settings import Recipe
 from snscc_ray.models import libraries
-from snscc_ray.models.encoders import build_encoder, out_features
+from snscc_ray.models.encoders import Exact, build_encoder, out_features
 from snscc_ray.models.pretrained import Imported, start_encoder
 
 
@@ -51,13 +51,15 @@ class FrozenEncoder(nn.Module):
         return cast(Tensor, getattr(self, f"{name}{number}"))
 
 
-class Adapter(nn.Module):
+class Adapter(Exact):
     """What is trained on cached features (B, D): it centres, projects, scales and maps them.
 
     The projection is on the principal components, to d numbers; the result has length 1. `linear`
     and `mlp` (with a residual connection) then map it; both start as the identity. `none` has no
     weights.
     """
+
+    exact = True
 
     def __init__(self, width: int, components: int, kind: str = "none") -> None:
         """components: d, of the D = `width` numbers."""
@@ -67,7 +69,7 @@ class Adapter(nn.Module):
         self.register_buffer("basis", torch.zeros(width, components))
         self.map: nn.Module = nn.Identity()
         if kind == "linear":
-            linear = nn.Linear(components, components)
+            linear = _Linear(components, components)
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
             self.map = linear
@@ -83,7 +85,12 @@ class Adapter(nn.Module):
         # In full precision: the features are close to one another before they are centred.
         with torch.autocast(features_BD.device.type, enabled=False):
             centred_BD = features_BD.float() - cast(Tensor, self.mean)
-            projected_Bd = F.normalize(centred_BD @ cast(Tensor, self.basis), dim=1)
+            basis_Dd = cast(Tensor, self.basis)
+            if self.exact and not self.training:
+                projected_Bd = (centred_BD.double() @ basis_Dd.double()).float()
+            else:
+                projected_Bd = centred_BD @ basis_Dd
+            projected_Bd = F.normalize(projected_Bd, dim=1)
         mapped: Tensor = self.map(projected_Bd)
         return mapped
 
@@ -94,12 +101,21 @@ def components_of(recipe: Recipe, width: int, rows: int) -> int:
     return min(asked or width, width, rows)
 
 
+class _Linear(Exact, nn.Linear):
+    exact = True
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        if not self.exact or self.training:
+            return super().forward(x_BD)
+        return F.linear(x_BD.double(), self.weight.double(), self.bias.double()).float()
+
+
 class _Residual(nn.Module):
     """x + W2 · relu(W1 · x), where W2 starts at zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        self.first, self.second = _Linear(width, width), _Linear(width, width)
         nn.init.zeros_(self.second.weight)
         nn.init.zeros_(self.second.bias)
 

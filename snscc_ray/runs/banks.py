@@ -6,9 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
-from snscc_ray.data.loading.bank import identity_of
+from snscc_ray.data.loading.bank import identity_of, open_bank
 
 BANK = "bank"  # subfolder of the stage
 
@@ -24,22 +26,24 @@ def link_bank(folder: Path, identity: str) -> Path | None:
         return None
     run = folder.parent.parent
     for other in sorted(run.parent.glob(f"*/pretrain/{BANK}/bank.json")):
-        if other.parent == folder or not _complete(other.parent, identity):
+        if other.parent == folder or identity_of(other.parent, complete=True) != identity:
             continue
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        # The list of checksums comes last: without it the bank is not complete.
-        for file in [*sorted(other.parent.glob("*.npy")), other]:
-            try:
-                os.link(file, folder / file.name)
-            except OSError:
-                shutil.copyfile(file, folder / file.name)
+        try:
+            _share(other, folder)
+            open_bank(folder, torch.device("cpu"))  # it may be damaged, or removed meanwhile
+        except (UserError, OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
         return other.parent.parent.parent
     return None
 
 
-def _complete(folder: Path, identity: str) -> bool:
-    try:
-        return identity_of(folder, complete=True) == identity
-    except UserError:
-        return False
+def _share(other: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    # The list of checksums comes last: without it the bank is not complete.
+    for file in [*sorted(other.parent.glob("*.npy")), other]:
+        try:
+            os.link(file, folder / file.name)
+        except OSError:
+            shutil.copyfile(file, folder / file.name)

@@ -26,7 +26,7 @@ from snscc_ray.data.loading.survey import check_streamed, choose_mode, survey
 from snscc_ray.data.rows import Rows
 from snscc_ray.runs.folder import check_apart, prepare_folder
 from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
-from snscc_ray.runs.pace import describe, measure, within
+from snscc_ray.runs.pace import describe, measure, measure_frozen, within
 from snscc_ray.runs.plan import Plan, check, make_plan
 from snscc_ray.runs.run import Request, Result, execute, final_figures
 from snscc_ray.training.engine import Interrupted
@@ -133,7 +133,10 @@ def _within_budget(
     display.line("measuring a few steps of each stage")
     images = data.images_NCHW
     try:
-        pace = measure(recipe, catalog, images, images.device)
+        if recipe.encoder.frozen:
+            pace = measure_frozen(recipe, catalog, data, images.device)
+        else:
+            pace = measure(recipe, catalog, images, images.device)
     except Interrupted as stop:
         raise KeyboardInterrupt from stop  # nothing is written yet, so there is no run to resume
     spent = time.monotonic() - began

@@ -204,7 +204,8 @@ def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[Stage
     epochs do not change. Raises UserError if not even one epoch of each stage fits.
     """
     asked = {stage: getattr(recipe, stage).epochs for stage in stages}
-    asked = {stage: epochs for stage, epochs in asked.items() if epochs}
+    # A frozen encoder's Pretrain has no epochs, whatever its settings say.
+    asked = {stage: epochs for stage, epochs in asked.items() if epochs and pace[stage][1]}
 
     def epochs_at(share: float) -> dict[StageName, int]:
         return {stage: max(1, int(share * epochs)) for stage, epochs in asked.items()}

@@ -27,7 +27,7 @@ from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
 from snscc_ray.core.tables import write_table
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import Catalog
-from snscc_ray.data.loading.bank import FeatureBank, open_bank
+from snscc_ray.data.loading.bank import FeatureBank, has_all_shards, identity_of, open_bank
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.models.encoders import (
     ClusterHeads,
@@ -45,6 +45,7 @@ from snscc_ray.runs.folder import (
     read_recipe,
     remove_leftovers,
     remove_run,
+    remove_tree,
     write_recipe,
 )
 from snscc_ray.runs.identity import bank_identity, stage_identity
@@ -114,6 +115,9 @@ def execute(
         remove_leftovers(folder)
         if overwrite:
             remove_run(folder)
+            # A frozen encoder may use the features again, if they are the same.
+            if not recipe.encoder.frozen and identity_of(folder / "pretrain" / BANK):
+                remove_tree(folder / "pretrain" / BANK)
         write_recipe(folder, recipe)
         note_images(folder, catalog)
     distributed.barrier()
@@ -162,7 +166,12 @@ class _Run:
 
     def finished(self, stage: StageName) -> dict[str, Any] | None:
         """Return the stage's figures if it is finished with this identity, else None."""
-        return finished(self.stage_folder(stage), stage, self.identity(stage))
+        place = self.stage_folder(stage)
+        if stage == "pretrain" and self.recipe.encoder.frozen:
+            given = isinstance(self.context.data, FeatureBank)
+            if not given and not has_all_shards(place / BANK):
+                return None
+        return finished(place, stage, self.identity(stage))
 
     def check_parents(self, stages: tuple[StageName, ...], *, afresh: bool) -> None:
         """Raise UserError for a stage whose parent is neither requested nor finished."""
@@ -340,7 +349,9 @@ class _Run:
             if distributed.from_first(lambda: self.finished("pretrain")) is None:
                 raise self._unfinished("pretrain", "train")
             state = checkpoints.load(path, self.worker.device)["network"]
-            adapter = self._adapter()
+            # Not drawn with the heads: their weights would depend on the kind of adapter.
+            with _seeded(self.context.key("train", "adapter")):
+                adapter = self._adapter()
             adapter.project_on(state["encoder.mean"], state["encoder.basis"])
             return FrozenNet(None, adapter)
         encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)

@@ -123,10 +123,10 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def write_shard(folder: Path, number: int, features_BVD: np.ndarray) -> None:
     """Write one shard whole or not at all. Raises UserError on a full disk."""
-    array = np.ascontiguousarray(features_BVD, np.float16)
-    storage.write_whole(
-        shard_path(folder, number), lambda file: np.save(file, array, allow_pickle=False)
-    )
+    content = BytesIO()
+    np.save(content, np.ascontiguousarray(features_BVD, np.float16), allow_pickle=False)
+    # NumPy's own write to a file hides why it failed.
+    storage.write_whole(shard_path(folder, number), lambda file: file.write(content.getbuffer()))
 
 
 def read_shard(folder: Path, number: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -145,14 +145,29 @@ def read_shard(folder: Path, number: int, shape: tuple[int, ...]) -> np.ndarray:
     return held
 
 
-def begin_bank(folder: Path, identity: str, shape: BankShape) -> None:
-    """Mark a folder as the bank of this identity; shards of another bank are removed."""
-    if identity_of(folder) == identity:
-        return
-    if folder.exists():
-        for path in folder.glob("*.npy"):
-            path.unlink()
-    _note(folder, identity, shape, [])
+def begin_bank(folder: Path, identity: str, shape: BankShape) -> bool:
+    """Mark a folder as the bank of this identity. Returns whether it is complete.
+
+    Removes shards of another bank, shards of a complete bank that were altered since, and files
+    left by a kill during a write.
+    """
+    if not is_url(folder):
+        for name in ("*.npy", _FILE):
+            for left in folder.glob(f".{name}.????????"):
+                left.unlink(missing_ok=True)
+    if identity_of(folder) != identity:
+        if folder.exists():
+            for path in folder.glob("*.npy"):
+                path.unlink()
+        _note(folder, identity, shape, [])
+        return False
+    if identity_of(folder, complete=True) is None:
+        return False
+    if broken := _damaged_shards(folder, *_noted(folder)):
+        for path in broken:
+            path.unlink(missing_ok=True)
+        _note(folder, identity, shape, [])
+    return not broken
 
 
 def finish_bank(folder: Path, identity: str, shape: BankShape) -> None:
@@ -163,22 +178,49 @@ def finish_bank(folder: Path, identity: str, shape: BankShape) -> None:
 
 def identity_of(folder: Path, *, complete: bool = False) -> str | None:
     """Return the identity of the bank in a folder; None: there is none, or it is incomplete."""
-    path = folder / _FILE
-    if not path.exists():
+    try:
+        held = storage.read_json(folder / _FILE)
+        identity = str(held["identity"]) if held["checksums"] or not complete else None
+    except (UserError, OSError, KeyError, TypeError):
         return None
-    held = storage.read_json(path)
-    return None if complete and not held["checksums"] else str(held["identity"])
+    return identity
 
 
 def open_bank(folder: Path, device: torch.device) -> FeatureBank:
     """Open a complete bank. Raises UserError if a shard is missing or was altered."""
+    if identity_of(folder, complete=True) is None:
+        raise _damaged(folder / _FILE)
+    shape, checksums = _noted(folder)
+    if broken := _damaged_shards(folder, shape, checksums):
+        raise _damaged(broken[0])
+    return FeatureBank(_shards(folder, shape), device)
+
+
+def has_all_shards(folder: Path) -> bool:
+    """Whether a folder holds a complete bank, as far as the names of its files tell."""
+    if identity_of(folder, complete=True) is None:
+        return False
+    shape, _ = _noted(folder)
+    return all(shard_path(folder, number).exists() for number, _ in enumerate(shape.edges()))
+
+
+def _noted(folder: Path) -> tuple[BankShape, list[int]]:
     held = storage.read_json(folder / _FILE)
-    shape = BankShape(held["rows"], held["views"], held["width"])
-    shards = _shards(folder, shape)
-    for number, (shard, checksum) in enumerate(zip(shards, held["checksums"], strict=True)):
-        if zlib.crc32(shard.data) != checksum:
-            raise _damaged(shard_path(folder, number))
-    return FeatureBank(shards, device)
+    return BankShape(held["rows"], held["views"], held["width"]), held["checksums"]
+
+
+def _damaged_shards(folder: Path, shape: BankShape, checksums: list[int]) -> list[Path]:
+    """Return the shards that are missing, of another shape or of another content."""
+    broken = []
+    for number, (first, end) in enumerate(shape.edges()):
+        try:
+            shard = read_shard(folder, number, (end - first, 1 + shape.views, shape.width))
+            sound = number < len(checksums) and zlib.crc32(shard.data) == checksums[number]
+        except UserError:
+            sound = False
+        if not sound:
+            broken.append(shard_path(folder, number))
+    return broken
 
 
 def _shards(folder: Path, shape: BankShape) -> list[np.ndarray]:
@@ -202,4 +244,7 @@ def _note(folder: Path, identity: str, shape: BankShape, checksums: list[int]) -
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is missing or damaged: remove it and run the same command again")
+    return UserError(
+        f"{path} is missing or damaged: remove it, and repeat the command that made the run "
+        "(`snscc run` with --resume), which computes it anew"
+    )

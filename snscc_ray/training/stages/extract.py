@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from snscc_ray.config.errors import UserError
 from snscc_ray.core import distributed, rng
 from snscc_ray.core.views import make_view
 from snscc_ray.data.loading.bank import (
@@ -41,9 +42,8 @@ def extract(
     worker computes its share of the shards. Raises UserError on a full disk.
     """
     shape = BankShape(len(context.data), context.recipe.encoder.views, frozen.out_features)
-    if distributed.rank() == 0:
-        begin_bank(folder, identity, shape)
-    distributed.barrier()
+    if distributed.from_first(lambda: begin_bank(folder, identity, shape)):
+        return open_bank(folder, context.device)
     frozen.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     first, last = distributed.own_share(len(shape.edges()))
     edges = list(enumerate(shape.edges()))[first:last]
@@ -56,7 +56,13 @@ def extract(
 
             def compute(rows_B: Tensor, first: int = begin, of: Tensor = images_BCHW) -> np.ndarray:
                 own_BCHW = of[int(rows_B[0]) - first : int(rows_B[-1]) + 1 - first]
-                return features_of(context, frozen, own_BCHW, rows_B).cpu().half().numpy()
+                features_BVD = features_of(context, frozen, own_BCHW, rows_B).cpu().half()
+                if not features_BVD.isfinite().all():
+                    raise UserError(
+                        "the frozen encoder gives a NaN or an infinity for some images; use other "
+                        "weights, or precision=float32"
+                    )
+                return features_BVD.numpy()
 
             parts = []
             for part in mapped(compute, torch.arange(begin, end).split(_STEP_ROWS)):
