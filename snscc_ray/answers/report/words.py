@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from snscc_ray.config.settings import (
+    NO_ENCODER,
     BoostSettings,
     EncoderSettings,
     PretrainSettings,
@@ -67,12 +68,13 @@ _METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 def in_words(recipe: Recipe, images: int) -> list[str]:
     """Describe the settings of a run in a few sentences."""
     data = recipe.data
+    given = recipe.encoder.name == NO_ENCODER
     colour = "in colour" if data.channels == 3 else "in grey"
+    what = f"images, resized to {data.image_size}×{data.image_size} pixels {colour}"
     return [
-        f"{images:,} images, resized to {data.image_size}×{data.image_size} pixels {colour}, in "
-        f"{data.num_clusters} clusters.",
-        _encoder(recipe.encoder),
-        _pretrain(recipe.pretrain),
+        f"{images:,} {'embeddings' if given else what}, in {data.num_clusters} clusters.",
+        "There was no encoder: the embeddings were given." if given else _encoder(recipe.encoder),
+        _mixed(recipe.encoder.views) if given else _pretrain(recipe.pretrain),
         _train(recipe.train),
         _boost(recipe.boost),
         f"All random numbers come from the seed {recipe.seed}.",
@@ -93,6 +95,15 @@ def _pretrain(pretrain: PretrainSettings) -> str:
     return (
         f"Pretrain: {_epochs(pretrain.epochs)} by {method}, in batches of {pretrain.batch_size}. "
         "It learns similar features for two augmented views of the same image."
+    )
+
+
+def _mixed(views: int) -> str:
+    if not views:
+        return "No views were made of the embeddings."
+    return (
+        f"Each embedding has {counted(views, 'view')}: a mixture of it with a near one, which "
+        "stands for an augmented image."
     )
 
 
