@@ -27,11 +27,12 @@ from snscc_ray.answers.features import (
 )
 from snscc_ray.answers.table import KnownImages, answers, write
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.settings import DataSettings, Recipe, StageName
+from snscc_ray.config.settings import NO_ENCODER, DataSettings, Recipe, StageName
 from snscc_ray.core import checkpoints
 from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
 from snscc_ray.core.views import Normalize
+from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.data.look import resolve_reading
 from snscc_ray.data.rows import Rows
@@ -57,6 +58,7 @@ class PredictRequest:
     out: Path
     top: int = 3  # clusters to list
     nearest: int = 3  # of the run's own images to list
+    column: str | None = None  # of embeddings; None: as in the run
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,15 @@ class Predictor:
     def __call__(self, images_BCHW: Tensor) -> pa.Table:
         """Return one row per uint8 image, for any number of images; see `answers`."""
         parts = [
-            answers(*self.model.infer(ResidentData(part, self.model.device)), self.top, self.known)
+            answers(*self.model.infer(self._data(part)), self.top, self.known)
             for part in images_BCHW.split(_ROWS)
         ]
         return pa.concat_tables(parts)
+
+    def _data(self, part: Tensor) -> Images:
+        if part.ndim == 3:  # embeddings, (B, 1, D)
+            return FeatureBank([part.cpu().numpy()], self.model.device)
+        return ResidentData(part, self.model.device)
 
     def on(self, device: torch.device) -> Predictor:
         known = self.known
@@ -199,8 +206,9 @@ def prepare(
     model = load_model(question.run, device)
     if model.caveat:
         display.line(model.caveat)
-    settings = _settings(model.recipe, question.source)
+    settings = _settings(model.recipe, question)
     settings, rows = resolve_reading(settings, list_rows(settings))
+    check_inputs(model, rows)
     for note in rows.notes:
         display.line(note)
     known = _known(question, model, display) if question.nearest else None
@@ -224,12 +232,32 @@ def conclude(
     return PredictResult(table, left_out)
 
 
-def _settings(recipe: Recipe, source: str) -> DataSettings:
+def check_inputs(model: Model, rows: Rows) -> None:
+    """Refuse images for a run on embeddings, embeddings for images, and those of another width.
+
+    Raises UserError.
+    """
+    given = model.recipe.encoder.name == NO_ENCODER
+    if given != (rows.vectors is not None):
+        own, other = ("embeddings", "images") if given else ("images", "embeddings")
+        raise UserError(f"the run is on {own}, and {rows.place} holds {other}: give {own}")
+    encoder = model.network.encoder
+    if rows.vectors is not None and isinstance(encoder, WholeEncoder):
+        here, there = rows.vectors.shape[1], encoder.adapter.in_features
+        if here != there:
+            raise UserError(
+                f"the embeddings in {rows.place} have {here} numbers, and those of the run "
+                f"{there}: give embeddings of the same model"
+            )
+
+
+def _settings(recipe: Recipe, question: PredictRequest) -> DataSettings:
     """Return the run's data settings with another source."""
     return recipe.data.model_copy(
         update={
             "source": "auto",
-            "path": source,
+            "path": question.source,
+            "column": question.column or recipe.data.column,
             "classes": (),
             "download": False,
             "folders_are_labels": False,

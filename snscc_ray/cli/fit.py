@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def fit(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="folder of images, or shards")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="folder of images, shards, or embeddings")
+    ],
     clusters: Annotated[str, typer.Option(help="number of kinds, or auto to estimate it")] = "auto",
     out_folder: Annotated[
         str | None, typer.Option("--out", help="run folder  [default: runs/NAME OF DATA]")
@@ -50,6 +54,10 @@ def fit(
             "30m without a GPU and 2h with one]",
         ),
     ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="column of the embeddings, if DATA holds some  [default: the only one]"),
+    ] = None,
     labels: Annotated[
         bool,
         typer.Option("--labels", help="sub-folder names are labels, used only to measure"),
@@ -76,6 +84,8 @@ def fit(
         snscc fit ~/photos --max-cluster-imbalance 10 --out runs/uneven
 
         snscc fit s3://bucket/shards --encoder torchvision:resnet50
+
+        snscc fit embeddings.npy --clusters 20
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: use auto, cpu or cuda")
@@ -97,14 +107,18 @@ def fit(
     chosen = together([encoder_settings(text) for text in encoder or ()])
     # Resolve `..` to the name of the folder it points to.
     whole = place if is_url(place) else os.path.abspath(place)
-    name = as_path(whole).name.removesuffix(".parquet") or "images"
+    name = re.sub(r"\.(parquet|npy|npz)$", "", as_path(whole).name) or "images"
     folder = as_path(out_folder or f"runs/{name}")
     request = FitRequest(
         source=place,
         folder=folder,
         wishes=Preferences(count, image_size, max_cluster_imbalance, chosen, from_scratch),
         folders_are_labels=labels,
-        overrides=(*(settings or ()), *([] if seed is None else [f"seed={seed}"])),
+        overrides=(
+            *(settings or ()),
+            *([] if seed is None else [f"seed={seed}"]),
+            *([] if column is None else [f"data.column={json.dumps(column)}"]),
+        ),
         budget=seconds,
         device=device,
         overwrite=overwrite,

@@ -14,7 +14,9 @@ from snscc_ray.texts import counted
 
 def predict(
     run: Annotated[str, typer.Argument(metavar="RUN", help="folder or URL of a finished run")],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="folder of images, or shards")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="folder of images, shards, or embeddings")
+    ],
     out_file: Annotated[
         str, typer.Option("--out", "-o", help="file to write, .parquet or .csv")
     ] = "predictions.parquet",
@@ -25,6 +27,10 @@ def predict(
             min=0, help="number of most similar images of the run to list for each; 0: none"
         ),
     ] = 3,
+    column: Annotated[
+        str | None,
+        typer.Option(help="column of the embeddings  [default: as in the run, or the only one]"),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace --out")] = False,
     workers: Annotated[
@@ -75,7 +81,7 @@ def predict(
     check_writable(target)
     if target.suffix.lower() == ".parquet":  # inside DATA, the next call would read it as images
         check_apart(target.parent, place_of(data))
-    question = PredictRequest(as_path(run), place_of(data), target, top, nearest)
+    question = PredictRequest(as_path(run), place_of(data), target, top, nearest, column)
     with claimed_file(target, say):
         if target.exists() and not overwrite:
             raise UserError(f"{out_file} exists; use --overwrite, or another --out")

@@ -47,9 +47,15 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Source and format of the images, and how they are loaded."""
 
-    source: Literal["auto", "digits", "cifar10", "cifar20", "stl10", "imagenet", "folder", "shards"]
+    source: Literal[
+        "auto", "digits", "cifar10", "cifar20", "stl10", "imagenet", "folder", "shards",
+        "embeddings",
+    ]  # fmt: skip
     path: str | None = Field(None, description="folder or file; `auto` looks at what it holds")
     download: bool = Field(False, description="let torchvision fetch CIFAR or STL-10 into path")
+    column: str | None = Field(
+        None, description="of embeddings in Parquet files; None: the one so named, or the only one"
+    )
     classes: tuple[str, ...] = Field((), description="ImageNet folder names to keep, in order")
     num_clusters: Annotated[int, Field(ge=2)]
     image_size: Annotated[int, Field(ge=4, le=1024)] = Field(description="side, in pixels")
@@ -128,6 +134,7 @@ class StrongView(Settings):
 View = Annotated[SimclrView | StrongView, Field(discriminator="kind")]
 
 
+NO_ENCODER = "none"  # the name of the encoder if the rows are embeddings already
 BUILT_IN = ("convnet", "resnet18", "resnet34", "resnet50")
 LIBRARIES = ("torchvision", "timm", "pip")  # of encoders, implemented in models.libraries
 
@@ -148,6 +155,10 @@ def _from_anywhere(weights: str) -> str:
     return weights if known else str(expanded(weights).absolute())
 
 
+def _an_encoder_or_none(name: str) -> str:
+    return name if name == NO_ENCODER else _an_encoder(name)
+
+
 EncoderName = Annotated[str, AfterValidator(_an_encoder)]
 Weights = Annotated[str, AfterValidator(_from_anywhere)]
 
@@ -162,8 +173,9 @@ class FurtherEncoder(Settings):
 
 
 class EncoderSettings(Settings):
-    name: EncoderName = Field(
-        description="convnet, resnet18, resnet34, resnet50, torchvision:NAME, timm:NAME or pip:NAME"
+    name: Annotated[str, AfterValidator(_an_encoder_or_none)] = Field(
+        description="convnet, resnet18, resnet34, resnet50, torchvision:NAME, timm:NAME, pip:NAME, "
+        "or none: the rows are embeddings already"
     )
     stem: Literal["small", "standard"] = Field(
         "small", description="of the ResNets named here; small: 3×3, no max-pool"
@@ -180,7 +192,9 @@ class EncoderSettings(Settings):
         "the cluster heads on them",
     )
     views: Annotated[int, Field(ge=0, le=64)] = Field(
-        1, description="of a frozen encoder: augmented views of each image whose features are kept"
+        1,
+        description="of a frozen encoder: augmented views of each image whose features are kept; "
+        "of embeddings: mixtures with a neighbour",
     )
     views_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         0, description="of those views: not the run's seed, so that runs can share the features"
@@ -193,7 +207,9 @@ class EncoderSettings(Settings):
     )
 
     def each(self) -> tuple[EncoderSettings, ...]:
-        """Return the settings of each encoder whose features are used together."""
+        """Return the settings of each encoder whose features are used; none for embeddings."""
+        if self.name == NO_ENCODER:
+            return ()
         first = self.model_copy(update={"further": (), "frozen": False})
         return first, *(EncoderSettings(**other.model_dump()) for other in self.further)
 
@@ -204,6 +220,13 @@ class EncoderSettings(Settings):
                 "convnet has no default weights; use encoder.name=resnet18, or leave "
                 "encoder.weights out"
             )
+        if self.name == NO_ENCODER:
+            if not self.frozen or self.weights is not None or self.further:
+                raise ValueError(
+                    "encoder.name=none is for embeddings; set encoder.frozen=true, and leave "
+                    "encoder.weights and encoder.further out"
+                )
+            return self
         if self.frozen and self.weights is None:
             raise ValueError(
                 "a frozen encoder needs trained weights; set encoder.weights=default for the "

@@ -94,6 +94,11 @@ def assemble(
         UserError: no rows, a repeated id, a dataset larger than memory, or a corrupt image (with
             `skip_corrupt`: only if all images are corrupt).
     """
+    if rows.vectors is not None:
+        raise UserError(
+            f"{rows.place} holds embeddings, and this needs images: use `snscc fit`, or "
+            "`snscc run` without --workers"
+        )
     total = len(rows.ids)
     check_ids(rows)
     pixels = _allocate(total, data)

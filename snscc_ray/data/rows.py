@@ -27,6 +27,7 @@ class Rows:
     files: Sequence[Path] | None = None  # if each row is a file
     shards: Sequence[Shard] | None = None  # if the rows are in Parquet files
     reading: Reading = OWN_RANGE
+    vectors: np.ndarray | None = None  # float16 (N, D) of length 1: embeddings in place of images
     notes: tuple[str, ...] = ()  # sentences on what was left out or assumed
 
     @property

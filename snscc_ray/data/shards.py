@@ -27,7 +27,7 @@ def image_shards(files: list[Path]) -> dict[Path, int]:
     held: dict[Path, int] = {}
     for file in files:
         try:
-            with _parquet(file) as opened:
+            with opened_parquet(file) as opened:
                 if "image" in opened.schema_arrow.names:
                     held[file] = opened.metadata.num_rows
         except UserError:
@@ -59,13 +59,13 @@ def read_shards(path: Path, limit: int | None) -> Rows:
     if not files:
         raise UserError(f"no *.parquet files in {path}: give their folder")
     kept = [*image_shards(files)] or files
-    shards = [_inspect(file) for file in kept]
-    used = _first_rows(shards, limit)
+    shards = [inspect_shard(file) for file in kept]
+    used = first_rows(shards, limit)
     ids: list[str] = []
     columns = Labels()
     for shard in used:
-        table = _read_columns(shard)
-        ids += _ids(shard, table)
+        table = read_columns(shard)
+        ids += ids_of(shard, table)
         columns.add(shard, table)
     labels, class_names, note = columns.concluded(len(ids))
     other = [file.name for file in files if file not in kept]
@@ -100,7 +100,7 @@ def _refuse_part(path: Path, files: Sequence[Path]) -> None:
 
 
 @contextmanager
-def _parquet(file: Path) -> Iterator[Any]:
+def opened_parquet(file: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -122,10 +122,10 @@ def _parquet(file: Path) -> Iterator[Any]:
         ) from error
 
 
-def _inspect(file: Path) -> Shard:
+def inspect_shard(file: Path) -> Shard:
     import pyarrow as pa
 
-    with _parquet(file) as opened:
+    with opened_parquet(file) as opened:
         schema, about = opened.schema_arrow, opened.metadata
         groups = tuple(about.row_group(number).num_rows for number in range(about.num_row_groups))
     columns = set(schema.names)
@@ -146,7 +146,7 @@ def _inspect(file: Path) -> Shard:
     )
 
 
-def _first_rows(shards: list[Shard], limit: int | None) -> list[Shard]:
+def first_rows(shards: list[Shard], limit: int | None) -> list[Shard]:
     used = []
     left = sum(shard.rows for shard in shards) if limit is None else limit
     for shard in shards:
@@ -157,13 +157,13 @@ def _first_rows(shards: list[Shard], limit: int | None) -> list[Shard]:
     return used
 
 
-def _read_columns(shard: Shard) -> Any:
+def read_columns(shard: Shard) -> Any:
     """Read the columns other than the images, for the first rows of the shard."""
     import pyarrow as pa
 
     columns = [name for name in ("id", "label", "class_name") if getattr(shard, name)]
     batches, left = [], shard.rows
-    with _parquet(shard.file) as opened:
+    with opened_parquet(shard.file) as opened:
         for batch in opened.iter_batches(min(left, 65_536), columns=columns) if columns else ():
             batches.append(batch.slice(0, left))
             left -= len(batches[-1])
@@ -172,7 +172,7 @@ def _read_columns(shard: Shard) -> Any:
         return pa.Table.from_batches(batches) if batches else None
 
 
-def _ids(shard: Shard, table: Any) -> list[str]:
+def ids_of(shard: Shard, table: Any) -> list[str]:
     given = table["id"].to_pylist() if shard.id else [None] * shard.rows
     return [
         f"{shard.file.name}:{row}" if value is None else str(value)
@@ -209,7 +209,7 @@ def image_batches(file: Path, group: int | None, rows: int) -> Iterator[list[byt
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    with _parquet(file) as opened:
+    with opened_parquet(file) as opened:
         groups = None if group is None else [group]
         for batch in opened.iter_batches(BATCH, row_groups=groups, columns=["image"]):
             column = batch.column("image").slice(0, rows)

@@ -19,6 +19,7 @@ from snscc_ray.data.imageset import ImageSet, assemble
 from snscc_ray.data.listing import EXTENSIONS, ImageListing, find_images
 from snscc_ray.data.rows import Batches, Rows
 from snscc_ray.data.shards import image_shards, read_shards, shard_files
+from snscc_ray.data.vectors import ARRAYS, embedding_shards, read_vectors
 
 __all__ = ["ImageSet", "list_rows", "load_images", "resolve_source"]
 
@@ -69,23 +70,32 @@ def _resolve(data: DataSettings) -> tuple[str, ImageListing | None]:
 
 def _recognise(data: DataSettings) -> tuple[str, ImageListing | None]:
     path = _existing_path(data)
+    if path.suffix.lower() in ARRAYS and path.is_file():
+        return "embeddings", None
     files = shard_files(path)
+    named, lists = embedding_shards(files, data.column)
     if path.is_file() and files:
-        return "shards", None
+        return ("embeddings" if named or lists else "shards"), None
     shards = image_shards(files)
     if not shards:
         for source in ARCHIVES:
             if archive_folder(source, path).is_dir():
                 return source, None
     found = find_images(path) if path.is_dir() else ImageListing()
+    if named > len(found.files):
+        return "embeddings", None
     if shards or found.files:
         # Take the larger: a few files beside shards, or a sample beside files, are not the dataset.
         more = len(found.files) > sum(shards.values())
         return ("folder" if more else "shards"), found
     if files:
+        if lists:
+            return "embeddings", None
         return "shards", None  # reading them reports what is wrong
     if path.is_file():
-        raise UserError(f"{path} is a file, but not a Parquet file: give the folder of the images")
+        raise UserError(
+            f"{path} is a file, but not a Parquet or NumPy file: give the folder of the images"
+        )
     known = ", ".join(archive.folder for archive in ARCHIVES.values())
     aside = "".join(f"; {note}" for note in found.notes())
     raise UserError(
@@ -178,6 +188,10 @@ def _shards(data: DataSettings, source: str, found: ImageListing | None) -> Rows
         beside = f"ignored: {len(found.files):,} image files, because the shards hold more images"
         rows = replace(rows, notes=(*rows.notes, beside))
     return rows
+
+
+def _embeddings(data: DataSettings, source: str, found: ImageListing | None) -> Rows:
+    return read_vectors(_existing_path(data), data.column, data.limit)
 
 
 # ---------------------------------------------------------------------------- image folders
@@ -274,4 +288,5 @@ READERS: dict[str, Reader] = {
     "imagenet": _imagenet,
     "folder": _folder,
     "shards": _shards,
+    "embeddings": _embeddings,
 }

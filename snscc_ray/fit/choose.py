@@ -15,6 +15,7 @@ from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import (
+    NO_ENCODER,
     BoostSettings,
     DataSettings,
     EncoderSettings,
@@ -215,8 +216,8 @@ def with_overrides(wishes: Preferences, overrides: Sequence[str]) -> Preferences
 _WHICH_IMAGES = tuple(
     f"data.{name}"
     for name in (
-        "source", "path", "download", "classes", "folders_are_labels", "limit", "skip_corrupt",
-        "max_pixels", "value_range", "background",
+        "source", "path", "column", "download", "classes", "folders_are_labels", "limit",
+        "skip_corrupt", "max_pixels", "value_range", "background",
     )
 )  # fmt: skip
 
@@ -337,6 +338,8 @@ def _encoder(seen: ImageStats, *, gpu: bool, wishes: Preferences) -> tuple[Encod
 
 
 def _named(encoder: EncoderSettings) -> str:
+    if encoder.name == NO_ENCODER:
+        return "none"
     width = f", width {encoder.width}" if encoder.name == "convnet" else ""
     names = " + ".join(part.name for part in encoder.each())
     return f"{names}{width}{', frozen' if encoder.frozen else ''}"

@@ -14,6 +14,7 @@ from snscc_ray.config.overrides import override, validate
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core import storage
 from snscc_ray.core.display import Display
+from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.look import inspect_images, resolve_reading
 from snscc_ray.data.sources import list_rows
 from snscc_ray.fit.choose import (
@@ -26,7 +27,8 @@ from snscc_ray.fit.choose import (
     with_overrides,
 )
 from snscc_ray.fit.count import Estimate, counted, expected_seconds
-from snscc_ray.models.frozen import feature_width
+from snscc_ray.fit.embeddings import choose_for_embeddings
+from snscc_ray.models.frozen import components_of, feature_width
 from snscc_ray.runs.folder import (
     FIT_FILE,
     first_difference,
@@ -113,7 +115,8 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     seen = inspect_images(rows)
     picks: list[Pick] = []
     if begun is None:
-        recipe, picks = choose(
+        choosing = choose if rows.vectors is None else choose_for_embeddings
+        recipe, picks = choosing(
             request.folder.name,
             where,
             seen,
@@ -146,7 +149,11 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
             chosen = recipe
             recipe, told = paced(chosen, catalog, data, device, request.budget, display)
             if told is not None and request.wishes.clusters is None:
-                counting = expected_seconds(len(catalog), feature_width(recipe, len(catalog)))
+                if isinstance(data, FeatureBank):
+                    width = components_of(recipe, data.width, len(catalog))
+                else:
+                    width = feature_width(recipe, len(catalog))
+                counting = expected_seconds(len(catalog), width)
                 told += counting
                 if counting > 5:
                     display.line(f"plus {counting / 60:.1f} minutes to count the clusters")

@@ -64,7 +64,7 @@ class Adapter(Exact):
     def __init__(self, width: int, components: int, kind: str = "none") -> None:
         """components: d, of the D = `width` numbers."""
         super().__init__()
-        self.out_features = components
+        self.in_features, self.out_features = width, components
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("basis", torch.zeros(width, components))
         self.map: nn.Module = nn.Identity()

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from snscc_ray.config.settings import STAGES, EncoderSettings, Recipe, StageName
+from snscc_ray.config.settings import NO_ENCODER, STAGES, EncoderSettings, Recipe, StageName
 from snscc_ray.models.pretrained import weights_identity
 
 # Increased whenever a change of this package changes what the same settings train.
@@ -56,14 +56,17 @@ def bank_identity(recipe: Recipe, fingerprint: str) -> str:
     The seed of the run does not: runs with other seeds use the same features.
     """
     encoder, data = recipe.encoder, recipe.data
-    determines = {
+    given = encoder.name == NO_ENCODER  # its views are mixtures with mined neighbours
+    determines: dict[str, Any] = {
         "version": _VERSION,
         "fingerprint": fingerprint,
-        "encoder": _encoder(encoder.model_copy(update={"components": 0})),
+        "encoder": _encoder(encoder if given else encoder.model_copy(update={"components": 0})),
         "view": recipe.pretrain.view.model_dump(mode="json") if encoder.views else None,
         "precision": recipe.precision,
         "normalize": [data.mean, data.std],
     }
+    if given:
+        determines["mined_neighbors"] = recipe.pretrain.mined_neighbors
     text = json.dumps(determines, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

@@ -20,10 +20,12 @@ from snscc_ray.core import distributed
 from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog, assemble
+from snscc_ray.data.loading.bank import FeatureBank, bank_of
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.data.loading.streamed import StreamedData, threads_reader
 from snscc_ray.data.loading.survey import check_streamed, choose_mode, survey
 from snscc_ray.data.rows import Rows
+from snscc_ray.data.vectors import catalog_of_vectors
 from snscc_ray.runs.folder import check_apart, prepare_folder
 from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
 from snscc_ray.runs.pace import describe, measure, measure_frozen, within
@@ -81,8 +83,11 @@ def _run_here(
         plan = make_plan(recipe, (distributed.world_size(),))
         recipe = plan.recipe
         catalog, data = load(plan, device, display)
+        what = f"images of {recipe.data.image_size} px"
+        if isinstance(data, FeatureBank):
+            what = f"embeddings of {data.width} numbers"
         display.line(
-            f"{recipe.name}: {len(catalog):,} images of {recipe.data.image_size} px, "
+            f"{recipe.name}: {len(catalog):,} {what}, "
             f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
         )
         report_skipped(catalog, display)
@@ -127,16 +132,16 @@ def _within_budget(
     """Measure now, and set the epochs that fit into `seconds`. Raises UserError."""
     if distributed.world_size() > 1:
         raise UserError("--budget measures a single process; leave it out under torchrun")
-    if not isinstance(data, ResidentData):
+    if not recipe.encoder.frozen and not isinstance(data, ResidentData):
         raise UserError("--budget measures images held in memory; use --set data.mode=resident")
     began = time.monotonic()
     display.line("measuring a few steps of each stage")
-    images = data.images_NCHW
     try:
-        if recipe.encoder.frozen:
-            pace = measure_frozen(recipe, catalog, data, images.device)
+        device = choose_device(recipe.runtime.device)
+        if isinstance(data, ResidentData) and not recipe.encoder.frozen:
+            pace = measure(recipe, catalog, data.images_NCHW, device)
         else:
-            pace = measure(recipe, catalog, images, images.device)
+            pace = measure_frozen(recipe, catalog, data, device)
     except Interrupted as stop:
         raise KeyboardInterrupt from stop  # nothing is written yet, so there is no run to resume
     spent = time.monotonic() - began
@@ -176,6 +181,8 @@ def bring(
     training: the recipe that is to train on it, if any. Prints only that it is streamed. Raises
     UserError.
     """
+    if rows.vectors is not None:
+        return catalog_of_vectors(rows, data.channels), bank_of(rows.vectors, device)
     mode, why = choose_mode(data, len(rows.ids), free_bytes(device), rows.streamable)
     if mode == "stream":
         display.line(f"images streamed: {why}")

@@ -157,6 +157,8 @@ def measure_frozen(recipe: Recipe, known: Catalog, data: Images, device: torch.d
 
     The neighbours of a row are searched among all rows, so that search is timed at full size.
     """
+    if isinstance(data, FeatureBank):  # given embeddings: their views are made after mining
+        return _measure_bank(recipe, known, 0.0, 0, data.width, device)
     context = Context(recipe, data, None, normalisation(recipe, known), device)
     frozen = load_frozen(recipe)[0].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     count = min(len(known), _FROZEN_ROWS)
@@ -167,12 +169,25 @@ def measure_frozen(recipe: Recipe, known: Catalog, data: Images, device: torch.d
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     extraction = (time.monotonic() - began) * len(known) / count
+    width = features_BVD.shape[2]
+    return _measure_bank(recipe, known, extraction, recipe.encoder.views, width, device)
+
+
+def _measure_bank(
+    recipe: Recipe,
+    known: Catalog,
+    extraction: float,
+    views: int,
+    width: int,
+    device: torch.device,
+) -> Seconds:
+    """Measure the stages on random features; `extraction` is added to the first."""
     batches = [recipe.train.batch_size, recipe.boost.batch_size]
     least = max(recipe.data.num_clusters, recipe.pretrain.mined_neighbors + 1)
     few = min(len(known), max(*(_BANK_BATCHES * batch for batch in batches), least))
     # Random rows with the spread of real ones; their values do not affect the time.
     generator = torch.Generator().manual_seed(0)
-    shape = (few, 1 + recipe.encoder.views, features_BVD.shape[2])
+    shape = (few, 1 + views, width)
     random_NVD = torch.randn(shape, generator=generator).half().numpy()
     bank = FeatureBank([random_NVD], device)
     timed = _measure(recipe, known, bank, few, device)

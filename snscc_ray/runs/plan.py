@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.settings import STAGES, Recipe, StageName
+from snscc_ray.config.settings import NO_ENCODER, STAGES, Recipe, StageName
 from snscc_ray.data.loading.order import smallest_batch
 from snscc_ray.data.look import resolve_reading
 from snscc_ray.data.rows import Rows
@@ -42,11 +42,26 @@ def check_plan(
     workers: every number of workers that may train. stages: those that are trained.
     Raises UserError naming the field.
     """
+    check_kind(recipe, rows)
     for count in workers:
         check(recipe, len(rows.ids), count, stages)
     if stages:
         check_encoder(recipe, max(workers))
     return Plan(recipe, rows)
+
+
+def check_kind(recipe: Recipe, rows: Rows) -> None:
+    """Refuse embeddings for an encoder, and images without one. Raises UserError."""
+    without = recipe.encoder.name == NO_ENCODER
+    if rows.vectors is not None and not without:
+        raise UserError(
+            f"{rows.place} holds embeddings, which need no encoder; set encoder.name=none and "
+            "encoder.frozen=true"
+        )
+    if rows.vectors is None and without:
+        raise UserError(
+            f"encoder.name=none is for embeddings, and {rows.place} holds images; name an encoder"
+        )
 
 
 def check(recipe: Recipe, rows: int, world_size: int, stages: Sequence[StageName] = STAGES) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
-from snscc_ray.config.settings import STAGES, Recipe, StageName
+from snscc_ray.config.settings import NO_ENCODER, STAGES, Recipe, StageName
 from snscc_ray.core import checkpoints, distributed, storage
 from snscc_ray.core.clustering.imbalance import forced_balance, forced_warning
 from snscc_ray.core.clustering.kmeans import kmeans
@@ -52,7 +52,7 @@ from snscc_ray.runs.identity import bank_identity, stage_identity
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import Monitor, fit
 from snscc_ray.training.stages.boost import Boost
-from snscc_ray.training.stages.extract import extract, principal_components
+from snscc_ray.training.stages.extract import extract, mix_neighbors, principal_components
 from snscc_ray.training.stages.pretrain import Pretrain, measure_features, pretext_features
 from snscc_ray.training.stages.train import Train, probabilities
 from snscc_ray.training.workers import Worker
@@ -222,7 +222,10 @@ class _Run:
         return figures
 
     def _extract(self) -> dict[str, Any]:
-        """Compute a frozen encoder's features, mine the neighbours and measure them."""
+        """Compute a frozen encoder's features, mine the neighbours and measure them.
+
+        The augmented views of given embeddings are made from the neighbours.
+        """
         folder, bank = self.stage_folder("pretrain"), self.context.data
         frozen = None
         if not isinstance(bank, FeatureBank):
@@ -241,6 +244,9 @@ class _Run:
         network = context.to_device(FrozenNet(frozen, adapter))
         features_ND = pretext_features(context, network)
         mined = mine(features_ND, self.recipe.pretrain.mined_neighbors)
+        if self.recipe.encoder.name == NO_ENCODER:
+            identity = bank_identity(self.recipe, self.catalog.fingerprint)
+            mix_neighbors(context, mined, folder / BANK, identity)
         figures: dict[str, Any] = measure_features(context, features_ND, mined)
         if self.worker.rank == 0:
             mined.save(folder / "neighbors.parquet")
@@ -251,7 +257,7 @@ class _Run:
     def _training(self) -> Context:
         """The context of Train and Boost: a frozen encoder's features stand for the images."""
         given = isinstance(self.context.data, FeatureBank)
-        if given or not self.recipe.encoder.frozen:
+        if (given and self.recipe.encoder.name != NO_ENCODER) or not self.recipe.encoder.frozen:
             return self.context
         bank = open_bank(self.stage_folder("pretrain") / BANK, self.worker.device)
         return replace(self.context, data=bank)
@@ -446,7 +452,8 @@ def normalisation(recipe: Recipe, catalog: Catalog) -> Normalize:
     A frozen encoder gets pixels in [0, 1], unless the recipe says otherwise: it normalises itself.
     """
     data = recipe.data
-    if recipe.encoder.frozen and data.mean is None:
+    embedded = recipe.encoder.name == NO_ENCODER
+    if embedded or (recipe.encoder.frozen and data.mean is None):
         return Normalize((0.0,) * data.channels, (1.0,) * data.channels)
     share = catalog.values.double() / catalog.values.sum(1, keepdim=True)
     value = torch.arange(256, dtype=torch.float64) / 255

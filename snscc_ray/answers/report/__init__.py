@@ -20,6 +20,8 @@ from snscc_ray.config.settings import StageName
 from snscc_ray.core import storage
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.display import Display
+from snscc_ray.data.loading.bank import FeatureBank
+from snscc_ray.data.vectors import pictures_of
 
 _MARK_BYTES = 1000  # GENERATOR stands within the first bytes of a report
 
@@ -52,7 +54,11 @@ def report(run: Path, out: Path, console: Console, *, device: str = "auto") -> P
     content = build(own, facts, features, p_NC, mined, digests, display.line)
     display.line("thumbnails")
     rows = shown_rows(content)
-    page = render(content, sprites.pack(rows, sprites.take(own.data, rows)))
+    if isinstance(own.data, FeatureBank):
+        pictures = pictures_of(own.recipe.data, rows)
+    else:
+        pictures = sprites.take(own.data, rows)
+    page = render(content, sprites.pack(rows, pictures) if pictures is not None else None)
     storage.write_json(data_file, content)
     storage.write_whole(out, partial(_write, page.encode("utf-8", "backslashreplace")))
     return data_file

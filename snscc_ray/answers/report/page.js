@@ -6,8 +6,9 @@ const percent = (share) => (share === 1 || share < 0.995 ? Math.round(share * 10
 /* ---------------------------------------------------------------- images */
 
 function picture(row) {
-  const [sheet, column, line] = data.places[row];
   const span = document.createElement("span");
+  if (!(row in data.places)) return span; // an embedding without a picture
+  const [sheet, column, line] = data.places[row];
   span.className = `pic s${sheet}`;
   span.style.setProperty("--x", column);
   span.style.setProperty("--y", line);

@@ -19,10 +19,12 @@ from snscc_ray.texts import shown
 _GOLDEN_ANGLE = 137.508
 
 
-def render(content: dict[str, Any], sprites: Sprites) -> str:
+def render(content: dict[str, Any], sprites: Sprites | None) -> str:
     """Render `content`, the values of report.json. Names and ids may be any text; all is escaped.
 
     Characters that change the reading direction are escaped here, but not in report.json.
+
+    sprites: the thumbnails; None: there are no pictures, and ids take their place.
     """
     content = _shown(content)
     environment = Environment(
@@ -39,16 +41,16 @@ def render(content: dict[str, Any], sprites: Sprites) -> str:
     clusters = content["summary"]["clusters"]
     return environment.from_string(_text("page.html.j2")).render(
         **content,
-        places=sprites.places,
+        places=sprites.places if sprites else {},
         sheets=[
             {
                 "columns": sheet.columns,
                 "lines": sheet.lines,
                 "data": base64.b64encode(sheet.webp).decode(),
             }
-            for sheet in sprites.sheets
+            for sheet in (sprites.sheets if sprites else ())
         ],
-        pixelated=sprites.size <= 48,
+        pixelated=sprites is not None and sprites.size <= 48,
         # Our own style and script, unescaped; everything else is escaped.
         style=Markup(_text("page.css")),
         script=Markup(script),
@@ -73,12 +75,13 @@ def _shown(value: Any) -> Any:
     return [_shown(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _data(content: dict[str, Any], sprites: Sprites, clusters: int) -> dict[str, Any]:
+def _data(content: dict[str, Any], sprites: Sprites | None, clusters: int) -> dict[str, Any]:
     """Return the data for the page's script."""
     return {
         "images": content["images"],
         "places": {
-            row: [place.sheet, place.column, place.line] for row, place in sprites.places.items()
+            row: [place.sheet, place.column, place.line]
+            for row, place in (sprites.places.items() if sprites else ())
         },
         "scatter": content["scatter"],
         "class_names": content["class_names"],

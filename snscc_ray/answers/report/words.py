@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from snscc_ray.config.settings import (
+    NO_ENCODER,
     BoostSettings,
     EncoderSettings,
     PretrainSettings,
@@ -67,13 +68,18 @@ _METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 def in_words(recipe: Recipe, images: int) -> list[str]:
     """Describe the settings of a run in a few sentences."""
     data = recipe.data
+    given = recipe.encoder.name == NO_ENCODER
     colour = "in colour" if data.channels == 3 else "in grey"
-    pretrain = [] if recipe.encoder.frozen else [_pretrain(recipe.pretrain)]
+    what = f"images, resized to {data.image_size}×{data.image_size} pixels {colour}"
+    if given:
+        before = ["There was no encoder: the embeddings were given.", _mixed(recipe.encoder.views)]
+    elif recipe.encoder.frozen:
+        before = [_encoder(recipe.encoder)]
+    else:
+        before = [_encoder(recipe.encoder), _pretrain(recipe.pretrain)]
     return [
-        f"{images:,} images, resized to {data.image_size}×{data.image_size} pixels {colour}, in "
-        f"{data.num_clusters} clusters.",
-        _encoder(recipe.encoder),
-        *pretrain,
+        f"{images:,} {'embeddings' if given else what}, in {data.num_clusters} clusters.",
+        *before,
         _train(recipe.train),
         _boost(recipe.boost),
         f"All random numbers come from the seed {recipe.seed}.",
@@ -108,6 +114,15 @@ def _pretrain(pretrain: PretrainSettings) -> str:
     return (
         f"Pretrain: {_epochs(pretrain.epochs)} by {method}, in batches of {pretrain.batch_size}. "
         "It learns similar features for two augmented views of the same image."
+    )
+
+
+def _mixed(views: int) -> str:
+    if not views:
+        return "No views were made of the embeddings."
+    return (
+        f"Each embedding has {counted(views, 'view')}: a mixture of it with a near one, which "
+        "stands for an augmented image."
     )
 
 

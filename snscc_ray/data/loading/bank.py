@@ -93,6 +93,11 @@ class FeatureBank:
         return torch.from_numpy(taken)
 
 
+def bank_of(features_ND: np.ndarray, device: torch.device) -> FeatureBank:
+    """Return features in memory, float16 (N, D), as a bank without augmented views."""
+    return FeatureBank([features_ND[:, None]], device)
+
+
 def bank_views(
     features_BVD: Tensor, rows_B: Tensor, drawn: Sequence[bool], keys: Sequence[int]
 ) -> tuple[Tensor, ...]:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.core import distributed, rng
+from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.views import make_view
 from snscc_ray.data.loading.bank import (
     BankShape,
@@ -30,6 +32,7 @@ from snscc_ray.training.engine import Monitor
 # Images per step of the progress.
 _STEP_ROWS = 64
 _COMPONENT_ROWS = 20_000
+_MOST_MIXED = 0.5  # the largest share of a neighbour in a view of an embedding
 
 
 @torch.no_grad()
@@ -74,6 +77,50 @@ def extract(
         finish_bank(folder, identity, shape)
     distributed.barrier()
     return open_bank(folder, context.device)
+
+
+@torch.no_grad()
+def mix_neighbors(context: Context, mined: MinedNeighbors, folder: Path, identity: str) -> None:
+    """Write a bank of given embeddings, with views that mix each row with one of its neighbours.
+
+    View v of row i is (1 - λ) f_i + λ f_j, with length 1: j is one of the mined neighbours, drawn
+    by confidence, and λ is uniform in [0, 0.5]. Both depend on the row, v and `encoder.views_seed`
+    only. `context.data` holds the embeddings. Each worker writes its share of the shards.
+    """
+    bank, settings = context.data, context.recipe.encoder
+    assert isinstance(bank, FeatureBank)
+    shape = BankShape(len(bank), settings.views, bank.width)
+    if distributed.rank() == 0:
+        begin_bank(folder, identity, shape)
+    distributed.barrier()
+    chance_NK = mined.confidence_NK / mined.confidence_NK.sum(1, keepdim=True)
+    first, last = distributed.own_share(len(shape.edges()))
+    for number, (begin, end) in list(enumerate(shape.edges()))[first:last]:
+        if shard_path(folder, number).exists():
+            continue
+        rows_B = torch.arange(begin, end)
+        own_BD = _vectors(bank, rows_B)
+        views = [own_BD]
+        for view in range(settings.views):
+            key = rng.fold(settings.views_seed, "neighbors", view)
+            draw_B, share_B = rng.uniform(rows_B, key, 2).unbind(1)
+            summed_BK = chance_NK[rows_B].cumsum(1)
+            place_B = torch.searchsorted(summed_BK, draw_B[:, None], right=True)
+            place_B = place_B.clamp(max=summed_BK.shape[1] - 1)
+            partners_B = mined.neighbors_NK[rows_B].long().gather(1, place_B)[:, 0]
+            mixed_BD = torch.lerp(
+                own_BD, _vectors(bank, partners_B), _MOST_MIXED * share_B[:, None]
+            )
+            views.append(F.normalize(mixed_BD, dim=1))
+        write_shard(folder, number, torch.stack(views, 1).half().numpy())
+    distributed.barrier()
+    if distributed.rank() == 0:
+        finish_bank(folder, identity, shape)
+    distributed.barrier()
+
+
+def _vectors(bank: FeatureBank, rows_B: Tensor) -> Tensor:
+    return bank.take(rows_B)[:, 0].cpu().float()
 
 
 @contextmanager

@@ -1,0 +1,61 @@
+"""Choose a recipe for a user's own embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import NO_ENCODER, EncoderSettings, Recipe
+from snscc_ray.data.look import ImageStats
+from snscc_ray.fit.choose import FEWEST, Pick, Preferences, choose
+from snscc_ray.models.libraries import DEFAULT
+
+# Choices about pixels.
+_OF_IMAGES = ("image size", "colours", "augmentation", "encoder")
+_VIEWS = 4  # mixtures with a neighbour, of each row
+_SIDE = 32  # unused
+
+
+def choose_for_embeddings(
+    name: str,
+    data: dict[str, Any],
+    seen: ImageStats,
+    *,
+    gpu: bool,
+    free_bytes: int,
+    wishes: Preferences,
+) -> tuple[Recipe, list[Pick]]:
+    """Choose a recipe as `choose` does for the features of a frozen encoder.
+
+    Raises UserError if there are too few rows, or for a wish about images.
+    """
+    if seen.rows < FEWEST:
+        raise UserError(f"{seen.rows} embeddings are too few to learn from; give {FEWEST} or more")
+    named = wishes.encoder is not None and wishes.encoder.name != NO_ENCODER
+    for option, given in (
+        ("--encoder", named),
+        ("--from-scratch", wishes.from_scratch),
+        ("--image-size", wishes.image_size is not None),
+    ):
+        if given:
+            raise UserError(f"{option} is for images, and these are embeddings; leave it out")
+    as_if = EncoderSettings(name=DEFAULT, weights="default", frozen=True)
+    recipe, picks = choose(
+        name,
+        data,
+        replace(seen, sampled=seen.rows, side=_SIDE, grey=False),
+        gpu=gpu,
+        free_bytes=free_bytes,
+        wishes=replace(wishes, encoder=as_if, image_size=_SIDE),
+    )
+    encoder = EncoderSettings(name=NO_ENCODER, frozen=True, views=_VIEWS)
+    none = Pick("encoder", "none", "the rows are embeddings already")
+    kept = [
+        replace(pick, why="only an adapter and the cluster heads are trained")
+        if pick.what == "epochs"
+        else pick
+        for pick in picks
+        if pick.what not in _OF_IMAGES
+    ]
+    return recipe.model_copy(update={"encoder": encoder}), [none, *kept]
