@@ -138,7 +138,7 @@ def _chosen_for(data: str | None, encoder: EncoderSettings | None, overrides: li
     """Choose the recipe as `snscc fit` does, but for the number of clusters. Raises UserError."""
     if data is None:
         raise UserError("compare auto needs the images; add --data FOLDER")
-    if not any(text.strip().startswith("data.num_clusters=") for text in overrides):
+    if not any(text.partition("=")[0].strip() == "data.num_clusters" for text in overrides):
         raise UserError(
             "compare auto does not estimate the number of clusters; add --set "
             "data.num_clusters=N, or name the run folder of `snscc fit` instead of auto"

@@ -30,8 +30,7 @@ def features_of(study: Study) -> Features:
         study.seconds.append(found.seconds)
         return found
     start = pretext(study)
-    with start.context.few_threads():
-        rows_ND = pretext_features(start.context, start.network)
+    rows_ND = pretext_features(start.context, start.network)
     found = Features(start.context, rows_ND, _spaces(start, rows_ND), study.seconds[-1])
     study.shared.append(found)
     return found

@@ -66,9 +66,9 @@ def cluster(study: Study) -> MethodResult:
         return ClusterNet(encoder, heads)
 
     network = study.build("scan", build)
-    neighbors_NK = start.mined.neighbors_NK.long().to(context.device)
+    neighbors_NK = start.mined.neighbors_NK.long()  # on the CPU, as rows are when views are drawn
     train(study, "scan", Descent(network, recipe.train, _pairs(study, neighbors_NK), _clustering))
-    network.heads.keep(_best_head(probabilities(context, network), neighbors_NK.cpu()))
+    network.heads.keep(_best_head(probabilities(context, network), neighbors_NK))
     views = views_of(context, "scan-self-label", None, recipe.boost.view)
     train(study, "scan-self-label", Descent(network, recipe.boost, views, _self_labelling, "boost"))
     clusters_N = probabilities(context, network)[:, 0].argmax(1)
