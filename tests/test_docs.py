@@ -75,7 +75,7 @@ def parsed(command: str) -> tuple[str, dict[str, Any]]:
 
 def bases(name: str, params: dict[str, Any]) -> list[Recipe]:
     """Recipes that the command may change."""
-    if name == "fit":
+    if name == "fit" or params.get("recipe") == "auto":
         where = {"source": "auto", "path": "scans"}
         looks = [ImageStats(1000, 32, grey) for grey in (False, True)]
         return [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -94,10 +92,10 @@ def fit(
     place = place_of(data)
     # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.answers.report import report
-    from snscc_ray.config.paths import as_path, is_url
+    from snscc_ray.config.paths import as_path
     from snscc_ray.core.claim import claimed
     from snscc_ray.fit.choose import Preferences
-    from snscc_ray.fit.fit import FitRequest, fit_images
+    from snscc_ray.fit.fit import FitRequest, fit_images, name_of
     from snscc_ray.models.pretrained import encoder_settings, together
     from snscc_ray.runs.folder import check_apart
     from snscc_ray.training.engine import Interrupted
@@ -105,10 +103,7 @@ def fit(
     if encoder and from_scratch:
         raise UserError("--encoder and --from-scratch exclude each other; use one of them")
     chosen = together([encoder_settings(text) for text in encoder or ()])
-    # Resolve `..` to the name of the folder it points to.
-    whole = place if is_url(place) else os.path.abspath(place)
-    name = re.sub(r"\.(parquet|npy|npz)$", "", as_path(whole).name) or "images"
-    folder = as_path(out_folder or f"runs/{name}")
+    folder = as_path(out_folder or f"runs/{name_of(place)}")
     request = FitRequest(
         source=place,
         folder=folder,

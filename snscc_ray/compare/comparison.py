@@ -11,7 +11,14 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
-from snscc_ray.compare.methods import METHODS, load, ours, stages_of
+from snscc_ray.compare.methods import (
+    METHODS,
+    load,
+    ours,
+    refuse_left_out,
+    stages_of,
+    title_of,
+)
 from snscc_ray.compare.study import MethodResult, Study, method_folder
 from snscc_ray.compare.table import Row, figures_of, line, write_table
 from snscc_ray.config.errors import UserError
@@ -79,7 +86,7 @@ def _compare(request: Request, display: Display) -> list[Row]:
                 display.line(f"{place}: already done")
                 rows = _rows(study, failed)
                 continue
-            display.line(f"{place}: {METHODS[method].title}")
+            display.line(f"{place}: {title_of(method, frozen=study.frozen)}")
             reason = _run(study, method)
             if reason is not None:
                 failed[method] = reason
@@ -159,12 +166,16 @@ def _load(request: Request, device: torch.device, display: Display) -> tuple[Rec
     Checks the batch sizes and neighbours of only the stages whose settings the methods use. Raises
     UserError, also if the dataset would have to be streamed.
     """
-    recipe, stages = request.recipe, stages_of(request.methods)
-    if recipe.encoder.weights is not None:
+    recipe = request.recipe
+    frozen = recipe.encoder.frozen
+    if frozen:
+        refuse_left_out(request.methods)
+    elif recipe.encoder.weights is not None:
         raise UserError(
-            "encoder.weights: every method of a comparison starts from random weights; leave "
-            "encoder.weights out"
+            "encoder.weights: methods that train the encoder start from random weights; set "
+            "encoder.frozen=true to compare methods on its features, or leave encoder.weights out"
         )
+    stages = stages_of(request.methods, frozen=frozen)
     plan = make_plan(recipe, stages=stages)
     recipe, rows = plan.recipe, plan.rows
     mode, why = choose_mode(recipe.data, len(rows.ids), free_bytes(device), rows.streamable)
@@ -242,7 +253,7 @@ def _rows(study: Study, failed: dict[str, str]) -> list[Row]:
     rows = []
     for method in METHODS:
         if method in failed:
-            rows.append(Row(method, note=f"failed: {failed[method]}"))
+            rows.append(Row(method, note=f"failed: {failed[method]}", frozen=study.frozen))
         elif outcome := _outcome(study, method):
             path = method_folder(study.folder, method) / "assignments.parquet"
             found = tables.read_table(path, ["cluster"])
@@ -254,6 +265,7 @@ def _rows(study: Study, failed: dict[str, str]) -> list[Row]:
                     outcome["epochs"],
                     outcome["seconds"],
                     outcome["note"],
+                    study.frozen,
                 )
             )
     return rows

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from snscc_ray.config.settings import StageName, StageSettings, View
-from snscc_ray.core.views import make_views
 from snscc_ray.data.loading.resident import Batch, Viewer
 from snscc_ray.training.context import Context
 
@@ -57,9 +55,6 @@ def views_of(context: Context, part: str, *views: View | None) -> Callable[[int]
 
     A view of None is the clean images. Views are drawn anew each epoch.
     """
-    return lambda epoch: partial(
-        make_views,
-        views=views,
-        keys=tuple(context.key(part, epoch, index) for index in range(len(views))),
-        normalize=context.normalize,
+    return lambda epoch: context.viewer(
+        views, tuple(context.key(part, epoch, index) for index in range(len(views)))
     )

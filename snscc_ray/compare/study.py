@@ -35,6 +35,20 @@ class MethodResult:
 
 
 @dataclass(frozen=True)
+class Features:
+    """An encoder's features of the clean images, on the device."""
+
+    context: Context
+    """Of what starts from them (see `ours.Pretext`)."""
+    rows_ND: Tensor
+    """The features that Train starts from, of length 1."""
+    spaces_ND: tuple[Tensor, ...]
+    """The same for each encoder alone; with one encoder, `rows_ND` itself."""
+    seconds: float
+    """Of the run's stage that made them."""
+
+
+@dataclass(frozen=True)
 class Study:
     """The images, recipe and folder that a method of a comparison works with."""
 
@@ -44,10 +58,17 @@ class Study:
     display: Display
     seconds: list[float] = field(default_factory=list)
     """Of each part of the method, including parts that another method trained before."""
+    shared: list[Features] = field(default_factory=list)
+    """The features, once a method has asked for them (see `rows`)."""
 
     @property
     def clusters(self) -> int:
         return self.context.recipe.data.num_clusters
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the methods work on the features of a frozen encoder."""
+        return self.context.recipe.encoder.frozen
 
     @property
     def data(self) -> ResidentData:

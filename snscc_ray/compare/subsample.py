@@ -9,6 +9,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from snscc_ray.compare.rows import rows_of
 from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.core import rng
 
@@ -19,21 +20,21 @@ ROWS = 5000
 def cluster_some(
     study: Study, method: str, assign: Callable[[np.ndarray], np.ndarray]
 ) -> MethodResult:
-    """Cluster the pixels of at most `ROWS` rows, drawn by the seed, with `assign`.
+    """Cluster the pixels or features of at most `ROWS` rows, drawn by the seed, with `assign`.
 
     Every other row joins the cluster with the nearest centroid; the note then says so.
     """
-    pixels_ND, N = study.pixels(), len(study.catalog)
+    all_ND, N = rows_of(study).cpu(), len(study.catalog)
     drawn = torch.randperm(N, generator=rng.generator(study.key(method, "rows")))
     rows_R = drawn[:ROWS].sort().values
 
     def everything() -> Tensor:
         # Multithreaded sums differ in the last bits from run to run.
         with threadpool_limits(1):
-            found_R = torch.from_numpy(assign(pixels_ND[rows_R].numpy())).long()
+            found_R = torch.from_numpy(assign(all_ND[rows_R].numpy())).long()
         if N <= ROWS:
             return found_R
-        clusters_N = nearest_centroid(pixels_ND, pixels_ND[rows_R], found_R, study.clusters)
+        clusters_N = nearest_centroid(all_ND, all_ND[rows_R], found_R, study.clusters)
         clusters_N[rows_R] = found_R
         return clusters_N
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from snscc_ray.compare.methods import METHODS
-from snscc_ray.compare.paper import DATA_SETS, SOURCE, printed
+from snscc_ray.compare.methods import title_of
+from snscc_ray.compare.paper import DATA_SETS, SOURCE, Printed, printed
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core.clustering import metrics
 from snscc_ray.core.storage import write_whole
@@ -34,6 +34,11 @@ class Row:
     epochs: str = ""
     seconds: float | None = None
     note: str = ""
+    frozen: bool = False  # on the features of a frozen encoder
+
+    @property
+    def title(self) -> str:
+        return title_of(self.method, frozen=self.frozen)
 
 
 def figures_of(
@@ -66,7 +71,7 @@ def cells(row: Row, shown: dict[str, str]) -> list[str]:
     figures = [f"{row.figures[name]:.3f}" if name in row.figures else "-" for name in shown]
     used = f"{int(row.figures[_USED])}" if _USED in row.figures else "-"
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
-    return [METHODS[row.method].title, *figures, used, row.epochs or "-", seconds]
+    return [row.title, *figures, used, row.epochs or "-", seconds]
 
 
 def line(row: Row) -> str:
@@ -98,7 +103,7 @@ def as_csv(recipe: Recipe, rows: list[Row]) -> str:
     writer.writerow(["method", *headings, "clusters", "epochs", "seconds", "note", *beside])
     for row in rows:
         figures = [row.figures.get(name, "") for name in (*shown, _USED)]
-        theirs = printed(row.method, recipe.name) or (None,) * 3
+        theirs = _printed(row, recipe)
         seconds = "" if row.seconds is None else row.seconds
         rest = ["" if value is None else value for value in theirs]
         writer.writerow([row.method, *figures, row.epochs, seconds, row.note, *rest])
@@ -108,32 +113,64 @@ def as_csv(recipe: Recipe, rows: list[Row]) -> str:
 def as_markdown(recipe: Recipe, rows: list[Row], images: int) -> str:
     """Format as Markdown, with notes for judging the figures."""
     shown = columns(rows)
-    beside = recipe.name.startswith(DATA_SETS)
+    frozen = recipe.encoder.frozen
+    beside = recipe.name.startswith(DATA_SETS) and not frozen
     headings = ["method", *shown.values(), "clusters", "epochs", "seconds"]
     headings += ["paper ACC", "NMI", "ARI"] * beside + ["note"]
     lines = [headings, ["---"] * len(headings)]
     for row in rows:
-        theirs = printed(row.method, recipe.name) or (None,) * 3
+        theirs = _printed(row, recipe)
         paper = ["-" if value is None else f"{value:.3f}" for value in theirs] * beside
         lines.append([*cells(row, shown), *paper, in_markdown(row.note)])
-    train = recipe.train
-    ours = recipe.pretrain.epochs + train.epochs + recipe.boost.epochs
     text = [
         f"# {recipe.name}: {images:,} images, {recipe.data.num_clusters} clusters, "
         f"seed {recipe.seed}",
         "",
         *("| " + " | ".join(parts) + " |" for parts in lines),
         "",
-        f"All deep methods use the encoder {recipe.encoder.name}. Networks train with the recipe's "
-        f"Train settings (batch size {train.batch_size}, epochs {train.epochs}, {train.optimizer} "
-        f"at {train.learning_rate:g}); Pretrain, Boost and SCAN's self-labelling (as Boost) have "
-        "their own. `epochs` lists the networks in the order of their training. `seconds` includes "
-        "parts shared with other methods. `clusters` counts those with at least a tenth of an "
-        "equal share.",
-        "",
-        f"A method from scratch trains for {train.epochs} epochs, SNSCC for {ours} in all. To give "
-        f"them as many, use `--set train.epochs={ours} --methods iic,pica,cc` with another folder.",
+        *(_about_frozen(recipe) if frozen else _about_trained(recipe)),
     ]
     if beside:
         text += ["", f"Paper: {SOURCE}; with other encoders and settings, on the whole dataset."]
     return "\n".join(text) + "\n"
+
+
+_SHARED = (
+    "`seconds` includes parts shared with other methods. `clusters` counts those with at least a "
+    "tenth of an equal share."
+)
+
+
+def _about_trained(recipe: Recipe) -> list[str]:
+    train = recipe.train
+    ours = recipe.pretrain.epochs + train.epochs + recipe.boost.epochs
+    return [
+        f"All deep methods use the encoder {recipe.encoder.name}. Networks train with the recipe's "
+        f"Train settings (batch size {train.batch_size}, epochs {train.epochs}, {train.optimizer} "
+        f"at {train.learning_rate:g}); Pretrain, Boost and SCAN's self-labelling (as Boost) have "
+        "their own. `epochs` lists the networks in the order of their training. " + _SHARED,
+        "",
+        f"A method from scratch trains for {train.epochs} epochs, SNSCC for {ours} in all. To give "
+        f"them as many, use `--set train.epochs={ours} --methods iic,pica,cc` with another folder.",
+    ]
+
+
+def _about_frozen(recipe: Recipe) -> list[str]:
+    train, encoders = recipe.train, recipe.encoder.each()
+    names = " + ".join(part.name for part in encoders)
+    components = recipe.encoder.components
+    kept = f"at most {components} principal components" if components else "all components"
+    several = "; TURTLE gets those of each encoder apart" if len(encoders) > 1 else ""
+    return [
+        f"All methods work on the same features, computed once by the frozen encoder {names}: "
+        f"centred, {kept}, of length 1{several}. SNSCC and SCAN train with the recipe's Train "
+        f"settings (batch size {train.batch_size}, epochs {train.epochs}, {train.optimizer} at "
+        f"{train.learning_rate:g}) and then its Boost settings; they also use the features of "
+        "augmented images. TEMI and TURTLE train with settings of their own. " + _SHARED,
+    ]
+
+
+def _printed(row: Row, recipe: Recipe) -> Printed:
+    """Return the paper's figures; it has none for features of a trained encoder."""
+    found = None if row.frozen else printed(row.method, recipe.name)
+    return found or (None, None, None)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override, validate
+from snscc_ray.config.paths import as_path, is_url
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core import storage
 from snscc_ray.core.display import Display
@@ -181,6 +186,32 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     except KeyboardInterrupt as stop:
         raise Interrupted from stop
     return FitResult(result, told, time.monotonic() - began, found)
+
+
+def recipe_for(source: str, wishes: Preferences, overrides: Sequence[str]) -> Recipe:
+    """Choose a recipe for images as `fit_images` does, without a limit of time.
+
+    overrides: they must hold data.num_clusters. Raises UserError.
+    """
+    where = {"source": "auto", "path": source, "skip_corrupt": True}
+    runtime = [text for text in overrides if text.strip().startswith("runtime.")]
+    device = choose_device(override(recipes.get("images"), runtime).runtime.device)
+    recipe, _ = choose(
+        name_of(source),
+        where,
+        inspect_images(list_rows(data_settings(where, overrides))),
+        gpu=device.type == "cuda",
+        free_bytes=device_bytes(device),
+        wishes=with_overrides(wishes, overrides),
+    )
+    return override(recipe, overrides)
+
+
+def name_of(source: str) -> str:
+    """Return the name that a run on these images has by default."""
+    # Resolve `..` to the name of the folder it points to.
+    whole = source if is_url(source) else os.path.abspath(source)
+    return re.sub(r"\.(parquet|npy|npz)$", "", as_path(whole).name) or "images"
 
 
 def _begun(request: FitRequest, asked: dict[str, Any]) -> Recipe | None:

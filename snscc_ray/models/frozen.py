@@ -183,9 +183,14 @@ def _folded(encoder: nn.Module) -> nn.Module:
     return encoder
 
 
-def feature_width(recipe: Recipe, rows: int) -> int:
-    """Return how many numbers a recipe's features of one image have."""
+def encoder_widths(recipe: Recipe) -> list[int]:
+    """Return how many numbers each of a recipe's encoders gives for one image."""
     with torch.device("meta"):
         parts = [build_encoder(part, recipe.data.channels) for part in recipe.encoder.each()]
-    width = sum(out_features(part) for part in parts)
+    return [out_features(part) for part in parts]
+
+
+def feature_width(recipe: Recipe, rows: int) -> int:
+    """Return how many numbers a recipe's features of one image have."""
+    width = sum(encoder_widths(recipe))
     return components_of(recipe, width, rows) if recipe.encoder.frozen else width

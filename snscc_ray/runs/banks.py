@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -15,17 +16,18 @@ from snscc_ray.data.loading.bank import identity_of, open_bank
 BANK = "bank"  # subfolder of the stage
 
 
-def link_bank(folder: Path, identity: str) -> Path | None:
+def link_bank(folder: Path, identity: str, among: Path | None = None) -> Path | None:
     """Share the bank of this identity with a run beside this one; return that run's folder.
 
-    Looks in the runs next to this run's folder. Files are hard links, so either run may be removed;
-    where the file system has none they are copied. Does nothing in an object store, if there is
-    no such bank, or if `folder` already holds one.
+    Looks at the runs and comparisons in the folder `among`; None: in that of this run. Files are
+    hard links, so either run may be removed; where the file system has none they are copied. Does
+    nothing in an object store, if there is no such bank, or if `folder` already holds one.
     """
     if is_url(folder) or identity_of(folder) == identity:
         return None
-    run = folder.parent.parent
-    for other in sorted(run.parent.glob(f"*/pretrain/{BANK}/bank.json")):
+    among = among or folder.parent.parent.parent
+    banks = [sorted(among.glob(f"{run}/pretrain/{BANK}/bank.json")) for run in ("*", "*/*")]
+    for other in itertools.chain(*banks):
         if other.parent == folder or identity_of(other.parent, complete=True) != identity:
             continue
         try:

@@ -72,7 +72,8 @@ def check(recipe: Recipe, rows: int, world_size: int, stages: Sequence[StageName
             f"data.num_clusters={clusters} is more than the {counted(rows, 'image')} there are; "
             "give more images, or use fewer clusters"
         )
-    batches = {f"{stage}.batch_size": getattr(recipe, stage).batch_size for stage in stages}
+    trained = [stage for stage in stages if not (stage == "pretrain" and recipe.encoder.frozen)]
+    batches = {f"{stage}.batch_size": getattr(recipe, stage).batch_size for stage in trained}
     large = [field for field, batch in batches.items() if batch > rows]
     if large:
         smaller = max(2, rows // 4)

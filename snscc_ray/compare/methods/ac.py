@@ -1,6 +1,6 @@
-"""Agglomerative clustering of raw pixels with Ward's criterion (Ward, 1963), by scikit-learn.
+"""Agglomerative clustering of raw pixels or features with Ward's criterion (Ward, 1963).
 
-The paper cites Gowda & Krishna, 1978.
+By scikit-learn. The paper cites Gowda & Krishna, 1978.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.config.settings import STAGES, StageName
@@ -12,9 +13,14 @@ from snscc_ray.core import checkpoints
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.tables import read_table
+from snscc_ray.data.loading.bank import open_bank
 from snscc_ray.models.encoders import PretextNet, build_encoder
+from snscc_ray.models.frozen import Adapter, FrozenNet, components_of
+from snscc_ray.runs.banks import BANK, link_bank
+from snscc_ray.runs.identity import bank_identity
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.run import execute
+from snscc_ray.training.context import Context
 from snscc_ray.training.stages.pretrain import pretext_features
 from snscc_ray.training.workers import LocalWorker
 
@@ -25,20 +31,32 @@ FOLDER = "snscc"
 class Pretext:
     """The results of Pretrain."""
 
-    network: PretextNet
+    context: Context
+    """Of what starts from it: a frozen encoder's features stand for the images."""
+    network: nn.Module
+    """Its `encoder` maps what the context holds to features."""
     mined: MinedNeighbors
 
 
 def pretext(study: Study) -> Pretext:
     """Return our Pretrain, trained once for all methods that start from it."""
     _run(study, ("pretrain",))
-    recipe, place = study.context.recipe, study.folder / FOLDER / "pretrain"
+    context, place = study.context, study.folder / FOLDER / "pretrain"
+    recipe, path = context.recipe, place / "final.pt"
+    weights = checkpoints.load(path, context.device)["network"]
+    mined = MinedNeighbors.load(place / "neighbors.parquet")
+    if study.frozen:
+        bank = open_bank(place / BANK, context.device)
+        components = components_of(recipe, bank.width, len(bank))
+        adapter = study.build(
+            "adapter", lambda: Adapter(bank.width, components, recipe.train.adapter)
+        )
+        adapter.project_on(weights["encoder.mean"], weights["encoder.basis"])
+        return Pretext(replace(context, data=bank), FrozenNet(None, adapter), mined)
     encoder = build_encoder(recipe.encoder, recipe.data.channels)
-    network = study.context.to_device(PretextNet(encoder, recipe.pretrain))
-    path = place / "final.pt"
-    saved = checkpoints.load(path, study.context.device)
-    checkpoints.load_weights(network, saved["network"], path)
-    return Pretext(network, MinedNeighbors.load(place / "neighbors.parquet"))
+    network = context.to_device(PretextNet(encoder, recipe.pretrain))
+    checkpoints.load_weights(network, weights, path)
+    return Pretext(context, network, mined)
 
 
 def pretext_kmeans(study: Study) -> MethodResult:
@@ -55,7 +73,8 @@ def cluster(study: Study) -> MethodResult:
     _run(study, STAGES)
     found = read_table(study.folder / FOLDER / "assignments.parquet", ["cluster"])
     recipe = study.context.recipe
-    epochs = " + ".join(str(getattr(recipe, stage).epochs) for stage in STAGES)
+    trained = STAGES[1:] if study.frozen else STAGES
+    epochs = " + ".join(str(getattr(recipe, stage).epochs) for stage in trained)
     return MethodResult(torch.tensor(found["cluster"].to_pylist()), epochs, "its run is in snscc/")
 
 
@@ -64,6 +83,11 @@ def _run(study: Study, stages: tuple[StageName, ...]) -> None:
     monitor = RunMonitor(Journal(folder), study.display)
     worker = LocalWorker(folder, study.context.device)
     context = study.context
+    if study.frozen:  # other comparisons and runs are beside this comparison, not beside `folder`
+        identity = bank_identity(context.recipe, study.catalog.fingerprint)
+        shared = link_bank(folder / "pretrain" / BANK, identity, study.folder.parent)
+        if shared is not None:
+            study.display.line(f"features: found in {shared}, computed before")
     try:
         result = execute(
             context.recipe, study.catalog, context.data, folder, worker, monitor, stages

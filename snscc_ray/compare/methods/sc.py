@@ -1,5 +1,5 @@
-"""Spectral clustering of raw pixels (Zelnik-Manor & Perona, "Self-Tuning Spectral Clustering",
-NeurIPS 2004), by scikit-learn; with a given number of clusters, found by k-means."""
+"""Spectral clustering of raw pixels or features (Zelnik-Manor & Perona, "Self-Tuning Spectral
+Clustering", NeurIPS 2004), by scikit-learn; with a given number of clusters, found by k-means."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from snscc_ray.core.clustering.kmeans import kmeans
 NEIGHBOR = 7
 
 
-def affinity(pixels_RD: np.ndarray) -> np.ndarray:
+def affinity(rows_RD: np.ndarray) -> np.ndarray:
     """Locally scaled affinity: exp(-d_ij² / (σ_i σ_j)), with 0 on the diagonal. Returns (R, R).
 
     σ_i is the distance to the 7th nearest row. If it is 0 (seven duplicates), only duplicates are
     similar.
     """
-    square_RR = pairwise_distances(pixels_RD, metric="sqeuclidean").astype(np.float64)
+    square_RR = pairwise_distances(rows_RD, metric="sqeuclidean").astype(np.float64)
     nearest = min(NEIGHBOR, len(square_RR) - 1)
     scale_R = np.sqrt(np.partition(square_RR, nearest, axis=1)[:, nearest])
     scales_RR = np.maximum(np.outer(scale_R, scale_R), np.finfo(np.float64).tiny)
@@ -32,13 +32,13 @@ def affinity(pixels_RD: np.ndarray) -> np.ndarray:
     return alike_RR
 
 
-def spectral(pixels_RD: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+def spectral(rows_RD: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """Run k-means on the unit-length rows of the first eigenvectors. Returns (R,).
 
     Ng, Jordan & Weiss, NeurIPS 2001; the paper's algorithm differs from it only in the scaling.
     """
     embedding_RC = spectral_embedding(
-        affinity(pixels_RD), n_components=clusters, drop_first=False, random_state=seed
+        affinity(rows_RD), n_components=clusters, drop_first=False, random_state=seed
     )
     _, clusters_R = kmeans(torch.from_numpy(normalize(embedding_RC)), clusters, seed)
     return clusters_R.numpy()
@@ -46,4 +46,4 @@ def spectral(pixels_RD: np.ndarray, clusters: int, seed: int) -> np.ndarray:
 
 def cluster(study: Study) -> MethodResult:
     seed = study.key("sc") % 2**32
-    return cluster_some(study, "sc", lambda pixels_RD: spectral(pixels_RD, study.clusters, seed))
+    return cluster_some(study, "sc", lambda rows_RD: spectral(rows_RD, study.clusters, seed))

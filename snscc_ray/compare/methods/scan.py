@@ -1,12 +1,14 @@
 """SCAN (Van Gansbeke et al., "SCAN: Learning to Classify Images without Labels", ECCV 2020).
 
-The clustering step uses the neighbours mined by our Pretrain; self-labelling follows. The paper's
-settings are constants here: the entropy weight λ of Eq. 2 and the threshold of Section 2.3.
+The clustering step uses the neighbours mined by our Pretrain, or those in the features of a frozen
+encoder; self-labelling follows. The paper's settings are constants here: the entropy weight λ of
+Eq. 2 and the threshold of Section 2.3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,8 @@ from snscc_ray.compare.study import MethodResult, Study, train
 from snscc_ray.core import rng
 from snscc_ray.core.losses import marginal_entropy
 from snscc_ray.core.losses.instance import reduce_rows, safe_log
-from snscc_ray.core.views import make_views
-from snscc_ray.data.loading.resident import Batch, Viewer
+from snscc_ray.data.loading.bank import FeatureBank
+from snscc_ray.data.loading.resident import Batch, ResidentData, Viewer
 from snscc_ray.models.encoders import ClusterHeads, ClusterNet, out_features
 from snscc_ray.training.stages.train import probabilities
 
@@ -52,41 +54,46 @@ def self_labelling(p_BC: Tensor, logits_BC: Tensor, threshold: float) -> Tensor:
 
 
 def cluster(study: Study) -> MethodResult:
-    context, recipe = study.context, study.context.recipe
     start = pretext(study)
+    study = replace(study, context=start.context)
+    context, recipe = study.context, study.context.recipe
     linear = recipe.train.model_copy(update={"head": "linear"})
     encoder = start.network.encoder
+    assert isinstance(encoder, nn.Module)
 
     def build() -> ClusterNet:
         heads = ClusterHeads(linear, out_features(encoder), study.clusters, linear.num_heads)
         return ClusterNet(encoder, heads)
 
     network = study.build("scan", build)
-    neighbors_NK = start.mined.neighbors_NK.long().to(context.device)
+    neighbors_NK = start.mined.neighbors_NK.long()  # on the CPU, as rows are when views are drawn
     train(study, "scan", Descent(network, recipe.train, _pairs(study, neighbors_NK), _clustering))
-    network.heads.keep(_best_head(probabilities(context, network), neighbors_NK.cpu()))
+    network.heads.keep(_best_head(probabilities(context, network), neighbors_NK))
     views = views_of(context, "scan-self-label", None, recipe.boost.view)
     train(study, "scan-self-label", Descent(network, recipe.boost, views, _self_labelling, "boost"))
     clusters_N = probabilities(context, network)[:, 0].argmax(1)
-    epochs = f"{recipe.pretrain.epochs} + {recipe.train.epochs} + {recipe.boost.epochs}"
-    return MethodResult(clusters_N, epochs, "starts from pretext")
+    epochs = f"{recipe.train.epochs} + {recipe.boost.epochs}"
+    if study.frozen:
+        return MethodResult(clusters_N, epochs)
+    return MethodResult(clusters_N, f"{recipe.pretrain.epochs} + {epochs}", "starts from pretext")
 
 
 def _pairs(study: Study, neighbors_NK: Tensor) -> Callable[[int], Viewer]:
     """Make views of each row and of one of its mined neighbours, drawn anew each epoch."""
     context, view = study.context, study.context.recipe.train.view
+    data = context.data
+    assert isinstance(data, ResidentData | FeatureBank)
 
     def of_epoch(epoch: int) -> Viewer:
         draw, own, other = (context.key("scan", epoch, kind) for kind in ("draw", "own", "other"))
 
-        def pair(images_BCHW: Tensor, rows_B: Tensor) -> tuple[Tensor, ...]:
+        def pair(inputs: Tensor, rows_B: Tensor) -> tuple[Tensor, ...]:
             K = neighbors_NK.shape[1]
             place_B1 = (rng.uniform(rows_B, draw, 1) * K).long()
             partners_B = neighbors_NK[rows_B].gather(1, place_B1)[:, 0]
-            normalize = context.normalize
-            (first,) = make_views(images_BCHW, rows_B, (view,), (own,), normalize)
-            partners_BCHW = study.data.take(partners_B)
-            (second,) = make_views(partners_BCHW, partners_B, (view,), (other,), normalize)
+            (first,) = context.viewer((view,), (own,))(inputs, rows_B)
+            partners = data.take(partners_B)
+            (second,) = context.viewer((view,), (other,))(partners, partners_B)
             return first, second
 
         return pair

@@ -80,6 +80,10 @@ class FeatureBank:
         for start in range(first, last, batch_size):
             yield self.take(torch.arange(start, min(start + batch_size, last)))
 
+    def columns(self, first: int, last: int) -> FeatureBank:
+        """Return the bank of features first..last, such as those of one encoder."""
+        return FeatureBank([shard[:, :, first:last] for shard in self._shards], self._device)
+
     def take(self, rows_B: Tensor) -> Tensor:
         """Return the features of any rows, float16 (B, 1 + V, D) on the device."""
         if self._held is not None:

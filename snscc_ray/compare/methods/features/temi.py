@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snscc_ray.compare.methods.features.inputs import CHUNK, Progress, check, scaled, silent
+from snscc_ray.compare.rows import features_of
+from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.config.errors import TrainingError
 from snscc_ray.core import rng
 from snscc_ray.core.clustering.neighbors import knn
@@ -218,6 +220,16 @@ def temi_clusters(
             ]
         )
     return p_NC.argmax(dim=1), p_NC
+
+
+def cluster(study: Study) -> MethodResult:
+    features, settings = features_of(study), TemiSettings()
+    key, progress = study.key("temi"), study.display.counting("temi", "steps")
+    with features.context.few_threads():
+        found_N, _ = study.timed(
+            lambda: temi_clusters(features.rows_ND, study.clusters, key, settings, progress)
+        )
+    return MethodResult(found_N, note=f"{settings.steps:,} steps")
 
 
 def _halves(pairs_HPC: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,8 @@ from snscc_ray.compare.methods.features.inputs import (
     silent,
     uniform_weights,
 )
+from snscc_ray.compare.rows import features_of
+from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.config.errors import TrainingError, UserError
 from snscc_ray.core import rng
 from snscc_ray.core.losses import marginal_entropy
@@ -192,6 +194,20 @@ def turtle_clusters(
         ]
     p_NC = torch.cat(parts_BC)
     return p_NC.argmax(dim=1), p_NC
+
+
+def cluster(study: Study) -> MethodResult:
+    features, settings = features_of(study), TurtleSettings()
+    spaces_ND = features.spaces_ND
+    key, progress = study.key("turtle"), study.display.counting("turtle", "steps")
+    with features.context.few_threads():
+        found_N, _ = study.timed(
+            lambda: turtle_clusters(spaces_ND, study.clusters, key, settings, progress)
+        )
+    note = f"{settings.steps:,} steps"
+    if len(spaces_ND) > 1:
+        note += f" in {len(spaces_ND)} feature spaces"
+    return MethodResult(found_N, note=note)
 
 
 def _linear(
