@@ -133,7 +133,9 @@ def choose(
     pick(
         "epochs",
         " + ".join(map(str, counts)),
-        "the encoder is pretrained, so Pretrain is skipped"
+        "the features are computed once, in place of Pretrain"
+        if frozen
+        else "the encoder is pretrained, so Pretrain is skipped"
         if known
         else f"about {steps[0]:,} steps of Pretrain" + (", more for rare kinds" if uneven else ""),
     )
@@ -327,7 +329,7 @@ def _encoder(seen: ImageStats, *, gpu: bool, wishes: Preferences) -> tuple[Encod
     elif wishes.from_scratch:
         why = "from scratch, as you asked"
     elif seen.grey:
-        why += "; grey images are often unlike the photographs of trained encoders"
+        why += "; trained encoders know colour photographs"
     if not gpu:
         size = min(32, seen.side)
         return EncoderSettings(name="convnet", width=32 if size > 16 else 24), why

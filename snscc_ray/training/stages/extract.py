@@ -52,7 +52,7 @@ def extract(
     edges = list(enumerate(shape.edges()))[first:last]
     missing = [(number, edge) for number, edge in edges if not shard_path(folder, number).exists()]
     steps = sum(-(-(end - begin) // _STEP_ROWS) for _, (begin, end) in missing)
-    monitor.start("pretrain", 1, steps, 0)
+    monitor.start("features", 1, steps, 0)
     with _mapping(context.device) as mapped:
         for number, (begin, end) in missing:
             images_BCHW = torch.cat(list(context.data.slices(begin, end, end - begin)))
