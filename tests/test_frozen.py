@@ -36,7 +36,7 @@ from snscc_ray.models import libraries
 from snscc_ray.models.encoders import build_encoder
 from snscc_ray.models.frozen import Adapter, _folded, load_frozen
 from snscc_ray.runs.monitor import NullMonitor
-from snscc_ray.runs.pace import measure_frozen
+from snscc_ray.runs.pace import measure
 from snscc_ray.training.stages.extract import principal_components
 from snscc_ray.training.workers import LocalWorker
 from tests.conftest import equal_states, execute_on
@@ -655,7 +655,7 @@ def test_a_frozen_encoder_never_trains() -> None:
 def test_the_pace_of_a_frozen_encoder(photos: Path) -> None:
     recipe = recipe_of(photos)
     images = load_images(recipe.data)
-    pace = measure_frozen(recipe, images.catalog, ResidentData(images.images, CPU), CPU)
+    pace = measure(recipe, images.catalog, ResidentData(images.images, CPU), CPU)
     assert pace["pretrain"][0] > 0 and pace["pretrain"][1] == 0
     assert all(once >= 0 and epoch > 0 for once, epoch in (pace["train"], pace["boost"]))
 

@@ -120,7 +120,12 @@ def test_what_a_few_rows_show_is_scaled_to_the_whole_set(
         return dict.fromkeys(STAGES, pace._Timed(3.0, 1 + rows / 32, epoch))
 
     monkeypatch.setattr(pace, "_measure", few)
-    found = measure(tiny, tiny_images.catalog, tiny_images.images, torch.device("cpu"))
+    found = measure(
+        tiny,
+        tiny_images.catalog,
+        ResidentData(tiny_images.images, torch.device("cpu")),
+        torch.device("cpu"),
+    )
     assert seen == measured
     for stage in STAGES:
         assert found[stage] == pytest.approx((3 + once, an_epoch))  # warm-up does not grow

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,8 +26,7 @@ def link_bank(folder: Path, identity: str, among: Path | None = None) -> Path | 
     if is_url(folder) or identity_of(folder) == identity:
         return None
     among = among or folder.parent.parent.parent
-    banks = [sorted(among.glob(f"{run}/pretrain/{BANK}/bank.json")) for run in ("*", "*/*")]
-    for other in itertools.chain(*banks):
+    for other in _banks(among):
         if other.parent == folder or identity_of(other.parent, complete=True) != identity:
             continue
         try:
@@ -38,6 +37,23 @@ def link_bank(folder: Path, identity: str, among: Path | None = None) -> Path | 
             continue
         return other.parent.parent.parent
     return None
+
+
+def _banks(among: Path) -> Iterator[Path]:
+    """Yield the description of each bank of a run in this folder, or in a comparison in it."""
+    for run in _folders(among):
+        for place in (run, *_folders(run)):
+            path = place / "pretrain" / BANK / "bank.json"
+            if path.exists():
+                yield path
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, by name; none if it is gone or not readable."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return []
 
 
 def _share(other: Path, folder: Path) -> None:

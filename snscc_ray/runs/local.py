@@ -28,7 +28,7 @@ from snscc_ray.data.rows import Rows
 from snscc_ray.data.vectors import catalog_of_vectors
 from snscc_ray.runs.folder import check_apart, prepare_folder
 from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
-from snscc_ray.runs.pace import describe, measure, measure_frozen, within
+from snscc_ray.runs.pace import describe, measure, within
 from snscc_ray.runs.plan import Plan, check, make_plan
 from snscc_ray.runs.run import Request, Result, execute, final_figures
 from snscc_ray.training.engine import Interrupted
@@ -137,11 +137,7 @@ def _within_budget(
     began = time.monotonic()
     display.line("measuring a few steps of each stage")
     try:
-        device = choose_device(recipe.runtime.device)
-        if isinstance(data, ResidentData) and not recipe.encoder.frozen:
-            pace = measure(recipe, catalog, data.images_NCHW, device)
-        else:
-            pace = measure_frozen(recipe, catalog, data, device)
+        pace = measure(recipe, catalog, data, choose_device(recipe.runtime.device))
     except Interrupted as stop:
         raise KeyboardInterrupt from stop  # nothing is written yet, so there is no run to resume
     spent = time.monotonic() - began

@@ -19,11 +19,11 @@ from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Images, ResidentData
-from snscc_ray.models.frozen import load_frozen
+from snscc_ray.models.frozen import components_of, load_frozen
 from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.runs.run import execute, normalisation
 from snscc_ray.training.context import Context
-from snscc_ray.training.stages.extract import features_of
+from snscc_ray.training.stages.extract import in_steps, mapping, threads_of
 from snscc_ray.training.workers import LocalWorker
 
 # Seconds of each stage: work that is done once, and one epoch.
@@ -34,7 +34,7 @@ _EPOCHS = 2
 # If an epoch of all stages takes less than the first, measure again on four times the rows. Do so
 # at least once, to separate what grows with the rows, unless an epoch takes more than the second.
 _ENOUGH_SECONDS, _LONG_SECONDS = 1.0, 10.0
-# Images on which extraction is measured, and batches of features on which the heads are.
+# Images per thread on which extraction is measured, and batches of features on which the heads are.
 _FROZEN_ROWS, _BANK_BATCHES = 64, 8
 # Usable share of the given time. The rest is for checkpoints and for what a few steps do not show.
 _SHARE = 0.95
@@ -90,10 +90,7 @@ def paced(
         )
         return recipe, None
     display.line("measuring a few steps of each stage")
-    if isinstance(data, ResidentData) and not frozen:
-        pace = measure(recipe, catalog, data.images_NCHW, device)
-    else:
-        pace = measure_frozen(recipe, catalog, data, device)
+    pace = measure(recipe, catalog, data, device)
     most = budget or (_GPU_SECONDS if device.type == "cuda" else _CPU_SECONDS)
     # Fewer epochs would hardly shorten a frozen encoder's run: most of it is extraction.
     if budget is not None or (not frozen and needed(recipe, pace, STAGES) > most):
@@ -102,7 +99,20 @@ def paced(
     return recipe, needed(recipe, pace, STAGES)
 
 
-def measure(recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device) -> Seconds:
+def measure(recipe: Recipe, known: Catalog, data: Images, device: torch.device) -> Seconds:
+    """Measure the stages here, and scale to the whole dataset.
+
+    Images of an encoder that is trained must be in memory.
+    """
+    if recipe.encoder.frozen:
+        return _measure_frozen(recipe, known, data, device)
+    assert isinstance(data, ResidentData)
+    return _measure_trained(recipe, known, data.images_NCHW, device)
+
+
+def _measure_trained(
+    recipe: Recipe, known: Catalog, images_NCHW: Tensor, device: torch.device
+) -> Seconds:
     """Run all stages for two epochs on a few rows, then on more, and scale to the whole dataset.
 
     The seconds of an epoch include its clean pass.
@@ -152,7 +162,7 @@ def _measure(
     return found
 
 
-def measure_frozen(recipe: Recipe, known: Catalog, data: Images, device: torch.device) -> Seconds:
+def _measure_frozen(recipe: Recipe, known: Catalog, data: Images, device: torch.device) -> Seconds:
     """Measure extraction on a few images, and the other stages on random features.
 
     The neighbours of a row are searched among all rows, so that search is timed at full size.
@@ -161,16 +171,16 @@ def measure_frozen(recipe: Recipe, known: Catalog, data: Images, device: torch.d
         return _measure_bank(recipe, known, 0.0, 0, data.width, device)
     context = Context(recipe, data, None, normalisation(recipe, known), device)
     frozen = load_frozen(recipe)[0].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    count = min(len(known), _FROZEN_ROWS)
+    count = min(len(known), _FROZEN_ROWS * (threads_of(device)))
     images_BCHW = torch.cat(list(data.slices(0, count, count)))
-    features_of(context, frozen, images_BCHW, torch.arange(count))  # warms up
-    began = time.monotonic()
-    features_BVD = features_of(context, frozen, images_BCHW, torch.arange(count))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    with mapping(device) as mapped:
+        began = 0.0
+        for _ in range(2):  # the first warms up
+            began = time.monotonic()
+            list(in_steps(context, frozen, images_BCHW, 0, mapped))
     extraction = (time.monotonic() - began) * len(known) / count
-    width = features_BVD.shape[2]
-    return _measure_bank(recipe, known, extraction, recipe.encoder.views, width, device)
+    views, width = recipe.encoder.views, frozen.out_features
+    return _measure_bank(recipe, known, extraction, views, width, device)
 
 
 def _measure_bank(
@@ -191,7 +201,8 @@ def _measure_bank(
     random_NVD = torch.randn(shape, generator=generator).half().numpy()
     bank = FeatureBank([random_NVD], device)
     timed = _measure(recipe, known, bank, few, device)
-    rows_ND = torch.from_numpy(random_NVD[:, 0]).float().to(device)
+    components = components_of(recipe, width, few)
+    rows_ND = torch.from_numpy(random_NVD[:, 0, :components]).float().to(device)
     began = time.monotonic()
     repeats = -(-len(known) // few)
     knn(rows_ND.repeat(repeats, 1)[: len(known)], 1, rows=(0, few))

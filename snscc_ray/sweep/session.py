@@ -345,8 +345,7 @@ def _reason(error: BaseException) -> str:
 def _measure(shared: _Shared, recipe: Recipe) -> Seconds:
     device = choose_device("cuda" if shared.options.gpus_per_trial else "cpu")
     held = shared.images.load(torch.device("cpu"))
-    assert isinstance(held, ResidentData)
-    return measure(recipe, shared.images.catalog, held.images_NCHW, device)
+    return measure(recipe, shared.images.catalog, held, device)
 
 
 class _TuneScreen(NullScreen):

@@ -53,22 +53,11 @@ def extract(
     missing = [(number, edge) for number, edge in edges if not shard_path(folder, number).exists()]
     steps = sum(-(-(end - begin) // _STEP_ROWS) for _, (begin, end) in missing)
     monitor.start("features", 1, steps, 0)
-    with _mapping(context.device) as mapped:
+    with mapping(context.device) as mapped:
         for number, (begin, end) in missing:
             images_BCHW = torch.cat(list(context.data.slices(begin, end, end - begin)))
-
-            def compute(rows_B: Tensor, first: int = begin, of: Tensor = images_BCHW) -> np.ndarray:
-                own_BCHW = of[int(rows_B[0]) - first : int(rows_B[-1]) + 1 - first]
-                features_BVD = features_of(context, frozen, own_BCHW, rows_B).cpu().half()
-                if not features_BVD.isfinite().all():
-                    raise UserError(
-                        "the frozen encoder gives a NaN or an infinity for some images; use other "
-                        "weights, or precision=float32"
-                    )
-                return features_BVD.numpy()
-
             parts = []
-            for part in mapped(compute, torch.arange(begin, end).split(_STEP_ROWS)):
+            for part in in_steps(context, frozen, images_BCHW, begin, mapped):
                 parts.append(part)
                 monitor.advance()
             write_shard(folder, number, np.concatenate(parts))
@@ -123,8 +112,38 @@ def _vectors(bank: FeatureBank, rows_B: Tensor) -> Tensor:
     return bank.take(rows_B)[:, 0].cpu().float()
 
 
+def in_steps(
+    context: Context,
+    frozen: FrozenEncoder,
+    images_BCHW: Tensor,
+    first: int,
+    mapped: Callable[..., Iterator[np.ndarray]],
+) -> Iterator[np.ndarray]:
+    """Yield the features of the rows from `first` on, float16 (64, 1 + V, D) at a time.
+
+    mapped: from `mapping`. Raises UserError if a feature is not finite.
+    """
+
+    def compute(rows_B: Tensor) -> np.ndarray:
+        own_BCHW = images_BCHW[int(rows_B[0]) : int(rows_B[-1]) + 1]
+        features_BVD = features_of(context, frozen, own_BCHW, first + rows_B).cpu().half()
+        if not features_BVD.isfinite().all():
+            raise UserError(
+                "the frozen encoder gives a NaN or an infinity for some images; use other "
+                "weights, or precision=float32"
+            )
+        return features_BVD.numpy()
+
+    yield from mapped(compute, torch.arange(len(images_BCHW)).split(_STEP_ROWS))
+
+
+def threads_of(device: torch.device) -> int:
+    """Return how many batches are computed at a time."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
 @contextmanager
-def _mapping(device: torch.device) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
+def mapping(device: torch.device) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
     """On a CPU, map in one thread per core, each with its own batch.
 
     Threads that share the operations of one batch wait for one another at each: 1.1 to 3 times as
@@ -133,7 +152,7 @@ def _mapping(device: torch.device) -> Iterator[Callable[..., Iterator[np.ndarray
     if device.type != "cpu":
         yield map
         return
-    threads = torch.get_num_threads()
+    threads = threads_of(device)
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             yield pool.map
