@@ -388,6 +388,8 @@ _HERE = (
     (r"device cuda: (.*); use cpu \(.*\)", r"device='cuda': \1; use device='cpu'"),
     (r"with --data PATH", "as X"),
     (r"give --data PATH", "give it as X"),
+    (r"--image-size is", "image_size is"),
+    (r"--column NAME \(data\.column of a recipe\)", "settings=['data.column=NAME']"),
     (r"--set ([\w.]+=[^\s,;]+)", r"settings=['\1']"),
 )  # fmt: skip
 

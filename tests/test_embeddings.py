@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +111,24 @@ def test_a_file_becomes_clusters_and_a_report(run: Path) -> None:
     assert '<span class="no-pic">r' in page and "data:image/webp" not in page
     assert "The embeddings were given" in page.replace("the embeddings", "The embeddings")
     assert "pixels" not in " ".join(held(run, "report.json")["summary"]["words"])
+
+
+def test_the_same_command_continues_a_stopped_run(
+    run: Path, given: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for name in ("metrics.json", "assignments.parquet", "train/stage.json", "report.html"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "boost")
+    before = content(folder / "pretrain")
+    done = snscc("fit", given, "--out", folder, "--clusters", 4, *QUICK)
+    assert done.status == 0 and "continuing the run" in done.out, done.err
+    assert {**content(folder / "pretrain"), **before} == content(folder / "pretrain")
+    expected = pq.read_table(run / "assignments.parquet")
+    assert pq.read_table(folder / "assignments.parquet").equals(expected)
+    pq.write_table(table(seed=1), other := tmp_path / "vectors.parquet")
+    one_line(snscc("fit", other, "--out", folder, "--clusters", 4, *QUICK), "with other options")
 
 
 @pytest.mark.parametrize("form", ["parquet", "lists", "shards", "npy", "npz", "double"])
@@ -470,8 +490,6 @@ def test_images_need_an_encoder(snscc: Snscc, tmp_path: Path) -> None:
 
 
 def one_line(done: Any, why: str) -> None:
-    import re
-
     assert done.status == 2, done.err
     assert done.err.count("\n") == 1 and re.search(why, done.err), done.err
 
@@ -494,7 +512,7 @@ def test_the_estimator_takes_an_array(run: Path, given: Path) -> None:
         model.predict(np.zeros((2, WIDTH)))
     with pytest.raises(ValueError, match="NaN"):
         SNSCC(4, embeddings=True).fit(spoilt(3, np.nan))
-    with pytest.raises(ValueError, match="is for images"):
+    with pytest.raises(ValueError, match=r"^image_size is for images"):
         SNSCC(4, embeddings=True, image_size=8).fit(vectors)
     # The same vectors and settings as `snscc fit`: a file, and no word about what it holds.
     found = SNSCC(4, settings=FIELDS, device="cpu").fit(str(given))
