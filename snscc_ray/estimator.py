@@ -30,7 +30,7 @@ from sklearn.utils.validation import (
 )
 from torch import Tensor
 
-from snscc_ray.answers.predict import Model, load_model
+from snscc_ray.answers.predict import Model, check_inputs, load_model
 from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override, validate
@@ -49,7 +49,9 @@ from snscc_ray.data.given import (
 from snscc_ray.data.look import inspect_images, resolve_reading
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
+from snscc_ray.data.vectors import rows_of_vectors
 from snscc_ray.fit.choose import Preferences, choose, data_settings, with_overrides
+from snscc_ray.fit.embeddings import choose_for_embeddings
 from snscc_ray.runs.folder import first_difference, holds_something, read_recipe
 from snscc_ray.runs.local import bring, device_bytes, load
 from snscc_ray.runs.monitor import Journal, RunMonitor
@@ -77,6 +79,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
     - a list of paths or URLs of images
     - the path or URL of a folder of images or of Parquet shards
     - a Ray Dataset with a column `image`
+    - embeddings in place of images: the path of a Parquet, .npy or .npz file, or, with
+      `embeddings=True`, an array, tensor or table (N, D) of any numbers
 
     Parameters
     ----------
@@ -91,6 +95,10 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         Side in pixels to which images are resized. None: the recipe's.
     image_shape : tuple of int, optional
         Shape of the rows of a table: (H, W), (H, W, C) or (C, H, W). None: square and grey.
+    embeddings : bool, default False
+        Whether an X that is an array, tensor or table holds embeddings, one per row. By default
+        its rows are pixels: an array does not say which of the two it holds. A path needs no such
+        word, because the file says it.
     random_state : int, RandomState or None
         The seed. None: the recipe's seed, so that a fit can be repeated.
     device : {"auto", "cpu", "cuda"}
@@ -123,6 +131,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         settings: Sequence[str] = (),
         image_size: int | None = None,
         image_shape: tuple[int, ...] | None = None,
+        embeddings: bool = False,
         random_state: Any = None,
         device: str = "auto",
         folder: str | Path | None = None,
@@ -133,6 +142,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         self.settings = settings
         self.image_size = image_size
         self.image_shape = image_shape
+        self.embeddings = embeddings
         self.random_state = random_state
         self.device = device
         self.folder = folder
@@ -197,6 +207,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             given = self._given(X, reset=False)
             data = _data_settings(model.recipe.data, given)
             data, rows = resolve_reading(data, given.rows or list_rows(data))
+            check_inputs(model, rows)
             _warn(rows.notes)
             device, display = choose_device(self.device), self._display()
             _, images = bring(data, rows, device, display)
@@ -207,8 +218,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.three_d_array = True
-        tags.input_tags.positive_only = True
+        tags.input_tags.three_d_array = not self.embeddings
+        tags.input_tags.positive_only = not self.embeddings
         tags.transformer_tags.preserves_dtype = []  # features are float32
         return tags
 
@@ -233,10 +244,11 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             where = {"source": "auto", "path": given.path}
             rows = rows or list_rows(data_settings(where, self.settings))
             seen = inspect_images(rows)
+            choosing = choose if rows.vectors is None else choose_for_embeddings
             wishes = Preferences(int(self.n_clusters), self.image_size)
             wishes = with_overrides(wishes, self.settings)
             gpu, free = device.type == "cuda", device_bytes(device)
-            recipe, _ = choose("auto", where, seen, gpu=gpu, free_bytes=free, wishes=wishes)
+            recipe, _ = choosing("auto", where, seen, gpu=gpu, free_bytes=free, wishes=wishes)
         else:
             recipe = recipes.get(self.recipe)
         recipe = self._adapted(recipe, given)
@@ -263,6 +275,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
     def _given(self, X: Any, *, reset: bool) -> _Images:
         if reset:
             self._fit_shape = None
+        if self.embeddings and not isinstance(X, str | Path):
+            return _Images(self._vectors(X, reset=reset), None)
         if isinstance(X, str | Path):
             return _Images(None, str(X))
         if is_ray_dataset(X):
@@ -286,6 +300,19 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         else:
             images = as_bytes(check_array(X, allow_nd=True, ensure_min_samples=fewest))
         return _Images(rows_of_array(images), None)
+
+    def _vectors(self, X: Any, *, reset: bool) -> Rows:
+        if isinstance(X, Tensor):
+            X = X.detach().cpu().float().numpy()
+        table = validate_data(
+            self,
+            X,
+            reset=reset,
+            dtype=[np.float64, np.float32, np.float16],
+            ensure_min_samples=2 if reset else 1,
+            ensure_min_features=2,
+        )
+        return rows_of_vectors(table, "X")
 
     def _check_form(self, shape: tuple[int, ...], reset: bool) -> None:
         """Refuse X that may be a single image, whose rows would be taken for images."""
@@ -362,6 +389,8 @@ _HERE = (
     (r"device cuda: (.*); use cpu \(.*\)", r"device='cuda': \1; use device='cpu'"),
     (r"with --data PATH", "as X"),
     (r"give --data PATH", "give it as X"),
+    (r"--image-size is", "image_size is"),
+    (r"--column NAME \(data\.column of a recipe\)", "settings=['data.column=NAME']"),
     (r"--set ([\w.]+=[^\s,;]+)", r"settings=['\1']"),
 )  # fmt: skip
 

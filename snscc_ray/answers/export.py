@@ -1,8 +1,8 @@
 """Export a finished run as one file that works without snscc_ray.
 
-The file takes uint8 images and returns cluster probabilities and features. It contains the
-normalisation of training. Each file is loaded again and compared with the model before it is
-written to its target.
+The file takes uint8 images, or embeddings if the run is on those, and returns cluster probabilities
+and features. It contains the normalisation of training. Each file is loaded again and compared with
+the model before it is written to its target.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snscc_ray.answers.predict import Model, load_model
 from snscc_ray.config.errors import UserError
+from snscc_ray.config.settings import NO_ENCODER
 from snscc_ray.core.storage import is_disk_full, write_whole
 from snscc_ray.core.views import Normalize, clean_view
 from snscc_ray.models.encoders import ClusterNet, Exact
+from snscc_ray.models.frozen import WholeEncoder
 from snscc_ray.runs.folder import reading
 
 Format = Literal["onnx", "torch"]
-# The loaded file as a function: uint8 images (B, C, H, W) to probabilities and features.
+# The loaded file as a function: its input to probabilities and features.
 Answer = Callable[[Tensor], list[Tensor]]
 
 _TOLERANCE = 1e-4
@@ -56,6 +59,23 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features_BD, logits_HBC = self.network(images.float() * self.scale + self.shift)
         return logits_HBC[0].softmax(1), features_BD
+
+
+class VectorClassifier(nn.Module):
+    """Map embeddings, float32 (B, D), to cluster probabilities (B, C) and unit features."""
+
+    def __init__(self, network: ClusterNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        features_BD, logits_HBC = self.network(_as_stored(embeddings))
+        return logits_HBC[0].softmax(1), features_BD
+
+
+def _as_stored(embeddings_BD: Tensor) -> Tensor:
+    """Divide embeddings by their lengths and round them, as a run does."""
+    return F.normalize(embeddings_BD, dim=1).half().float()
 
 
 def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
@@ -103,11 +123,14 @@ def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
 
 def traced(model: Model) -> torch.export.ExportedProgram:
     """Trace the model and its normalisation as one graph, for batches of any size."""
-    module = Classifier(model.network, model.normalize).eval()
+    module: nn.Module = Classifier(model.network, model.normalize)
+    if _embedded(model):
+        module = VectorClassifier(model.network)
+    module.eval()
     module.to(memory_format=torch.contiguous_format)
     batch = {0: torch.export.Dim("batch")}
     with torch.no_grad():
-        return torch.export.export(module, (_images(model, 2),), dynamic_shapes=(batch,))
+        return torch.export.export(module, (_inputs(model, 2),), dynamic_shapes=(batch,))
 
 
 def describe(model: Model) -> dict[str, str | int]:
@@ -117,33 +140,42 @@ def describe(model: Model) -> dict[str, str | int]:
         version = importlib.metadata.version("snscc_ray")
     except importlib.metadata.PackageNotFoundError:
         version = "unknown"  # run from a source tree that is not installed
+    inputs = {"image_size": data.image_size, "channels": data.channels}
     return {
         "clusters": data.num_clusters,
-        "image_size": data.image_size,
-        "channels": data.channels,
+        **({"numbers": _inputs(model, 1).shape[1]} if _embedded(model) else inputs),
         "recipe": model.recipe.name,
         "snscc_version": version,
     }
 
 
 def difference(model: Model, answer: Answer) -> float:
-    """Return the largest difference between the model's and the file's output on random images."""
+    """Return the largest difference between the model's and the file's output on random input."""
     model.network.eval()
     found = []
     for batch in _BATCHES:
-        images = _images(model, batch)
+        inputs = _inputs(model, batch)
         with torch.no_grad():
-            features_BD, logits_HBC = model.network(clean_view(images, model.normalize))
+            given = _embedded(model)
+            clean = _as_stored(inputs) if given else clean_view(inputs, model.normalize)
+            features_BD, logits_HBC = model.network(clean)
         expected = [logits_HBC[0].softmax(1), features_BD]
-        for want, have in zip(expected, answer(images), strict=True):
+        for want, have in zip(expected, answer(inputs), strict=True):
             found.append((want - have).abs().max())
     return float(torch.stack(found).max())  # torch's max keeps NaN
 
 
-def _images(model: Model, batch: int) -> Tensor:
-    data = model.recipe.data
-    shape = (batch, data.channels, data.image_size, data.image_size)
+def _embedded(model: Model) -> bool:
+    return model.recipe.encoder.name == NO_ENCODER
+
+
+def _inputs(model: Model, batch: int) -> Tensor:
+    """Return random images, or random embeddings."""
+    data, encoder = model.recipe.data, model.network.encoder
     generator = torch.Generator().manual_seed(batch)
+    if _embedded(model) and isinstance(encoder, WholeEncoder):
+        return torch.randn(batch, encoder.adapter.in_features, generator=generator)
+    shape = (batch, data.channels, data.image_size, data.image_size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
@@ -175,7 +207,6 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[s
     written = torch.onnx.export(
         program,
         dynamo=True,
-        input_names=["images"],
         output_names=_OUTPUTS,
         dynamic_shapes=({0: "batch"},),  # only names the dimension; the program makes it dynamic
         verbose=False,
@@ -191,8 +222,10 @@ def _read_onnx(path: Path) -> Answer:
 
     running = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
 
+    name = running.get_inputs()[0].name
+
     def answer(images: Tensor) -> list[Tensor]:
-        values = running.run(_OUTPUTS, {"images": images.numpy()})
+        values = running.run(_OUTPUTS, {name: images.numpy()})
         return [torch.from_numpy(value) for value in values]
 
     return answer

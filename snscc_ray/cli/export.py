@@ -25,7 +25,8 @@ def export(
 
     Input: `images`, uint8 (B, channels, size, size), RGB or grey values from 0 to 255, any B. The
     file includes the normalisation. Outputs: `probabilities` (B, clusters) and `features` (B, D) of
-    unit length. The file is loaded again and compared with the model before it is put in place.
+    unit length. Of a run on embeddings, the input is `embeddings`, float32 (B, D), of any length.
+    The file is loaded again and compared with the model before it is put in place.
 
     Examples:
 

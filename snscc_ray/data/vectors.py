@@ -24,6 +24,7 @@ from snscc_ray.data.shards import (
     first_rows,
     ids_of,
     image_batches,
+    inspect_shard,
     opened_parquet,
     read_columns,
     shard_files,
@@ -138,10 +139,10 @@ def embedding_shards(files: Sequence[Path], column: str | None) -> tuple[int, in
                 schema, count = opened.schema_arrow, opened.metadata.num_rows
         except UserError:
             continue
-        found = _lists(schema)
-        if column in schema.names or {*found} & {*NAMES}:
+        found = {*_lists(schema)}
+        if column in schema.names or found & {*NAMES}:
             named += count
-        elif found and "image" not in schema.names:
+        elif (found or _integers(schema).keys() & {*NAMES}) and "image" not in schema.names:
             others += count
     return named, others
 
@@ -151,11 +152,14 @@ def pictures_of(data: DataSettings, rows: Sequence[int]) -> Tensor | None:
 
     An unreadable picture is grey. None: there are no pictures.
     """
-    held = None
-    if data.path is not None and as_path(data.path).suffix.lower() not in ARRAYS:
-        held = read_vectors(as_path(data.path), data.column, data.limit).pictures
-    if held is None:
+    if data.path is None or as_path(data.path).suffix.lower() in ARRAYS:
         return None
+    held = _shards_of(as_path(data.path), data.column, data.limit)[1]
+    try:
+        for shard in held:
+            inspect_shard(shard.file)
+    except UserError:
+        return None  # no column of images
     wanted = {row: number for number, row in enumerate(rows)}
     images_RCSS = np.full((len(rows), 3, _SIDE, _SIDE), 128, np.uint8)
     row = 0
@@ -262,22 +266,31 @@ def _lists(schema: Any) -> list[str]:
     ]
 
 
-def _columns_of(files: Sequence[Path]) -> list[str]:
-    """Return the columns of lists of floats of all files. Raises UserError if there are none."""
+def _integers(schema: Any) -> dict[str, str]:
+    """Return the columns of lists of integers, and the kind of each."""
     import pyarrow as pa
 
+    return {
+        field.name: str(field.type.value_type)
+        for field in schema
+        if _is_list(field.type) and pa.types.is_integer(field.type.value_type)
+    }
+
+
+def _columns_of(files: Sequence[Path]) -> list[str]:
+    """Return the columns of lists of floats of all files. Raises UserError if there are none."""
     found: dict[str, None] = {}
     integers: dict[str, str] = {}
     for file in files:
         schema = _schema(file)
         found |= dict.fromkeys(_lists(schema))
-        for field in schema:
-            if _is_list(field.type) and pa.types.is_integer(field.type.value_type):
-                integers[field.name] = str(field.type.value_type)
-    if found:
+        integers |= _integers(schema)
+    named = next((name for name in integers if name in NAMES), None)
+    if found and (named is None or {*found} & {*NAMES}):
         return [*found]
     if integers:
-        name, kind = next(iter(integers.items()))
+        name = named or next(iter(integers))
+        kind = integers[name]
         raise UserError(
             f"column `{name}` of {files[0]} holds {kind} values: embeddings must be floats; save "
             "them as float32 or float16"

@@ -243,7 +243,7 @@ _PICKED = {
     "encoder": ("encoder",),
     "batch": ("pretrain.batch_size", "train.batch_size", "boost.batch_size"),
     "epochs": ("pretrain.epochs", "train.epochs", "boost.epochs"),
-    "augmentation": ("pretrain.view", "train.view", "boost.view"),
+    "augmentation": ("pretrain.view", "train.view", "boost.view", "encoder.views"),
 }
 
 

@@ -58,4 +58,9 @@ def choose_for_embeddings(
         for pick in picks
         if pick.what not in _OF_IMAGES
     ]
-    return recipe.model_copy(update={"encoder": encoder}), [none, *kept]
+    mixed = Pick(
+        "augmentation",
+        f"{_VIEWS} mixtures with neighbours",
+        "a vector cannot be cropped or recoloured as an image can",
+    )
+    return recipe.model_copy(update={"encoder": encoder}), [none, *kept, mixed]

@@ -94,12 +94,11 @@ def mix_neighbors(context: Context, mined: MinedNeighbors, folder: Path, identit
             key = rng.fold(settings.views_seed, "neighbors", view)
             draw_B, share_B = rng.uniform(rows_B, key, 2).unbind(1)
             summed_BK = chance_NK[rows_B].cumsum(1)
-            place_B = torch.searchsorted(summed_BK, draw_B[:, None], right=True)
+            place_B = torch.searchsorted(summed_BK, draw_B[:, None].contiguous(), right=True)
             place_B = place_B.clamp(max=summed_BK.shape[1] - 1)
             partners_B = mined.neighbors_NK[rows_B].long().gather(1, place_B)[:, 0]
-            mixed_BD = torch.lerp(
-                own_BD, _vectors(bank, partners_B), _MOST_MIXED * share_B[:, None]
-            )
+            share_B1 = _MOST_MIXED * share_B[:, None]
+            mixed_BD = torch.lerp(own_BD, _vectors(bank, partners_B), share_B1)
             views.append(F.normalize(mixed_BD, dim=1))
         write_shard(folder, number, torch.stack(views, 1).half().numpy())
     distributed.barrier()
