@@ -25,6 +25,7 @@ from snscc_ray.config.settings import STAGES
 from snscc_ray.core import storage
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.models.libraries import DEFAULT, default_is_installed
+from snscc_ray.training.stages import extract
 from tests.conftest import TINY
 from tests.test_cli import Snscc, refused, sets
 
@@ -222,6 +223,23 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_end(
     assert done.status == 0 and "kmeans: already done" in done.out, done
     here, there = table(cut), table(whole)
     assert [row["acc"] for row in here.values()] == [row["acc"] for row in there.values()]
+
+
+def test_a_comparison_that_was_stopped_in_the_extraction_goes_on(
+    photos: Path, tmp_path: Path, snscc: Snscc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = extract.features_of
+
+    def stop(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*given)
+
+    monkeypatch.setattr(extract, "features_of", stop)
+    call = arguments(photos, tmp_path / "c", "--methods", "kmeans")
+    refused(snscc(*call), "the same command", status=130)
+    monkeypatch.setattr(extract, "features_of", original)
+    assert snscc(*call).status == 0
+    assert float(table(tmp_path / "c")["kmeans"]["acc"]) > 0.8
 
 
 def test_several_encoders_are_several_spaces(
