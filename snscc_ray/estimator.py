@@ -30,6 +30,7 @@ from sklearn.utils.validation import (
 )
 from torch import Tensor
 
+from snscc_ray.answers.features import RunImages
 from snscc_ray.answers.predict import Model, check_inputs, load_model
 from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
@@ -180,7 +181,8 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         finally:
             monitor.finish()
         model = load_model(folder, device.type)
-        z_ND, p_NC = model.infer(data)
+        inputs = RunImages(folder, plan.recipe, catalog, data, device).inputs
+        z_ND, p_NC = model.infer(inputs)
         # On the CPU: the estimator may be copied to a machine without a GPU.
         self.model_ = model.on(torch.device("cpu"))
         self.probabilities_ = p_NC.cpu().numpy()

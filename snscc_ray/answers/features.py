@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ class RunImages:
     catalog: Catalog
     data: Images
     device: torch.device
+
+    @cached_property
+    def inputs(self) -> Images:
+        """What the stages read: the images, or a frozen encoder's features of them."""
+        if self.recipe.encoder.frozen and not isinstance(self.data, FeatureBank):
+            return own_bank(self.folder, self.device)
+        return self.data
 
 
 def own_images(folder: Path, device: torch.device, display: Display) -> RunImages:
@@ -140,8 +148,7 @@ def stage_features(own: RunImages, stage: StageName) -> Tensor:
     encoder.to(own.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     normalize = Normalize(*(tuple(held["normalize"][name]) for name in ("mean", "std")))
     recipe = answering(own.recipe, held, own.device)[0]
-    data = own_bank(own.folder, own.device) if recipe.encoder.frozen else own.data
-    context = Context(recipe, data, None, normalize, own.device)
+    context = Context(recipe, own.inputs, None, normalize, own.device)
     features_ND = F.normalize(context.clean_pass(encoder, encoder), dim=1).cpu().half()
     if is_url(own.folder) or os.access(path.parent, os.W_OK):  # else it is read-only
         kept = {"identity": held["identity"], "features": features_ND}

@@ -43,7 +43,7 @@ def report(run: Path, out: Path, console: Console, *, device: str = "auto") -> P
     mined = MinedNeighbors.load(run / "pretrain" / "neighbors.parquet")
     own = own_images(run, model.device, display)
     display.line(f"predicting {len(own.catalog):,} images")
-    p_NC = model.probabilities(own.data)
+    p_NC = model.probabilities(own.inputs)
     digests = sprites.row_digests(own.data)
 
     # The last stage's features are used twice in a row; all stages' may not fit in memory.
