@@ -224,7 +224,7 @@ def assert_equal_batches(found: Iterator[Batch], expected: Iterator[Batch]) -> i
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.rows_B, b.rows_B) and a.size == b.size
         if b.views is None:
-            assert torch.equal(a.images_BCHW, b.images_BCHW)
+            assert torch.equal(a.inputs, b.inputs)
         else:
             assert a.views is not None
             for own, other in zip(a.views, b.views, strict=True):

@@ -71,19 +71,33 @@ def in_words(recipe: Recipe, images: int) -> list[str]:
     return [
         f"{images:,} images, resized to {data.image_size}×{data.image_size} pixels {colour}, in "
         f"{data.num_clusters} clusters.",
-        _encoder(recipe.encoder),
-        _pretrain(recipe.pretrain),
+        *(_frozen(recipe) if recipe.encoder.frozen else _trained(recipe)),
         _train(recipe.train),
         _boost(recipe.boost),
         f"All random numbers come from the seed {recipe.seed}.",
     ]
 
 
-def _encoder(encoder: EncoderSettings) -> str:
+def _trained(recipe: Recipe) -> tuple[str, str]:
+    weights = recipe.encoder.weights
+    start = "trained from scratch" if weights is None else "with pretrained weights"
+    return f"The encoder is {_name(recipe.encoder)}, {start}.", _pretrain(recipe.pretrain)
+
+
+def _frozen(recipe: Recipe) -> tuple[str, str]:
+    parts = recipe.encoder.each()
+    names, many = " and ".join(map(_name, parts)), len(parts) > 1
+    learns = "the cluster heads" if recipe.train.adapter == "none" else "an adapter and the heads"
+    return (
+        f"The encoder{'s are' if many else ' is'} {names}, with pretrained weights.",
+        f"{'They keep their' if many else 'It keeps its'} weights, so Pretrain was skipped: the "
+        f"features were computed once, and only {learns} learnt from these images.",
+    )
+
+
+def _name(encoder: EncoderSettings) -> str:
     width = f" of width {encoder.width}" if encoder.name == "convnet" else ""
-    known = _ENCODERS.get(encoder.name, encoder.name)
-    start = "trained from scratch" if encoder.weights is None else "with pretrained weights"
-    return f"The encoder is {known}{width}, {start}."
+    return f"{_ENCODERS.get(encoder.name, encoder.name)}{width}"
 
 
 def _pretrain(pretrain: PretrainSettings) -> str:
