@@ -176,7 +176,8 @@ def module(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_killed_extraction_goes_on_to_the_same_bytes(
     seed: int, place: Path, photos: Path, snscc: Snscc, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
