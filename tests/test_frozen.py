@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from snscc_ray.data.loading import bank as banks
 from snscc_ray.data.loading.bank import FeatureBank, identity_of, open_bank, shard_path
 from snscc_ray.data.loading.resident import ResidentData
 from snscc_ray.data.sources import load_images
+from snscc_ray.estimator import SNSCC
 from snscc_ray.models import libraries
 from snscc_ray.models.encoders import build_encoder
 from snscc_ray.models.frozen import Adapter, _folded, load_frozen
@@ -174,7 +176,8 @@ def module(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_killed_extraction_goes_on_to_the_same_bytes(
     seed: int, place: Path, photos: Path, snscc: Snscc, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -499,7 +502,9 @@ def test_a_report(one: Path, snscc: Snscc, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     done = snscc("report", one, "-o", page)
     assert done.status == 0, done
-    assert "efficientnet_lite0" in page.read_text()
+    said = page.read_text()
+    assert "The encoder is pip:efficientnet_lite0, with pretrained weights" in said
+    assert "Pretrain was skipped" in said and "by SimCLR" not in said
 
 
 # ------------------------------------------------------------------------------- several encoders
@@ -552,7 +557,7 @@ def test_several_encoders_together(
     assert answers(new) == assigned(two)
     resnet_moved = resnet.rename(resnet.with_suffix(".moved"))
     try:  # the run has what it needs
-        assert snscc("predict", two, photos, "-o", new).status == 0
+        assert snscc("predict", two, photos, "-o", new, "--overwrite").status == 0
     finally:
         resnet_moved.rename(resnet)
 
@@ -572,7 +577,8 @@ def test_fit_with_several_encoders(
         ("torchvision:resnet18", str(resnet))
     ]
     assert features(out).shape[2] == 1280 + 512
-    assert "efficientnet_lite0 + torchvision:resnet18" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "efficientnet_lite0 and torchvision:resnet18, with pretrained weights" in page
     again = snscc(*words)
     assert again.status == 0 and "continuing the run" in again.out
 
@@ -676,7 +682,7 @@ def _spoilt(path: Path, kind: str) -> Path:
         torch.save(_Attack(), path)
     elif kind == "overflow":
         for value in state.values():
-            value.mul_(1e6)
+            value.mul_(10**6)
         torch.save(state, path)
     elif kind == "nan":
         state["layer2.0.conv1.weight"][3, 4] = torch.nan
@@ -696,7 +702,6 @@ def _spoilt(path: Path, kind: str) -> Path:
     [
         ("code", "holds pickled objects"),
         ("only code", "holds pickled objects"),
-        ("overflow", "gives a NaN or an infinity"),
         ("nan", "NaN"),
         ("part", "does not fit"),
         ("other", "no weights of this encoder"),
@@ -713,9 +718,17 @@ def test_weights_that_cannot_be_used_are_one_line(
     refused(snscc("fit", photos, "--encoder", f"{encoder}={file}", "--out", "out"), says)
     named = [f"encoder.name={encoder}", f"encoder.weights={file}"]
     refused(snscc(*of(photos, *named), "--out", "out"), says)
-    if kind != "overflow":  # only the images show it
-        assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
-    assert not list(tmp_path.rglob("*.npy"))
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
+
+
+def test_features_that_are_not_finite_are_one_line(
+    photos: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    """The weights are; only the images show what they give."""
+    file, out = _spoilt(tmp_path / "w.pth", "overflow"), tmp_path / "out"
+    named = ["encoder.name=torchvision:resnet18", f"encoder.weights={file}"]
+    refused(snscc(*of(photos, *named), "--out", out), "gives a NaN or an infinity")
+    assert not list(out.rglob("*.npy"))
 
 
 @pytest.mark.parametrize(
@@ -887,3 +900,27 @@ def test_fit_of_an_archive_of_torchvision(
     )  # fmt: skip
     assert done.status == 0, done
     assert pq.read_table(out / "assignments.parquet").num_rows > 20
+
+
+def test_the_estimator_on_photographs(photos: Path) -> None:
+    images = load_images(recipe_of(photos).data).images[:60].permute(0, 2, 3, 1).numpy()
+    short = ["train.epochs=2", "boost.epochs=1"]
+    model = SNSCC(3, settings=short, image_size=32, device="cpu").fit(images)
+    assert model.model_.recipe.encoder.name == "pip:efficientnet_lite0"
+    assert np.array_equal(model.predict(images), model.labels_)
+    again = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(again.predict_proba(images[7:9]), model.predict_proba(images)[7:9])
+    own = ["encoder.name=convnet", "encoder.width=4", "pretrain.epochs=1"]
+    small = SNSCC(3, settings=[*short, *own], image_size=32, device="cpu").fit(images)
+    assert small.model_.recipe.encoder.name == "convnet"
+
+
+def test_a_budget_for_a_frozen_encoder(photos: Path, snscc: Snscc, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = snscc(*of(photos, "train.epochs=40", "boost.epochs=20"), "--budget", "25s", "--out", out)
+    assert done.status == 0 and "epochs that fit" in done.out, done
+    chosen = json.loads((out / "recipe.json").read_text())["recipe"]
+    train, boost = chosen["train"]["epochs"], chosen["boost"]["epochs"]
+    assert abs(train - 2 * boost) <= 2 and train > 40  # so small a run has time for more
+    refused(snscc(*of(photos), "--budget", "0s", "--out", tmp_path / "none"), "--budget")
+    assert not (tmp_path / "none").exists()

@@ -38,7 +38,7 @@ def test_workers_share_each_epoch_whatever_their_number(
         torch.cat(steps).tolist()
         == torch.randperm(97, generator=torch.Generator().manual_seed(_seed(5))).tolist()
     )
-    assert all((b.images_BCHW.flatten() == b.rows_B).all() for share in shares for b in share)
+    assert all((b.inputs.flatten() == b.rows_B).all() for share in shares for b in share)
 
 
 def _seed(key: int) -> int:

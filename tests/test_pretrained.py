@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import shutil
@@ -43,11 +44,13 @@ def settings(**values: Any) -> EncoderSettings:
 def test_the_names_of_encoders(tmp_path: Path) -> None:
     file = tmp_path / "theirs.pth.tar"
     torch.save(scan_pretext(resnet("resnet18", "small")), file)
+    trained = functools.partial(settings, frozen=True)
     for text, expected in (
         ("resnet18", settings(name="resnet18")),
-        ("torchvision:resnet34", settings(name="torchvision:resnet34", weights="default")),
-        ("timm:resnet10t", settings(name="timm:resnet10t", weights="default")),
-        (str(file), settings(name="resnet18", stem="small", weights=str(file))),
+        ("torchvision:resnet34", trained(name="torchvision:resnet34", weights="default")),
+        ("timm:resnet10t", trained(name="timm:resnet10t", weights="default")),
+        ("timm:resnet10t=x.pth", trained(name="timm:resnet10t", weights="x.pth")),
+        (str(file), trained(name="resnet18", stem="small", weights=str(file))),
     ):
         assert encoder_settings(text) == expected
 

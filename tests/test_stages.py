@@ -33,7 +33,6 @@ from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.training import context as context_module
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import fit
-from snscc_ray.training.stages import train as train_module
 from snscc_ray.training.stages.boost import Boost
 from snscc_ray.training.stages.pretrain import pretext_features
 from snscc_ray.training.stages.train import Train, probabilities
@@ -230,17 +229,19 @@ def test_mined_partners_are_drawn_by_confidence(
     stage = Train(context, pretext(context)[0], mined)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def record(images: Tensor, rows: Tensor, *_: object) -> Tensor:
+    def record(
+        images: Tensor, rows: Tensor, views: tuple[object, ...], **_: object
+    ) -> tuple[Tensor, ...]:
         seen.append((images, rows))
-        return images
+        return (images,) * len(views)
 
-    monkeypatch.setattr(train_module, "make_view", record)
+    monkeypatch.setattr(context_module, "make_views", record)
     rows_B = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     places = []
     for epoch in range(60):
         seen.clear()
         stage.viewer(epoch)(context.data.take(rows_B), rows_B)
-        images, partners_B = seen[0]
+        images, partners_B = seen[1]  # after the row's own views
         assert torch.equal(images, context.data.take(partners_B))
         places.append((partners_B - rows_B - 1) % N / 7)
     place = torch.stack(places)

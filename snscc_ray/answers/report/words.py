@@ -73,10 +73,8 @@ def in_words(recipe: Recipe, images: int) -> list[str]:
     what = f"images, resized to {data.image_size}×{data.image_size} pixels {colour}"
     if given:
         before = ["There was no encoder: the embeddings were given.", _mixed(recipe.encoder.views)]
-    elif recipe.encoder.frozen:
-        before = [_encoder(recipe.encoder)]
     else:
-        before = [_encoder(recipe.encoder), _pretrain(recipe.pretrain)]
+        before = _frozen(recipe) if recipe.encoder.frozen else _trained(recipe)
     return [
         f"{images:,} {'embeddings' if given else what}, in {data.num_clusters} clusters.",
         *before,
@@ -86,25 +84,34 @@ def in_words(recipe: Recipe, images: int) -> list[str]:
     ]
 
 
-def _encoder(encoder: EncoderSettings) -> str:
-    width = f" of width {encoder.width}" if encoder.name == "convnet" else ""
-    known = _ENCODERS.get(encoder.name, encoder.name)
-    if not encoder.frozen:
-        start = "trained from scratch" if encoder.weights is None else "with pretrained weights"
-        return f"The encoder is {known}{width}, {start}."
-    names = " and ".join(part.name for part in encoder.each())
+def _trained(recipe: Recipe) -> list[str]:
+    weights = recipe.encoder.weights
+    start = "trained from scratch" if weights is None else "with pretrained weights"
+    return [f"The encoder is {_name(recipe.encoder)}, {start}.", _pretrain(recipe.pretrain)]
+
+
+def _frozen(recipe: Recipe) -> list[str]:
+    parts = recipe.encoder.each()
+    names, many = " and ".join(map(_name, parts)), len(parts) > 1
+    learns = "the cluster heads" if recipe.train.adapter == "none" else "an adapter and the heads"
     labels = (
-        " It was trained on ImageNet with its labels, so the clusters are not learned from your "
+        "It was trained on ImageNet with its labels, so the clusters are not learned from your "
         "images alone."
-        if any(part.name.startswith("pip:") for part in encoder.each())
-        else " What it was trained on, and whether with labels, is up to its weights."
+        if any(part.name.startswith("pip:") for part in parts)
+        else "What it was trained on, and whether with labels, is not known here."
     )
-    return (
-        f"The encoder is {names}, frozen: its features of each image were computed once, with "
-        f"{counted(encoder.views, 'augmented view')}, and only the cluster heads learned from "
-        f"them.{labels} On such features it cannot be measured whether the clusters were forced to "
-        "be of even sizes."
-    )
+    return [
+        f"The encoder{'s are' if many else ' is'} {names}, with pretrained weights.",
+        f"{'They keep their' if many else 'It keeps its'} weights, so Pretrain was skipped: the "
+        f"features were computed once, and only {learns} learnt from these images.",
+        labels,
+        "On such features it cannot be measured whether clusters were forced to be of even sizes.",
+    ]
+
+
+def _name(encoder: EncoderSettings) -> str:
+    width = f" of width {encoder.width}" if encoder.name == "convnet" else ""
+    return f"{_ENCODERS.get(encoder.name, encoder.name)}{width}"
 
 
 def _pretrain(pretrain: PretrainSettings) -> str:
