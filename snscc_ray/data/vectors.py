@@ -215,7 +215,7 @@ def _array(path: Path, name: str | None) -> np.ndarray:
             return np.asarray(held[_only(held.files, name, str(path), "array")])
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:120]
-        if "pickle" in reason:  # NumPy advises to load it unsafely
+        if "pickle" in reason or "Python objects" in reason:  # NumPy advises to load it unsafely
             reason = "it holds pickled objects, or is no NumPy file"
         raise UserError(
             f"{path} cannot be read as a NumPy array ({reason}): save the embeddings with "
