@@ -312,7 +312,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
             reset=reset,
             dtype=[np.float64, np.float32, np.float16],
             ensure_min_samples=2 if reset else 1,
-            ensure_min_features=2,
+            ensure_min_features=2 if reset else 1,
         )
         return rows_of_vectors(table, "X")
 

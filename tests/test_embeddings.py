@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from snscc_ray import SNSCC
 from snscc_ray.cli import options
@@ -429,6 +430,7 @@ BAD = {
     "no list": (parquet(embedding=lacking(8)), "row 8 of .* has no embedding"),
     "unequal": (parquet(embedding=ragged(7)), "row 7 of .* has 11 numbers .* 12"),
     "1-D": (npy(np.ones(40)), r"shape \(40,\)"),
+    "0-D": (npy(np.array(3.0)), r"shape \(\)"),
     "3-D": (npy(np.ones((40, 3, 4))), r"shape \(40, 3, 4\)"),
     "one number": (npy(np.ones((40, 1))), "at least two numbers"),
     "integers": (npy(np.ones((40, 4), np.int64)), "int64 values: embeddings must be floats"),
@@ -436,7 +438,7 @@ BAD = {
         parquet(embedding=[[1, 2]] * 30, scores=[[0.5, 2]] * 30),
         "`embedding` .* int64 .* must be floats",
     ),
-    "objects": (npy(np.array([Trap()] * 30)), "cannot be read as a NumPy array"),
+    "objects": (npy(np.array([Trap()] * 30)), "cannot be read as a NumPy array .it holds pickled"),
     "no array": (raw("bad.npy", b"no array at all"), "cannot be read as a NumPy array"),
     "no archive": (raw("bad.npz", b"PK\3\4 no archive"), "cannot be read as a NumPy array"),
     "few": (npy(blobs(12)[0]), "12 embeddings are too few"),
@@ -523,3 +525,27 @@ def test_the_estimator_takes_an_array(run: Path, given: Path) -> None:
 def test_without_a_word_an_array_is_pixels() -> None:
     with pytest.raises(ValueError, match="image_shape"):
         SNSCC(4).fit(np.abs(blobs()[0]))
+
+
+AS_CHECKED = (
+    "encoder.name=none", "encoder.frozen=true", "pretrain.batch_size=8", "pretrain.epochs=0",
+    "pretrain.mined_neighbors=3", "train.batch_size=8", "train.num_neighbors=2", "train.epochs=1",
+    "train.num_heads=1", "boost.batch_size=8", "boost.num_neighbors=2", "boost.epochs=1",
+)  # fmt: skip
+ONE_CLUSTER = "asks for one cluster, which would be no clustering"
+DO_NOT_APPLY = {
+    "check_dont_overwrite_parameters": ONE_CLUSTER,
+    "check_methods_subset_invariance": ONE_CLUSTER,
+    "check_fit2d_1sample": ONE_CLUSTER,
+    "check_fit2d_1feature": ONE_CLUSTER,
+    "check_fit2d_predict1d": ONE_CLUSTER,
+    "check_estimators_dtypes": "has a row of zeros",
+}
+
+
+@parametrize_with_checks(
+    [SNSCC(2, embeddings=True, recipe="images", settings=AS_CHECKED, device="cpu")],
+    expected_failed_checks=lambda estimator: DO_NOT_APPLY,
+)
+def test_scikit_learn_finds_its_conventions_kept(estimator: Any, check: Any) -> None:
+    check(estimator)

@@ -79,7 +79,8 @@ def read_vectors(path: Path, column: str | None, limit: int | None) -> Rows:
     Raises UserError naming the row or the column.
     """
     if path.suffix.lower() in ARRAYS and path.is_file():
-        return rows_of_vectors(_array(path, column)[:limit], str(path), path.name)
+        array = _array(path, column)
+        return rows_of_vectors(array[:limit] if array.ndim else array, str(path), path.name)
     name, used, notes = _shards_of(path, column, limit)
     ids: list[str] = []
     columns = Labels()
@@ -214,6 +215,8 @@ def _array(path: Path, name: str | None) -> np.ndarray:
             return np.asarray(held[_only(held.files, name, str(path), "array")])
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:120]
+        if "pickle" in reason or "Python objects" in reason:  # NumPy advises to load it unsafely
+            reason = "it holds pickled objects, or is no NumPy file"
         raise UserError(
             f"{path} cannot be read as a NumPy array ({reason}): save the embeddings with "
             "`np.save`, as an array of floats (N, D)"
