@@ -824,7 +824,7 @@ def test_photographs_get_a_frozen_encoder(photos: Path, snscc: Snscc, tmp_path: 
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("grey", "grey images are often unlike"),
+        ("grey", "trained encoders know colour photographs"),
         ("small", "encoder: convnet"),
         ("from scratch", "from scratch, as you asked"),
     ],

@@ -50,10 +50,11 @@ def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: st
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def bank_identity(recipe: Recipe, fingerprint: str) -> str:
+def bank_identity(recipe: Recipe, fingerprint: str, *, mixed: bool) -> str:
     """Hash all that determines a frozen encoder's features of these images.
 
-    The seed of the run does not: runs with other seeds use the same features.
+    The seed of the run does not: runs with other seeds use the same features. mixed: whether they
+    are computed in bfloat16, as by default on a GPU.
     """
     encoder, data = recipe.encoder, recipe.data
     given = encoder.name == NO_ENCODER  # its views are mixtures with mined neighbours
@@ -62,7 +63,7 @@ def bank_identity(recipe: Recipe, fingerprint: str) -> str:
         "fingerprint": fingerprint,
         "encoder": _encoder(encoder if given else encoder.model_copy(update={"components": 0})),
         "view": recipe.pretrain.view.model_dump(mode="json") if encoder.views else None,
-        "precision": recipe.precision,
+        "precision": "bfloat16" if mixed else "float32",
         "normalize": [data.mean, data.std],
     }
     if given:

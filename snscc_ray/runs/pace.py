@@ -261,13 +261,12 @@ def within(recipe: Recipe, pace: Seconds, seconds: float, stages: Sequence[Stage
 
 def describe(recipe: Recipe, pace: Seconds, stages: Sequence[StageName]) -> str:
     """Return the epochs of each stage and their estimated minutes, in one line."""
-    if recipe.encoder.frozen:
-        minutes = needed(recipe, pace, stages) / 60
-        return (
-            f"about {minutes:.1f} minutes, {pace['pretrain'][0] / 60:.1f} of them for the features"
-        )
-    counts = ", ".join(f"{stage} {getattr(recipe, stage).epochs}" for stage in stages)
-    return f"epochs that fit: {counts}; about {needed(recipe, pace, stages) / 60:.1f} minutes"
+    shown = [s for s in stages if s != "pretrain" or not recipe.encoder.frozen]
+    counts = ", ".join(f"{stage} {getattr(recipe, stage).epochs}" for stage in shown)
+    text = f"epochs that fit: {counts}; about {needed(recipe, pace, stages) / 60:.1f} minutes"
+    if recipe.encoder.frozen and "pretrain" in stages:
+        text += f", {pace['pretrain'][0] / 60:.1f} of them before Train"
+    return text
 
 
 def _lasting(settings: StageSettings, epochs: int) -> StageSettings:

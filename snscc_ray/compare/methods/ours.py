@@ -84,7 +84,7 @@ def _run(study: Study, stages: tuple[StageName, ...]) -> None:
     worker = LocalWorker(folder, study.context.device)
     context = study.context
     if study.frozen:  # other comparisons and runs are beside this comparison, not beside `folder`
-        identity = bank_identity(context.recipe, study.catalog.fingerprint)
+        identity = bank_identity(context.recipe, study.catalog.fingerprint, mixed=context.mixed)
         shared = link_bank(folder / "pretrain" / BANK, identity, study.folder.parent)
         if shared is not None:
             study.display.line(f"features: found in {shared}, computed before")
