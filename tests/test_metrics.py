@@ -89,7 +89,7 @@ def test_spread_of_projections_even_flat_and_collapsed() -> None:
     assert figures == pytest.approx(
         {"health/projection_spread": 0, "health/effective_rank": 1}, abs=1e-3
     )
-    assert "almost one point" in metrics.warnings(figures, 10)["projection-collapse"]
+    assert "almost the same point" in metrics.warnings(figures, 10)["projection-collapse"]
 
 
 def test_health_by_hand() -> None:
