@@ -9,7 +9,7 @@ uneven    710 of the digits, class sizes from 174 down to 17, ten clusters, thre
 photos    2,100 photographs from CIFAR-10 (its shards: --shards), equally many automobiles, horses
           and ships, three clusters, three seeds
 
-Labels are only used afterwards. A case already in the JSON file is not run again.
+Every encoder is trained from scratch. Labels are only used afterwards. A case already in the JSON file is not run again.
 
     python -m benchmarks.fit --out FILE.json --work FOLDER [--shards FOLDER] [--cases NAME,…]
 """
@@ -75,28 +75,34 @@ def photos(folder: Path, shards: Path) -> Path:
 
 
 def cases(shards: Path | None) -> dict[str, Case]:
-    found = {"digits": Case(digits, 10, Preferences(None))}
+    found = {"digits": Case(digits, 10, Preferences(None, from_scratch=True))}
     for kinds, each in ((3, 200), (7, 90), (15, 45)):
         found[f"kinds-{kinds}"] = Case(
             lambda folder, kinds=kinds, each=each: make(folder, kinds, each, seed=kinds),  # type: ignore[misc]
             kinds,
-            Preferences(None),
+            Preferences(None, from_scratch=True),
         )
     for seed in range(3):
         for name, ratio in (("even", 1.0), ("free", 10.0)):
             found[f"uneven-{name}-{seed}"] = Case(
-                lambda folder: digits(folder, UNEVEN), 10, Preferences(10, None, ratio), seed
+                lambda folder: digits(folder, UNEVEN),
+                10,
+                Preferences(10, None, ratio, from_scratch=True),
+                seed,
             )
         sizes = np.random.default_rng(seed).permutation(UNEVEN)
         found[f"uneven-drawn-{seed}"] = Case(
             lambda folder, sizes=sizes: digits(folder, sizes),  # type: ignore[misc]
             10,
-            Preferences(10, None, 10.0),
+            Preferences(10, None, 10.0, from_scratch=True),
             seed,
         )
         if shards is not None:
             found[f"photos-{seed}"] = Case(
-                partial(photos, shards=shards), len(PHOTOS), Preferences(len(PHOTOS)), seed
+                partial(photos, shards=shards),
+                len(PHOTOS),
+                Preferences(len(PHOTOS), from_scratch=True),
+                seed,
             )
     return found
 
