@@ -9,7 +9,8 @@ uneven    710 of the digits, class sizes from 174 down to 17, ten clusters, thre
 photos    2,100 photographs from CIFAR-10 (its shards: --shards), equally many automobiles, horses
           and ships, three clusters, three seeds
 
-Every encoder is trained from scratch. Labels are only used afterwards. A case already in the JSON file is not run again.
+Every encoder is trained from scratch. Labels are only used afterwards. A case that is in the JSON
+file already is not run again.
 
     python -m benchmarks.fit --out FILE.json --work FOLDER [--shards FOLDER] [--cases NAME,…]
 """

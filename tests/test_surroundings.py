@@ -117,7 +117,8 @@ def test_nothing_is_written_among_the_images(snscc: Snscc, tmp_path: Path) -> No
     out = tmp_path / "run"
     done = snscc("run", "images", "--data", photos, "--out", out, *sets(*PHOTOS))
     assert done.status == 0
-    refused(snscc("predict", out, photos, "-o", photos / "new.parquet"), "is the folder of the images")
+    among = snscc("predict", out, photos, "-o", photos / "new.parquet")
+    refused(among, "is the folder of the images")
     (tmp_path / "file").write_text("")
     refused(snscc("predict", out, photos, "-o", tmp_path / "file" / "new.csv"), "is a file")
     refused(snscc("export", out, "--torch", tmp_path / "file" / "model.pt2"), "is a file")
