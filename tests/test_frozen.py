@@ -915,6 +915,7 @@ def test_the_estimator_on_photographs(photos: Path) -> None:
     assert small.model_.recipe.encoder.name == "convnet"
 
 
+@pytest.mark.slow
 def test_a_budget_for_a_frozen_encoder(photos: Path, snscc: Snscc, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = snscc(*of(photos, "train.epochs=40", "boost.epochs=20"), "--budget", "25s", "--out", out)

@@ -283,6 +283,7 @@ def test_a_few_images_are_enough_and_as_many_clusters_as_are_asked_for(tmp_path:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_images_that_are_all_the_same_are_not_counted(tmp_path: Path) -> None:
     for number in range(24):
         picture().save(tmp_path / f"{number}.png")

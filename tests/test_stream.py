@@ -55,6 +55,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_ray_brings_what_a_resident_set_holds(kind: str, places: dict[str, Path]) -> None:
     data = data_settings(places[kind], skip_corrupt=True, folders_are_labels=True)
     resident = load_images(data)

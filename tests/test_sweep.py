@@ -155,6 +155,7 @@ def test_a_trial_that_fails_is_said_and_the_others_end(
     assert sum(name.startswith("pretrain") for name in names) == 2
 
 
+@pytest.mark.slow
 def test_asha_stops_trials_that_fall_behind(
     ray: Ray, spaces: Path, whole: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -217,6 +218,7 @@ def test_what_ray_tune_keeps_of_a_sweep_may_be_broken(
     assert done and all(path.read_bytes() == content for path, content in done.items())
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_there_is_to_train_and_writes_nothing(
     ray: Ray, spaces: Path, tmp_path: Path
 ) -> None:
