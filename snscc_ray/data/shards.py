@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
 from snscc_ray.core.storage import read_json
@@ -42,6 +44,19 @@ def shard_files(path: Path) -> list[Path]:
     return sorted(file for file in path.glob("*.parquet") if not file.name.startswith("."))
 
 
+def ids_and_labels(
+    shards: Sequence[Shard],
+) -> tuple[list[str], np.ndarray | None, tuple[str, ...] | None, str | None]:
+    """Return the ids, labels and class names of all rows, and a note on labels that are ignored."""
+    ids: list[str] = []
+    columns = Labels()
+    for shard in shards:
+        table = read_columns(shard)
+        ids += ids_of(shard, table)
+        columns.add(shard, table)
+    return ids, *columns.concluded(len(ids))
+
+
 def read_shards(path: Path, limit: int | None) -> Rows:
     """List the rows of one Parquet file, or of all in a folder in the order of the file names.
 
@@ -61,13 +76,7 @@ def read_shards(path: Path, limit: int | None) -> Rows:
     kept = [*image_shards(files)] or files
     shards = [inspect_shard(file) for file in kept]
     used = first_rows(shards, limit)
-    ids: list[str] = []
-    columns = Labels()
-    for shard in used:
-        table = read_columns(shard)
-        ids += ids_of(shard, table)
-        columns.add(shard, table)
-    labels, class_names, note = columns.concluded(len(ids))
+    ids, labels, class_names, note = ids_and_labels(used)
     other = [file.name for file in files if file not in kept]
     left = f"ignored for lack of a column `image`: {', '.join(other[:8])}" if other else None
     return Rows(

@@ -18,15 +18,13 @@ from snscc_ray.config.paths import as_path, is_url
 from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.decode import UnreadableImage, decode_into
 from snscc_ray.data.imageset import Catalog, check_ids, describe, digests
-from snscc_ray.data.labels import Labels
 from snscc_ray.data.rows import Batches, Rows, Shard
 from snscc_ray.data.shards import (
     first_rows,
-    ids_of,
+    ids_and_labels,
     image_batches,
     inspect_shard,
     opened_parquet,
-    read_columns,
     shard_files,
 )
 
@@ -82,13 +80,7 @@ def read_vectors(path: Path, column: str | None, limit: int | None) -> Rows:
         array = _array(path, column)
         return rows_of_vectors(array[:limit] if array.ndim else array, str(path), path.name)
     name, used, notes = _shards_of(path, column, limit)
-    ids: list[str] = []
-    columns = Labels()
-    for shard in used:
-        table = read_columns(shard)
-        ids += ids_of(shard, table)
-        columns.add(shard, table)
-    labels, class_names, note = columns.concluded(len(ids))
+    ids, labels, class_names, note = ids_and_labels(used)
     vectors_ND: np.ndarray | None = None
     row = 0
     for shard in used:

@@ -293,7 +293,7 @@ class _Run:
         pretrain = distributed.from_first(lambda: self.finished("pretrain"))
         free = (pretrain or {}).get("health/free_balance")
         if free is None:
-            return  # a Pretrain stage from before this was measured
+            return  # a frozen encoder, or a Pretrain stage from before this was measured
         forced = forced_balance(figures["health/balance"], free)
         figures["health/forced_balance"] = forced
         if warning := forced_warning(forced):

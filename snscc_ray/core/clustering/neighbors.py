@@ -138,6 +138,15 @@ def knn(
     return d_NK, idx_NK
 
 
+def place_drawn(chance_BK: Tensor, draw_B1: Tensor) -> Tensor:
+    """Return the place (B, 1) of one of K neighbours, drawn by its chance.
+
+    chance_BK: sums to 1 per row. draw_B1: uniform in [0, 1).
+    """
+    place_B1 = torch.searchsorted(chance_BK.cumsum(1), draw_B1, right=True)
+    return place_B1.clamp(max=chance_BK.shape[1] - 1)
+
+
 @dataclass(frozen=True, eq=False)
 class MinedNeighbors:
     """The K nearest rows of each row of a dataset, with Eq. 2's confidence; tensors on the CPU."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.core import distributed, rng
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.clustering.neighbors import MinedNeighbors, place_drawn
 from snscc_ray.core.views import make_view
 from snscc_ray.data.loading.bank import (
     BankShape,
@@ -93,10 +93,8 @@ def mix_neighbors(context: Context, mined: MinedNeighbors, folder: Path, identit
         for view in range(settings.views):
             key = rng.fold(settings.views_seed, "neighbors", view)
             draw_B, share_B = rng.uniform(rows_B, key, 2).unbind(1)
-            summed_BK = chance_NK[rows_B].cumsum(1)
-            place_B = torch.searchsorted(summed_BK, draw_B[:, None].contiguous(), right=True)
-            place_B = place_B.clamp(max=summed_BK.shape[1] - 1)
-            partners_B = mined.neighbors_NK[rows_B].long().gather(1, place_B)[:, 0]
+            place_B1 = place_drawn(chance_NK[rows_B], draw_B[:, None].contiguous())
+            partners_B = mined.neighbors_NK[rows_B].long().gather(1, place_B1)[:, 0]
             share_B1 = _MOST_MIXED * share_B[:, None]
             mixed_BD = torch.lerp(own_BD, _vectors(bank, partners_B), share_B1)
             views.append(F.normalize(mixed_BD, dim=1))

@@ -12,7 +12,7 @@ from snscc_ray.core import distributed, rng
 from snscc_ray.core.clustering import metrics
 from snscc_ray.core.clustering.cut import cut_starts
 from snscc_ray.core.clustering.kmeans import kmeans
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.clustering.neighbors import MinedNeighbors, place_drawn
 from snscc_ray.core.clustering.uneven import uneven_starts
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Batch, ResidentData, Viewer
@@ -101,9 +101,7 @@ class Train:
     def _partners(self, rows_B: Tensor, epoch: int) -> Tensor:
         """Draw one mined neighbour of each row by its confidence, on the CPU."""
         draw_B1 = rng.uniform(rows_B, self.context.key("train", epoch, "partner"), 1)
-        chance_BK = self._host_chance_NK[rows_B]
-        place_B1 = torch.searchsorted(chance_BK.cumsum(1), draw_B1, right=True)
-        place_B1 = place_B1.clamp(max=chance_BK.shape[1] - 1)
+        place_B1 = place_drawn(self._host_chance_NK[rows_B], draw_B1)
         return self._host_neighbors_NK[rows_B].gather(1, place_B1)[:, 0]
 
     @property
