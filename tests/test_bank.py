@@ -25,7 +25,7 @@ from snscc_ray.data.loading.bank import (
 )
 from snscc_ray.data.loading.order import shuffled
 from snscc_ray.data.loading.resident import ResidentData
-from snscc_ray.runs.banks import link_bank
+from snscc_ray.runs.banks import share_bank
 
 CPU = torch.device("cpu")
 SHAPE = BankShape(rows=103, views=2, width=5)
@@ -219,11 +219,11 @@ def in_run(place: Path, name: str) -> Path:
 def test_a_run_shares_the_files_of_its_neighbour(tmp_path: Path) -> None:
     first, second = in_run(tmp_path, "first"), in_run(tmp_path, "second")
     write(first, some())
-    assert link_bank(second, "b") is None and not second.exists()
-    assert link_bank(second, "a") == tmp_path / "first"
+    assert share_bank(second, "b", tmp_path) is None and not second.exists()
+    assert share_bank(second, "a", tmp_path) == tmp_path / "first"
     for path in first.iterdir():
         assert path.samefile(second / path.name)
-    assert link_bank(second, "a") is None  # it is there already
+    assert share_bank(second, "a", tmp_path) is None  # it is there already
     for path in first.iterdir():
         path.unlink()
     assert len(open_bank(second, CPU)) == 103
@@ -232,7 +232,7 @@ def test_a_run_shares_the_files_of_its_neighbour(tmp_path: Path) -> None:
 def test_a_change_of_one_run_does_not_reach_the_other(tmp_path: Path) -> None:
     first, second = in_run(tmp_path, "first"), in_run(tmp_path, "second")
     write(first, some())
-    link_bank(second, "a")
+    share_bank(second, "a", tmp_path)
     write(second, some(seed=1), "b")
     assert torch.equal(open_bank(first, CPU).take(torch.arange(103)), torch.from_numpy(some()))
     assert identity_of(first) == "a" and identity_of(second) == "b"
@@ -245,10 +245,10 @@ def test_a_damaged_bank_of_a_neighbour_is_not_taken(tmp_path: Path) -> None:
     unfinished = write(in_run(tmp_path, "bad3"), some()) / "bank.json"
     unfinished.write_text(json.dumps(json.loads(unfinished.read_text()) | {"checksums": []}))
     (write(in_run(tmp_path, "bad4"), some()) / "bank.json").write_text("{")
-    assert link_bank(second, "a") is None
+    assert share_bank(second, "a", tmp_path) is None
     assert not second.exists()
     write(in_run(tmp_path, "good"), some())
-    assert link_bank(second, "a") == tmp_path / "good"
+    assert share_bank(second, "a", tmp_path) == tmp_path / "good"
 
 
 def test_without_hard_links_the_files_are_copied(
@@ -259,6 +259,6 @@ def test_without_hard_links_the_files_are_copied(
 
     monkeypatch.setattr("os.link", refuse)
     first, second = write(in_run(tmp_path, "first"), some()), in_run(tmp_path, "second")
-    assert link_bank(second, "a") == tmp_path / "first"
+    assert share_bank(second, "a", tmp_path) == tmp_path / "first"
     assert not shard_path(first, 0).samefile(shard_path(second, 0))
     assert len(open_bank(second, CPU)) == 103

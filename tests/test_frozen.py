@@ -37,6 +37,7 @@ from snscc_ray.estimator import SNSCC
 from snscc_ray.models import libraries
 from snscc_ray.models.encoders import build_encoder
 from snscc_ray.models.frozen import Adapter, _folded, load_frozen
+from snscc_ray.runs import pace as pace_module
 from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.runs.pace import measure
 from snscc_ray.training.stages.extract import principal_components
@@ -197,6 +198,20 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(
     assert not list(bank_of(out).glob(".*"))
     assert np.array_equal(features(out), features(place / "runs" / "one"))
     assert assigned(out) == assigned(place / "runs" / "one")
+
+
+@pytest.mark.slow
+def test_a_sweep_around_a_run_uses_its_features(place: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(place / "runs" / "one", runs / "one")
+    done = module("snscc_ray", "sweep", "gamma", "--recipe", runs / "one", "--seeds", 2)
+    assert done.returncode == 0, done
+    banks = [bank_of(stage) for stage in (runs / "stages").glob("pretrain-*")]
+    assert len(banks) == 2
+    for bank in banks:
+        assert (bank / "00000.npy").samefile(bank_of(runs / "one") / "00000.npy")
+    table = pq.read_table(runs / "one-gamma" / "results.parquet")
+    assert table.num_rows == 6 and set(table["status"].to_pylist()) == {"finished"}
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(
@@ -658,12 +673,24 @@ def test_a_frozen_encoder_never_trains() -> None:
     assert len(found) == 1 and "efficientnet-lite0" in str(found[0])
 
 
-def test_the_pace_of_a_frozen_encoder(photos: Path) -> None:
+def test_the_pace_of_a_frozen_encoder(
+    place: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = recipe_of(photos)
     images = load_images(recipe.data)
-    pace = measure(recipe, images.catalog, ResidentData(images.images, CPU), CPU)
+    data = ResidentData(images.images, CPU)
+    pace = measure(recipe, images.catalog, data, CPU, photos)
     assert pace["pretrain"][0] > 0 and pace["pretrain"][1] == 0
     assert all(once >= 0 and epoch > 0 for once, epoch in (pace["train"], pace["boost"]))
+
+    def refuse(*of: object) -> None:
+        raise AssertionError("the features of a run beside it are measured again")
+
+    monkeypatch.setattr(pace_module, "in_steps", refuse)
+    known = measure(recipe, images.catalog, data, CPU, place / "runs")
+    assert known["pretrain"][0] > 0
+    with pytest.raises(AssertionError, match="measured again"):
+        measure(recipe, images.catalog, data, CPU, photos)
 
 
 # --------------------------------------------------------------------------------- mistakes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import EncoderSettings
 from snscc_ray.models.encoders import build_encoder
-from snscc_ray.models.pretrained import import_weights, infer_encoder
+from snscc_ray.models.transfer import import_weights, infer_encoder
 from tests.conftest import equal_states
 
 State = dict[str, Tensor]

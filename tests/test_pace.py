@@ -110,6 +110,7 @@ def test_what_a_few_rows_show_is_scaled_to_the_whole_set(
     tiny: Recipe,
     tiny_images: ImageSet,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     seen: list[int] = []
 
@@ -125,6 +126,7 @@ def test_what_a_few_rows_show_is_scaled_to_the_whole_set(
         tiny_images.catalog,
         ResidentData(tiny_images.images, torch.device("cpu")),
         torch.device("cpu"),
+        tmp_path,
     )
     assert seen == measured
     for stage in STAGES:

@@ -16,9 +16,8 @@ from snscc_ray.cli.options import (
     ready_for_ray,
     say,
 )
-from snscc_ray.config import recipes
+from snscc_ray.cli.recipe import folder_of, recipe_of
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.overrides import override
 from snscc_ray.texts import counted
 
 _METRICS = (
@@ -35,10 +34,22 @@ def sweep(
             "train-longer, pretext, or FILE.py:FUNCTION"
         ),
     ],
-    recipe: Annotated[str, typer.Option(help="what the points override")] = "digits",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="what the points override: a name from `snscc recipes`; a run folder, for its "
+            "recipe; or auto, for what `snscc fit` would choose for --data"
+        ),
+    ] = "digits",
     data: Annotated[str | None, typer.Option(help="folder of images or Parquet shards")] = None,
     out_folder: Annotated[
         str | None, typer.Option("--out", help="sweep folder  [default: runs/RECIPE-SPACE]")
+    ] = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a trained one, which stays frozen, as in `snscc fit`; give it again for more"
+        ),
     ] = None,
     seeds: Annotated[
         int, typer.Option(min=1, help="runs of each point, with seeds from --seed on")
@@ -95,6 +106,8 @@ def sweep(
         snscc sweep grid --searcher optuna --samples 12
 
         snscc sweep my_space.py:space --recipe images --data ~/photos
+
+        snscc sweep neighbors --recipe runs/photos
     """
     from snscc_ray.config.paths import as_path
     from snscc_ray.training.engine import Interrupted
@@ -113,9 +126,9 @@ def sweep(
             "each worker takes a whole GPU; use 1 or 0"
         )
     overrides = overrides_of(settings, seed, data)
-    chosen = override(recipes.get(recipe), overrides)
+    chosen = recipe_of("sweep", recipe, encoder, overrides, data)
     label = space.replace(".py:", "-").replace("/", "-")
-    folder = as_path(out_folder or f"runs/{recipe}-{label}")
+    folder = as_path(out_folder or f"{folder_of(recipe, chosen)}-{label}")
     if metric.startswith("oracle/"):
         out.print(f"The search maximises {metric}, which uses the labels.", highlight=False)
     ready_for_ray()

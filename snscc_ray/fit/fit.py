@@ -152,7 +152,9 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     try:
         if picks:
             chosen = recipe
-            recipe, told = paced(chosen, catalog, data, device, request.budget, display)
+            recipe, told = paced(
+                chosen, catalog, data, device, request.budget, display, folder.parent
+            )
             if told is not None and request.wishes.clusters is None:
                 if isinstance(data, FeatureBank):
                     width = components_of(recipe, data.width, len(catalog))

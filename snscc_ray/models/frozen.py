@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from snscc_ray.config.settings import Recipe
 from snscc_ray.models import libraries
 from snscc_ray.models.encoders import Exact, build_encoder, out_features
-from snscc_ray.models.pretrained import Imported, start_encoder
+from snscc_ray.models.pretrained import start_encoder
+from snscc_ray.models.transfer import Imported
 
 
 class FrozenEncoder(nn.Module):

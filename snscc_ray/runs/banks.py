@@ -16,19 +16,15 @@ from snscc_ray.data.loading.bank import identity_of, open_bank
 BANK = "bank"  # subfolder of the stage
 
 
-def link_bank(folder: Path, identity: str, among: Path | None = None) -> Path | None:
-    """Share the bank of this identity with a run beside this one; return that run's folder.
+def share_bank(folder: Path, identity: str, beside: Path) -> Path | None:
+    """Share the bank of this identity with a run in the folder `beside`; return that run's folder.
 
-    Looks at the runs and comparisons in the folder `among`; None: in that of this run. Files are
-    hard links, so either run may be removed; where the file system has none they are copied. Does
-    nothing in an object store, if there is no such bank, or if `folder` already holds one.
+    Files are hard links, so either run may be removed; where the file system has none they are
+    copied. Returns None if `folder` already holds the bank, or if there is none to share.
     """
     if is_url(folder) or identity_of(folder) == identity:
         return None
-    among = among or folder.parent.parent.parent
-    for other in _banks(among):
-        if other.parent == folder or identity_of(other.parent, complete=True) != identity:
-            continue
+    for other in _complete(identity, beside):
         try:
             _share(other, folder)
             open_bank(folder, torch.device("cpu"))  # it may be damaged, or removed meanwhile
@@ -39,9 +35,20 @@ def link_bank(folder: Path, identity: str, among: Path | None = None) -> Path | 
     return None
 
 
-def _banks(among: Path) -> Iterator[Path]:
-    """Yield the description of each bank of a run in this folder, or in a comparison in it."""
-    for run in _folders(among):
+def is_computed(identity: str, beside: Path) -> bool:
+    """Return whether a run in the folder `beside` has a complete bank of this identity."""
+    return not is_url(beside) and next(_complete(identity, beside), None) is not None
+
+
+def _complete(identity: str, beside: Path) -> Iterator[Path]:
+    for path in _banks(beside):
+        if identity_of(path.parent, complete=True) == identity:
+            yield path
+
+
+def _banks(beside: Path) -> Iterator[Path]:
+    """Yield the description of each bank of a run, comparison or sweep in this folder."""
+    for run in _folders(beside):
         for place in (run, *_folders(run)):
             path = place / "pretrain" / BANK / "bank.json"
             if path.exists():

@@ -137,7 +137,8 @@ def _within_budget(
     began = time.monotonic()
     display.line("measuring a few steps of each stage")
     try:
-        pace = measure(recipe, catalog, data, choose_device(recipe.runtime.device))
+        device = choose_device(recipe.runtime.device)
+        pace = measure(recipe, catalog, data, device, request.folder.parent)
     except Interrupted as stop:
         raise KeyboardInterrupt from stop  # nothing is written yet, so there is no run to resume
     spent = time.monotonic() - began

@@ -20,6 +20,8 @@ from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.models.frozen import components_of, load_frozen
+from snscc_ray.runs.banks import is_computed
+from snscc_ray.runs.identity import bank_identity
 from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.runs.run import execute, normalisation
 from snscc_ray.training.context import Context
@@ -75,11 +77,13 @@ def paced(
     device: torch.device,
     budget: float | None,
     display: Display,
+    beside: Path,
 ) -> tuple[Recipe, float | None]:
     """Return the recipe with epochs that fit the time there is, and the expected seconds.
 
-    budget: seconds; None: shorten only a run that would be longer than people wait. Streamed
-    images are not measured: the expected seconds are then None. Raises UserError.
+    budget: seconds; None: shorten only a run that would be longer than people wait. beside: the
+    folder of runs whose features may be shared. Streamed images are not measured: the expected
+    seconds are then None. Raises UserError.
     """
     frozen = recipe.encoder.frozen
     if not isinstance(data, ResidentData) and not frozen:
@@ -90,7 +94,7 @@ def paced(
         )
         return recipe, None
     display.line("measuring a few steps of each stage")
-    pace = measure(recipe, catalog, data, device)
+    pace = measure(recipe, catalog, data, device, beside)
     most = budget or (_GPU_SECONDS if device.type == "cuda" else _CPU_SECONDS)
     # Fewer epochs would hardly shorten a frozen encoder's run: most of it is extraction.
     if budget is not None or (not frozen and needed(recipe, pace, STAGES) > most):
@@ -99,13 +103,16 @@ def paced(
     return recipe, needed(recipe, pace, STAGES)
 
 
-def measure(recipe: Recipe, known: Catalog, data: Images, device: torch.device) -> Seconds:
+def measure(
+    recipe: Recipe, known: Catalog, data: Images, device: torch.device, beside: Path
+) -> Seconds:
     """Measure the stages here, and scale to the whole dataset.
 
-    Images of an encoder that is trained must be in memory.
+    Images of an encoder that is trained must be in memory. Features of a frozen encoder take no
+    time if a run in the folder `beside` has computed them.
     """
     if recipe.encoder.frozen:
-        return _measure_frozen(recipe, known, data, device)
+        return _measure_frozen(recipe, known, data, device, beside)
     assert isinstance(data, ResidentData)
     return _measure_trained(recipe, known, data.images_NCHW, device)
 
@@ -162,7 +169,9 @@ def _measure(
     return found
 
 
-def _measure_frozen(recipe: Recipe, known: Catalog, data: Images, device: torch.device) -> Seconds:
+def _measure_frozen(
+    recipe: Recipe, known: Catalog, data: Images, device: torch.device, beside: Path
+) -> Seconds:
     """Measure extraction on a few images, and the other stages on random features.
 
     The neighbours of a row are searched among all rows, so that search is timed at full size.
@@ -170,7 +179,10 @@ def _measure_frozen(recipe: Recipe, known: Catalog, data: Images, device: torch.
     if isinstance(data, FeatureBank):  # given embeddings: their views are made after mining
         return _measure_bank(recipe, known, 0.0, 0, data.width, device)
     context = Context(recipe, data, None, normalisation(recipe, known), device)
-    frozen = load_frozen(recipe)[0].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    views, frozen = recipe.encoder.views, load_frozen(recipe)[0]
+    if is_computed(bank_identity(recipe, known.fingerprint, mixed=context.mixed), beside):
+        return _measure_bank(recipe, known, 0.0, views, frozen.out_features, device)
+    frozen.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     count = min(len(known), _FROZEN_ROWS * (threads_of(device)))
     images_BCHW = torch.cat(list(data.slices(0, count, count)))
     with mapping(device) as mapped:
@@ -179,8 +191,7 @@ def _measure_frozen(recipe: Recipe, known: Catalog, data: Images, device: torch.
             began = time.monotonic()
             list(in_steps(context, frozen, images_BCHW, 0, mapped))
     extraction = (time.monotonic() - began) * len(known) / count
-    views, width = recipe.encoder.views, frozen.out_features
-    return _measure_bank(recipe, known, extraction, views, width, device)
+    return _measure_bank(recipe, known, extraction, views, frozen.out_features, device)
 
 
 def _measure_bank(

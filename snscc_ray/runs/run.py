@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from snscc_ray.core import checkpoints, distributed, storage
 from snscc_ray.core.clustering.imbalance import forced_balance, forced_warning
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.metrics import oracle
-from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
+from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.tables import write_table
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import Catalog
-from snscc_ray.data.loading.bank import FeatureBank, has_all_shards, identity_of, open_bank
+from snscc_ray.data.loading.bank import FeatureBank, has_all_shards, identity_of
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.models.encoders import (
     ClusterHeads,
@@ -36,9 +36,10 @@ from snscc_ray.models.encoders import (
     build_encoder,
     out_features,
 )
-from snscc_ray.models.frozen import Adapter, FrozenNet, components_of, load_frozen
+from snscc_ray.models.frozen import FrozenNet
 from snscc_ray.models.pretrained import start_encoder
-from snscc_ray.runs.banks import BANK, link_bank
+from snscc_ray.runs.banks import BANK
+from snscc_ray.runs.extraction import compute_features, new_adapter, on_features
 from snscc_ray.runs.folder import (
     check_images,
     note_images,
@@ -48,12 +49,11 @@ from snscc_ray.runs.folder import (
     remove_tree,
     write_recipe,
 )
-from snscc_ray.runs.identity import bank_identity, stage_identity
+from snscc_ray.runs.identity import stage_identity
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import Monitor, fit
 from snscc_ray.training.stages.boost import Boost
-from snscc_ray.training.stages.extract import extract, mix_neighbors, principal_components
-from snscc_ray.training.stages.pretrain import Pretrain, measure_features, pretext_features
+from snscc_ray.training.stages.pretrain import Pretrain
 from snscc_ray.training.stages.train import Train, probabilities
 from snscc_ray.training.workers import Worker
 
@@ -98,15 +98,19 @@ def execute(
     *,
     overwrite: bool = False,
     store: Path | None = None,
+    beside: Path | None = None,
 ) -> Result:
     """Run the stages, reusing finished stages in `folder` that have the same identity.
 
     With a `store` that several runs share, each stage has a folder there (see `stage_folder`).
+    beside: the folder of runs whose frozen encoder's features may be shared; None: the one that
+    holds the store, or this run.
     Raises UserError if a stage's parent is neither in `stages` nor finished in the folder.
     """
     normalize = normalisation(recipe, catalog)
     context = Context(recipe, data, catalog.labels, normalize, worker.device)
-    run = _Run(recipe, catalog, context, folder, worker, monitor, store)
+    beside = beside or (store or folder).parent
+    run = _Run(recipe, catalog, context, folder, worker, monitor, store, beside)
     run.check_parents(stages, afresh=overwrite)
     if not overwrite:
         check_images(folder, catalog)
@@ -152,6 +156,7 @@ class _Run:
     worker: Worker
     monitor: Monitor
     store: Path | None
+    beside: Path
 
     def identity(self, stage: StageName) -> str:
         return stage_identity(
@@ -207,7 +212,7 @@ class _Run:
     def _pretrain(self) -> dict[str, Any]:
         settings = self.recipe.encoder
         if settings.frozen:
-            return self._extract()
+            return self._compute_features()
         with _seeded(self.context.key("pretrain", "init")):
             encoder = build_encoder(settings, self.recipe.data.channels)
             if settings.weights is not None and not self._can_continue("pretrain"):
@@ -221,31 +226,11 @@ class _Run:
             self._save_final("pretrain", stage.network, {})
         return figures
 
-    def _extract(self) -> dict[str, Any]:
-        """Compute a frozen encoder's features, mine the neighbours and measure them.
-
-        The augmented views of given embeddings are made from the neighbours.
-        """
-        folder, bank, frozen = self.stage_folder("pretrain"), self.context.data, None
-        identity = bank_identity(self.recipe, self.catalog.fingerprint, mixed=self.context.mixed)
-        if not isinstance(bank, FeatureBank):
-            frozen, imported = load_frozen(self.recipe)
-            for found in imported:
-                self.monitor.line(str(found))
-            if self.worker.rank == 0 and (shared := link_bank(folder / BANK, identity)):
-                self.monitor.line(f"features: found in {shared}, computed before")
-            distributed.barrier()
-            bank = extract(self.context, frozen, folder / BANK, identity, self.monitor)
-        context = replace(self.context, data=bank)
-        adapter = Adapter(bank.width, components_of(self.recipe, bank.width, len(bank)))
-        compute = partial(principal_components, bank, adapter.out_features)
-        adapter.project_on(*distributed.from_first(compute))
-        network = context.to_device(FrozenNet(frozen, adapter))
-        features_ND = pretext_features(context, network)
-        mined = mine(features_ND, self.recipe.pretrain.mined_neighbors)
-        if self.recipe.encoder.name == NO_ENCODER:
-            mix_neighbors(context, mined, folder / BANK, identity)
-        figures: dict[str, Any] = measure_features(context, features_ND, mined)
+    def _compute_features(self) -> dict[str, Any]:
+        folder = self.stage_folder("pretrain")
+        network, mined, figures = compute_features(
+            self.context, self.catalog.fingerprint, folder, self.beside, self.monitor
+        )
         if self.worker.rank == 0:
             mined.save(folder / "neighbors.parquet")
             self._save_final("pretrain", network, {})
@@ -253,12 +238,7 @@ class _Run:
 
     @cached_property
     def _training(self) -> Context:
-        """The context of Train and Boost: a frozen encoder's features stand for the images."""
-        given = isinstance(self.context.data, FeatureBank)
-        if (given and self.recipe.encoder.name != NO_ENCODER) or not self.recipe.encoder.frozen:
-            return self.context
-        bank = open_bank(self.stage_folder("pretrain") / BANK, self.worker.device)
-        return replace(self.context, data=bank)
+        return on_features(self.context, self.stage_folder("pretrain"))
 
     def _train(self) -> dict[str, Any]:
         pretext, mined = self._pretext(), self._mined()
@@ -355,7 +335,7 @@ class _Run:
             state = checkpoints.load(path, self.worker.device)["network"]
             # Not drawn with the heads: their weights would depend on the kind of adapter.
             with _seeded(self.context.key("train", "adapter")):
-                adapter = self._adapter()
+                adapter = new_adapter(self.recipe, self._training)
             adapter.project_on(state["encoder.mean"], state["encoder.basis"])
             return FrozenNet(None, adapter)
         encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
@@ -363,19 +343,13 @@ class _Run:
         self._load_final("pretrain", "train", network)
         return network
 
-    def _adapter(self) -> Adapter:
-        bank = self._training.data
-        assert isinstance(bank, FeatureBank)
-        components = components_of(self.recipe, bank.width, len(bank))
-        return Adapter(bank.width, components, self.recipe.train.adapter)
-
     def _mined(self) -> MinedNeighbors:
         return MinedNeighbors.load(self.stage_folder("pretrain") / "neighbors.parquet")
 
     def _clusters(self) -> ClusterNet:
         encoder: nn.Module
         if self.recipe.encoder.frozen:
-            encoder = self._adapter()
+            encoder = new_adapter(self.recipe, self._training)
         else:
             encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
         heads = ClusterHeads(

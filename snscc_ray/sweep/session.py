@@ -345,7 +345,7 @@ def _reason(error: BaseException) -> str:
 def _measure(shared: _Shared, recipe: Recipe) -> Seconds:
     device = choose_device("cuda" if shared.options.gpus_per_trial else "cpu")
     held = shared.images.load(torch.device("cpu"))
-    return measure(recipe, shared.images.catalog, held, device)
+    return measure(recipe, shared.images.catalog, held, device, shared.ledger.store.parent)
 
 
 class _TuneScreen(NullScreen):

@@ -16,8 +16,7 @@ from snscc_ray.core.tables import read_table
 from snscc_ray.data.loading.bank import open_bank
 from snscc_ray.models.encoders import PretextNet, build_encoder
 from snscc_ray.models.frozen import Adapter, FrozenNet, components_of
-from snscc_ray.runs.banks import BANK, link_bank
-from snscc_ray.runs.identity import bank_identity
+from snscc_ray.runs.banks import BANK
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.run import execute
 from snscc_ray.training.context import Context
@@ -82,15 +81,16 @@ def _run(study: Study, stages: tuple[StageName, ...]) -> None:
     folder = study.folder / FOLDER
     monitor = RunMonitor(Journal(folder), study.display)
     worker = LocalWorker(folder, study.context.device)
-    context = study.context
-    if study.frozen:  # other comparisons and runs are beside this comparison, not beside `folder`
-        identity = bank_identity(context.recipe, study.catalog.fingerprint, mixed=context.mixed)
-        shared = link_bank(folder / "pretrain" / BANK, identity, study.folder.parent)
-        if shared is not None:
-            study.display.line(f"features: found in {shared}, computed before")
     try:
         result = execute(
-            context.recipe, study.catalog, context.data, folder, worker, monitor, stages
+            study.context.recipe,
+            study.catalog,
+            study.context.data,
+            folder,
+            worker,
+            monitor,
+            stages,
+            beside=study.folder.parent,  # other comparisons and runs
         )
     finally:
         monitor.finish()
