@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-all lint docs setup bench gpu-pack clean
+.PHONY: run test test-all lint docs setup bench science gpu-pack clean
 
 run: setup
 	$(BIN)/snscc run digits --overwrite
@@ -41,6 +41,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.epoch
 	$(BIN)/python -m benchmarks.mining
 	$(BIN)/python -m benchmarks.ray
+
+# The paper's experiments on every dataset in DATA, and its claims judged: make science DATA=DIR
+science: setup
+	$(BIN)/python -m benchmarks.science $(DATA)
 
 # What a quarter of an hour on a GPU needs, in one ignored folder: make gpu-pack DATA=DIR [FROM=DIR]
 gpu-pack: setup
