@@ -10,7 +10,7 @@ from snscc_ray.compare.methods.ours import Pretext, pretext
 from snscc_ray.compare.study import Features, Study
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.models.frozen import Adapter, components_of, encoder_widths
-from snscc_ray.training.stages.extract import principal_components
+from snscc_ray.training.stages.extract import projection
 from snscc_ray.training.stages.pretrain import pretext_features
 
 
@@ -46,7 +46,7 @@ def _spaces(start: Pretext, rows_ND: Tensor) -> tuple[Tensor, ...]:
     for width in encoder_widths(recipe):
         part = bank.columns(first, first + width)
         adapter = Adapter(width, components_of(recipe, width, len(part)))
-        adapter.project_on(*principal_components(part, adapter.out_features))
+        adapter.project_on(*projection(part, adapter.out_features))
         adapter.to(start.context.device)
         parts = [adapter(z_BVD[:, 0]) for z_BVD in part.slices(0, len(part), 1024)]
         spaces.append(F.normalize(torch.cat(parts), dim=1))

@@ -55,7 +55,7 @@ class FrozenEncoder(nn.Module):
 class Adapter(Exact):
     """What is trained on cached features (B, D): it centres, projects, scales and maps them.
 
-    The projection is on the principal components, to d numbers; the result has length 1. `linear`
+    The projection is linear, to d numbers (`extract.projection`); the result has length 1. `linear`
     and `mlp` (with a residual connection) then map it; both start as the identity. `none` has no
     weights.
     """
@@ -78,7 +78,7 @@ class Adapter(Exact):
             self.map = _Residual(components)
 
     def project_on(self, mean_D: Tensor, basis_Dd: Tensor) -> None:
-        """Set the mean of the features and their principal components."""
+        """Set the mean of the features and the map that `extract.projection` gives."""
         cast(Tensor, self.mean).copy_(mean_D)
         cast(Tensor, self.basis).copy_(basis_Dd)
 

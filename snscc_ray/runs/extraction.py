@@ -16,7 +16,7 @@ from snscc_ray.runs.banks import BANK, share_bank
 from snscc_ray.runs.identity import bank_identity
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import Monitor
-from snscc_ray.training.stages.extract import extract, mix_neighbors, principal_components
+from snscc_ray.training.stages.extract import extract, mix_neighbors, projection
 from snscc_ray.training.stages.pretrain import measure_features, pretext_features
 
 
@@ -41,7 +41,7 @@ def compute_features(
         bank = extract(context, frozen, folder / BANK, identity, monitor)
     context = replace(context, data=bank)
     adapter = Adapter(bank.width, components_of(recipe, bank.width, len(bank)))
-    compute = partial(principal_components, bank, adapter.out_features)
+    compute = partial(projection, bank, adapter.out_features)
     adapter.project_on(*distributed.from_first(compute))
     network = context.to_device(FrozenNet(frozen, adapter))
     features_ND = pretext_features(context, network)

@@ -11,6 +11,8 @@ from snscc_ray.models.pretrained import weights_identity
 
 # Increased whenever a change of this package changes what the same settings train.
 _VERSION = 2
+# The same for what a frozen encoder's features are projected on; the features stay as they are.
+_PROJECTION = "within-whitening"
 # Fields added since, each with the value that keeps the old behaviour. At that value a field does
 # not enter the hash, so that stages finished before it existed are still found.
 _LATER: dict[StageName, dict[str, Any]] = {
@@ -44,6 +46,8 @@ def stage_identity(recipe: Recipe, stage: StageName, fingerprint: str, order: st
             "encoder": _encoder(recipe.encoder),
             "normalize": [data.mean, data.std],
         }
+        if recipe.encoder.frozen:
+            determines["projection"] = _PROJECTION
     else:
         determines["num_clusters"] = data.num_clusters
     text = json.dumps(determines, sort_keys=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.core import distributed, rng
-from snscc_ray.core.clustering.neighbors import MinedNeighbors, place_drawn
+from snscc_ray.core.clustering.neighbors import MinedNeighbors, knn, place_drawn
+from snscc_ray.core.clustering.whitening import within_whitening
 from snscc_ray.core.views import make_view
 from snscc_ray.data.loading.bank import (
     BankShape,
@@ -31,7 +32,7 @@ from snscc_ray.training.engine import Monitor
 
 # Images per step of the progress.
 _STEP_ROWS = 64
-_COMPONENT_ROWS = 20_000
+_PROJECTION_ROWS, _PROJECTION_NEIGHBORS = 20_000, 20
 _MOST_MIXED = 0.5  # the largest share of a neighbour in a view of an embedding
 
 
@@ -177,15 +178,26 @@ def features_of(
     return torch.stack(features, dim=1)
 
 
-def principal_components(bank: FeatureBank, count: int) -> tuple[Tensor, Tensor]:
-    """Return the mean (D,) and the first principal components (D, count) of clean features.
+def projection(bank: FeatureBank, count: int) -> tuple[Tensor, Tensor]:
+    """Return the mean (D,) of the clean features and the map (D, count) to what the heads see.
 
-    They are computed on at most 20,000 rows, evenly spaced.
+    The map is the first principal components, whitened within the pairs that should be alike: an
+    image and its views, and an image and its neighbours (see `within_whitening`). It is computed
+    on at most 20,000 rows, evenly spaced.
     """
-    rows_N = torch.arange(0, len(bank), -(-len(bank) // _COMPONENT_ROWS))
+    rows_N = torch.arange(0, len(bank), -(-len(bank) // _PROJECTION_ROWS))
     clean_ND = torch.cat([bank.take(part)[:, 0].cpu().float() for part in rows_N.split(4096)])
-    mean_D = clean_ND.double().mean(0)
-    centred_ND = clean_ND - mean_D.float()
+    mean_D, basis_Dd = principal_components(clean_ND, count)
+    parts = [bank.take(part).cpu().float() - mean_D for part in rows_N.split(4096)]
+    projected_NVd = torch.cat([F.normalize(part @ basis_Dd, dim=2) for part in parts])
+    _, neighbors_NK = knn(projected_NVd[:, 0], min(_PROJECTION_NEIGHBORS, len(rows_N) - 1))
+    return mean_D, basis_Dd @ within_whitening(projected_NVd, neighbors_NK)
+
+
+def principal_components(rows_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the mean (D,) and the first principal components (D, count) of the rows."""
+    mean_D = rows_ND.double().mean(0)
+    centred_ND = rows_ND - mean_D.float()
     _, vectors_DD = torch.linalg.eigh((centred_ND.T @ centred_ND).double())
     basis_Dd = vectors_DD.flip(1)[:, :count]  # eigenvalues ascend
     return mean_D.float(), basis_Dd.float()
