@@ -36,8 +36,8 @@ FEWEST = 20  # images: too few below this for a network to learn from
 _CPU_STEPS = (750, 200, 120)
 _GPU_STEPS = (20_000, 10_000, 4_000)
 # No Pretrain; only heads learn. The cuts that they start from differ: the best of more is better.
-_FROZEN_STEPS, _FROZEN_HEADS = (0, 600, 60), 8
-_FROZEN_EPOCHS = 10  # at least
+_FROZEN_STEPS, _FROZEN_HEADS = (0, 600, 60), 16
+_FROZEN_EPOCHS = 5  # at least
 # Factor on the first stage's steps: rare kinds have few images and take longer (docs/log.md).
 _UNEVEN = 2
 _GPU_SIZES = (32, 64, 96)  # image sizes in pixels; larger ones only for pretrained encoders
