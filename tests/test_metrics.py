@@ -118,3 +118,17 @@ def test_a_collapsed_assignment_never_wins() -> None:
 def test_an_empty_selection_is_warned_of() -> None:
     assert "no-pseudo-labels" in metrics.warnings({"health/selected_share": 0.0}, 10)
     assert metrics.warnings({"health/selected_share": 0.1}, 10) == {}
+
+
+def test_cohesion_is_the_mean_cosine_to_the_mean_of_the_cluster() -> None:
+    drawing = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn((50, 7), generator=drawing), dim=1)
+    clusters = torch.arange(50) % 3
+    total = 0.0
+    for row, cluster in zip(rows.double(), clusters, strict=True):
+        centre = rows.double()[clusters == cluster].mean(0)
+        total += float(row @ centre / centre.norm())
+    assert metrics.cohesion(rows, clusters, 4) == pytest.approx(total / 50, abs=1e-6)
+    together = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert metrics.cohesion(together, torch.tensor([0, 0, 1]), 2) == pytest.approx(1)
+    assert metrics.cohesion(together, torch.tensor([0, 1, 1]), 2) < 0.9

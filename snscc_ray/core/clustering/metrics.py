@@ -108,6 +108,17 @@ def health(
     return figures
 
 
+def cohesion(rows_ND: Tensor, clusters_N: Tensor, num_clusters: int) -> float:
+    """Return the mean cosine between rows of length 1 and the mean of their cluster.
+
+    This is what spherical k-means maximises (Dhillon & Modha, Machine Learning 2001). It compares
+    assignments of the same rows only.
+    """
+    sums_CD = torch.zeros(num_clusters, rows_ND.shape[1], dtype=torch.float64)
+    sums_CD.index_add_(0, clusters_N, rows_ND.double())
+    return float(sums_CD.norm(dim=1).sum()) / len(rows_ND)
+
+
 def spread(z_BD: Tensor) -> dict[str, float]:
     """Label-free figures of unit projections, to see whether they still tell images apart.
 

@@ -150,12 +150,17 @@ class Train:
         return figures
 
     def finish(self) -> dict[str, float]:
-        """Keep the head with the best label-free score."""
-        figures, best = self._measure_heads(probabilities(self.context, self.network))
+        """Keep the head with the best label-free score, on fixed features times its cohesion."""
+        features_ND = None
+        if self.context.recipe.encoder.frozen:
+            features_ND = pretext_features(self.context, self.network).cpu()
+        figures, best = self._measure_heads(probabilities(self.context, self.network), features_ND)
         self.network.heads.keep(best)
         return figures
 
-    def _measure_heads(self, p_NHC: Tensor) -> tuple[dict[str, float], int]:
+    def _measure_heads(
+        self, p_NHC: Tensor, features_ND: Tensor | None = None
+    ) -> tuple[dict[str, float], int]:
         scores = []
         for p_NC in p_NHC.unbind(1):
             clusters_N = p_NC.argmax(1)
@@ -168,6 +173,8 @@ class Train:
                     max_imbalance=self.settings.max_imbalance,
                 )["health/score"]
             )
+            if features_ND is not None:
+                scores[-1] *= metrics.cohesion(features_ND, clusters_N, clusters)
         best = max(range(len(scores)), key=scores.__getitem__)
         confidence_N, clusters_N = p_NHC[:, best].max(1)
         return self.context.measure(clusters_N, self._health_NK, confidence_N), best
