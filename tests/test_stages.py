@@ -15,6 +15,7 @@ from snscc_ray.config import recipes
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.core import checkpoints
+from snscc_ray.core.clustering import metrics
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
 from snscc_ray.core.clustering.pseudo_labels import select_pseudo_labels
@@ -254,6 +255,21 @@ def test_mined_partners_are_drawn_by_confidence(
     # Every row draws anew each epoch, and rows draw apart from each other.
     assert all(len(set(column.tolist())) > 1 for column in place.T)
     assert all(len(set(line.tolist())) > 1 for line in place)
+
+
+def test_on_fixed_features_the_more_cohesive_of_two_equal_heads_is_kept(context: Context) -> None:
+    """Both heads are even and agree with the neighbours; only the second follows the features."""
+    stage = train_stage(context)
+    rows, clusters = len(context.data), context.recipe.data.num_clusters
+    along = torch.arange(rows) * clusters // rows  # each cluster: rows with neighbouring numbers
+    across = torch.arange(rows) % clusters
+    stage._health_NK = torch.arange(rows)[:, None]  # every row its own neighbour: equal scores
+    heads = torch.nn.functional.one_hot(torch.stack([across, along], dim=1), clusters).float()
+    features = torch.nn.functional.one_hot(along, clusters).float()
+    cohesive = [metrics.cohesion(features, own, clusters) for own in (across, along)]
+    assert cohesive[1] > 2 * cohesive[0]
+    assert stage._measure_heads(heads)[1] == 0
+    assert stage._measure_heads(heads, features)[1] == 1
 
 
 # ------------------------------------------------------------------------------------ labels
