@@ -37,7 +37,7 @@ FAST = (
     "data.folders_are_labels=true",
     "train.batch_size=50",
     "boost.batch_size=50",  # and Pretrain's stays at 512: a frozen encoder has no use for it
-    "train.epochs=15",
+    "train.epochs=30",
     "train.learning_rate=1e-2",
     "encoder.components=8",
     "boost.epochs=2",
@@ -153,7 +153,7 @@ def test_all_methods_run_on_the_same_features_and_repeat(
         assert row["clusters"] == "3" and float(row["seconds"]) > 0
         assert row["paper_acc"] == ""
     assert "pixels" not in text and "from scratch" not in text and DEFAULT in text
-    assert found["snscc"]["epochs"] == found["scan"]["epochs"] == "15 + 2"
+    assert found["snscc"]["epochs"] == found["scan"]["epochs"] == "30 + 2"
 
     # One tensor for all, which is also the one that the run itself mined and measured.
     assert len(seen) == 5 and all(tensor is seen[0] for tensor in seen)
