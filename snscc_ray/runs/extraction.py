@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from snscc_ray.config.settings import NO_ENCODER, Recipe
+from snscc_ray.config.settings import NO_ENCODER
 from snscc_ray.core import distributed
 from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
 from snscc_ray.data.loading.bank import FeatureBank, open_bank
@@ -63,9 +63,9 @@ def on_features(context: Context, folder: Path) -> Context:
     return replace(context, data=open_bank(folder / BANK, context.device))
 
 
-def new_adapter(recipe: Recipe, context: Context) -> Adapter:
+def new_adapter(context: Context) -> Adapter:
     """Return the recipe's adapter for the features in `context`, without its projection."""
-    bank = context.data
+    recipe, bank = context.recipe, context.data
     assert isinstance(bank, FeatureBank)
     components = components_of(recipe, bank.width, len(bank))
     return Adapter(bank.width, components, recipe.train.adapter)

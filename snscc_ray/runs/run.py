@@ -335,7 +335,7 @@ class _Run:
             state = checkpoints.load(path, self.worker.device)["network"]
             # Not drawn with the heads: their weights would depend on the kind of adapter.
             with _seeded(self.context.key("train", "adapter")):
-                adapter = new_adapter(self.recipe, self._training)
+                adapter = new_adapter(self._training)
             adapter.project_on(state["encoder.mean"], state["encoder.basis"])
             return FrozenNet(None, adapter)
         encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
@@ -349,7 +349,7 @@ class _Run:
     def _clusters(self) -> ClusterNet:
         encoder: nn.Module
         if self.recipe.encoder.frozen:
-            encoder = new_adapter(self.recipe, self._training)
+            encoder = new_adapter(self._training)
         else:
             encoder = build_encoder(self.recipe.encoder, self.recipe.data.channels)
         heads = ClusterHeads(

@@ -20,8 +20,8 @@ _SHRINKAGE = 0.5
 def within_whitening(rows_NVD: Tensor, neighbors_NK: Tensor) -> Tensor:
     """Return the symmetric map W (D, D) float32 for `rows @ W`; the identity if all pairs agree.
 
-    rows_NVD: the clean row and V - 1 views of each image. W is (S + λ tr(S)/D I)^(-1/2), where S
-    is the mean scatter of the pairs.
+    rows_NVD: the clean row and V - 1 views of each image. W is (S / v + λ I)^(-1/2), where S is
+    the mean scatter of the pairs and v = tr(S) / D.
     """
     clean_ND = rows_NVD[:, 0]
     scatter_DD = _scatter(clean_ND[:, None] - clean_ND[neighbors_NK.long()])
