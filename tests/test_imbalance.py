@@ -45,7 +45,7 @@ def test_groups_of_any_size_are_found() -> None:
 
 
 def test_starts_are_the_better_ones_of_many_groupings() -> None:
-    """Where groupings differ from draw to draw, ACC .78 to .91 here."""
+    """Where groupings differ from draw to draw, ACC .80 to .92 here."""
     drawing = torch.Generator().manual_seed(0)
     sizes = torch.tensor([200, 140, 100, 70, 50, 35, 25, 20])
     group_N = torch.repeat_interleave(torch.arange(8), sizes)
@@ -61,7 +61,9 @@ def test_starts_are_the_better_ones_of_many_groupings() -> None:
     drawn = [acc(uneven_clusters(features_ND, 8, seed, starts=1)[0]) for seed in range(12)]
     starts_HCD = uneven_starts(features_ND, neighbors_NK, 8, 10, count=3, seed=0)
     assert starts_HCD.shape == (3, 8, 10)
-    assert min(acc(start_CD) for start_CD in starts_HCD) > sorted(drawn)[4]
+    kept = [acc(start_CD) for start_CD in starts_HCD]
+    assert min(kept) > sorted(drawn)[2]
+    assert sum(kept) / 3 > sum(drawn) / 12
     assert torch.equal(starts_HCD, uneven_starts(features_ND, neighbors_NK, 8, 10, 3, seed=0))
     assert len(uneven_starts(features_ND, neighbors_NK, 8, 10, count=33, seed=0)) == 33
 

@@ -14,16 +14,13 @@ and is only shown beside them.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import adjusted_rand_score, silhouette_score
+from sklearn.metrics import adjusted_rand_score, pairwise_distances_argmin, silhouette_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -32,6 +29,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core import storage
+from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.neighbors import MinedNeighbors
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
@@ -54,8 +52,7 @@ def expected_seconds(rows: int, features: int) -> float:
     sample = np.random.default_rng(0).normal(size=(min(rows, _ROWS), features)).astype(np.float32)
     count = len(_numbers(len(sample)))
     began = time.monotonic()
-    with threadpool_limits(1):
-        _kmeans(sample, 2 + count // 2, 0)
+    _kmeans(sample, 2 + count // 2, 0)
     return (time.monotonic() - began) * count * (2 * _PAIRS * _SHARE + 1)
 
 
@@ -121,7 +118,7 @@ def estimate(
     with threadpool_limits(1):  # same order of summation on any machine
         for done, k in enumerate(tried, 1):
             stability.append(_stability(rows_ND, k, seed))
-            found_N = _kmeans(rows_ND, k, seed).labels_
+            _, found_N = _kmeans(rows_ND, k, seed)
             apart = 2 <= len(np.unique(found_N)) < len(rows_ND)
             silhouette.append(float(silhouette_score(rows_ND, found_N)) if apart else -1.0)
             if progress is not None:
@@ -155,11 +152,10 @@ def _sample(features_ND: Tensor, seed: int) -> np.ndarray:
     return rows[np.sort(drawing.choice(len(rows), _ROWS, replace=False))]
 
 
-def _kmeans(rows_ND: np.ndarray, k: int, seed: int) -> KMeans:
-    with warnings.catch_warnings():
-        # Warns of fewer distinct rows than k; the silhouette accounts for that.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return KMeans(k, n_init=3, random_state=seed % 2**32).fit(rows_ND)
+def _kmeans(rows_ND: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the centres (k, D) and the assignment (N,) of the best of three starts."""
+    centres_KD, assignment_N = kmeans(torch.from_numpy(rows_ND), k, seed, starts=3)
+    return centres_KD.numpy(), assignment_N.numpy()
 
 
 def _stability(rows_ND: np.ndarray, k: int, seed: int) -> float:
@@ -170,7 +166,9 @@ def _stability(rows_ND: np.ndarray, k: int, seed: int) -> float:
             drawing.choice(len(rows_ND), int(_SHARE * len(rows_ND)), replace=False) for _ in "ab"
         ]
         one, two = (
-            _kmeans(rows_ND[part], k, int(drawing.integers(2**31))).predict(rows_ND)
+            pairwise_distances_argmin(
+                rows_ND, _kmeans(rows_ND[part], k, int(drawing.integers(2**31)))[0]
+            )
             for part in parts
         )
         agreed.append(adjusted_rand_score(one, two))

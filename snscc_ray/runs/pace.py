@@ -16,6 +16,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, Recipe, StageName, StageSettings
 from snscc_ray.core.clustering.neighbors import knn
 from snscc_ray.core.display import Display
+from snscc_ray.core.threads import mapping, threads_of
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Images, ResidentData
@@ -25,7 +26,7 @@ from snscc_ray.runs.identity import bank_identity
 from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.runs.run import execute, normalisation
 from snscc_ray.training.context import Context
-from snscc_ray.training.stages.extract import in_steps, mapping, threads_of
+from snscc_ray.training.stages.extract import in_steps
 from snscc_ray.training.workers import LocalWorker
 
 # Seconds of each stage: work that is done once, and one epoch.
@@ -183,7 +184,7 @@ def _measure_frozen(
     if is_computed(bank_identity(recipe, known.fingerprint, mixed=context.mixed), beside):
         return _measure_bank(recipe, known, 0.0, views, frozen.out_features, device)
     frozen.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    count = min(len(known), _FROZEN_ROWS * (threads_of(device)))
+    count = min(len(known), _FROZEN_ROWS * threads_of(device))
     images_BCHW = torch.cat(list(data.slices(0, count, count)))
     with mapping(device) as mapped:
         began = 0.0

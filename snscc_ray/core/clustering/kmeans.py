@@ -1,121 +1,208 @@
 """k-means, repeatable by its seed: it initialises prototypes and is the baseline.
 
-Rows on a GPU are clustered there, all starts at once; rows on a CPU by scikit-learn.
+Lloyd's iterations from k-means++ seeds (Arthur & Vassilvitskii, SODA 2007), by tiles of rows: on a
+GPU one after the other, on a CPU one per core. All starts advance together, as one product of the
+rows with all their centres. Many rows are clustered on a sample first. Suffixes: S starts, C
+clusters, M = S · C centres.
 """
 
 from __future__ import annotations
 
-import warnings
+import math
+from collections.abc import Callable
 
 import torch
-from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from snscc_ray.core import rng
+from snscc_ray.core.threads import Mapping, mapping
 
-# Above this many numbers Lloyd's ten starts take minutes; mini-batches find equally good centres.
-_FULL_SIZE = 5_000_000
-# On a GPU: scikit-learn's values.
+# Of scikit-learn: it stops where the centres' squared shift is a small share of the variance.
 _MOST_ITERATIONS, _TOLERANCE = 300, 1e-4
-# Number of distances in memory at a time.
-_TILE = 2**26
-
-
-def kmeans(rows_ND: Tensor, clusters: int, seed: int, starts: int = 10) -> tuple[Tensor, Tensor]:
-    """Return centres (C, D) float32 and assignment (N,) int64 of the best start, on the CPU."""
-    if rows_ND.is_cuda:
-        centres_CD, assignment_N = lloyd(rows_ND.detach().float(), clusters, seed, starts)
-        return centres_CD.cpu(), assignment_N.cpu()
-    rows = rows_ND.detach().float().numpy()
-    if rows.size <= _FULL_SIZE:
-        model = KMeans(clusters, n_init=starts, random_state=seed % 2**32)
-    else:
-        model = MiniBatchKMeans(clusters, n_init=starts, batch_size=4096, random_state=seed % 2**32)
-    # On several threads scikit-learn adds partial sums in the order they finish. The last bits
-    # would differ between runs, and between a resumed and an uninterrupted run.
-    with threadpool_limits(1), warnings.catch_warnings():
-        # The warning concerns identical images, which `imageset` already reports.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        assignment = model.fit_predict(rows)
-    centres = torch.from_numpy(model.cluster_centers_).float()
-    return centres, torch.from_numpy(assignment).long()
+# More rows than this, and than this for each cluster, are clustered on a sample of that size.
+_SAMPLE_ROWS, _SAMPLE_EACH = 2**15, 64
+# Iterations over all rows after those on the sample.
+_FEW_ITERATIONS = 20
+# Centres of all starts together: with many clusters, one start is as good as another.
+_CENTRES = 512
+# Rounds in which the seeds are drawn; up to so many clusters, one seed each.
+_ROUNDS = 256
+# Distances in memory at a time: on a CPU they should stay in its cache.
+_TILE = {"cpu": 2**20, "cuda": 2**26}
 
 
 @torch.no_grad()
-def lloyd(rows_ND: Tensor, clusters: int, seed: int, starts: int) -> tuple[Tensor, Tensor]:
-    """Lloyd's iterations from k-means++ seeds (Arthur & Vassilvitskii, SODA 2007), for a GPU.
+def kmeans(
+    rows_ND: Tensor,
+    clusters: int,
+    seed: int,
+    starts: int = 10,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return centres (C, D) float32 and assignment (N,) int64 of the best start, on the CPU.
 
-    All starts advance together, as one product of the rows with all their centres. Sums over rows
-    are products with one-hot rows, because adding row by row has no fixed order on a GPU. A cluster
-    that loses all its rows restarts at the row farthest from its centre.
-    Returns the centres (C, D) and the assignment (N,) of the best start, on the rows' device.
+    The result is the same for any number of threads. With more than 51 clusters there are fewer
+    starts, down to one. More than 32,768 rows (and 64 per cluster) are clustered on a random
+    sample of that many; the best start then makes at most 20 iterations on all rows.
+    progress: called with the number of iterations done on all rows, and the most there may be.
     """
-    mean_D = rows_ND.mean(0)
-    rows_ND = rows_ND - mean_D  # distances are differences of squares: small numbers lose less
-    centres_SCD = _plus_plus(rows_ND, clusters, seed, starts)
-    enough = _TOLERANCE * rows_ND.var(0, correction=0).mean()
-    for _ in range(_MOST_ITERATIONS):
-        moved_SCD, _, _ = _step(rows_ND, centres_SCD)
-        shift_S = (moved_SCD - centres_SCD).square().sum((1, 2))
-        centres_SCD = moved_SCD
-        if bool((shift_S <= enough).all()):
-            break
-    _, assignment_NS, inertia_S = _step(rows_ND, centres_SCD)
-    best = inertia_S.argmin()
-    return centres_SCD[best] + mean_D, assignment_NS[:, best]
+    rows_ND = rows_ND.detach().float()
+    starts = max(1, min(starts, _CENTRES // clusters))
+    with mapping(rows_ND.device) as mapped:
+        mean_D = rows_ND.mean(0)
+        rows_ND = rows_ND - mean_D  # distances are differences of squares: small ones lose less
+        most = max(_SAMPLE_ROWS, _SAMPLE_EACH * clusters)
+        sample_RD = rows_ND
+        if len(rows_ND) > most:
+            drawn = torch.randperm(len(rows_ND), generator=rng.generator(seed, "sample"))[:most]
+            sample_RD = rows_ND[drawn.to(rows_ND.device)]
+        seeds_SCD = _plus_plus(sample_RD, clusters, seed, starts, mapped)
+        sampled = sample_RD is not rows_ND
+        own = None if sampled else progress
+        centres_SCD, assignment_NS, inertia_S = _lloyd(
+            sample_RD, seeds_SCD, _MOST_ITERATIONS, mapped, own
+        )
+        best = int(inertia_S.argmin())
+        centres_SCD, assignment_NS = centres_SCD[[best]], assignment_NS[:, [best]]
+        if sampled:
+            centres_SCD, assignment_NS, _ = _lloyd(
+                rows_ND, centres_SCD, _FEW_ITERATIONS, mapped, progress
+            )
+        return (centres_SCD[0] + mean_D).cpu(), assignment_NS[:, 0].cpu()
 
 
-def _plus_plus(rows_ND: Tensor, clusters: int, seed: int, starts: int) -> Tensor:
-    """Return seeds (S, C, D), each the best of several rows drawn by their squared distance."""
-    tries = 2 + clusters.bit_length()
-    numbers_N = torch.arange(len(rows_ND), device=rows_ND.device)
+def _plus_plus(rows_ND: Tensor, clusters: int, seed: int, starts: int, mapped: Mapping) -> Tensor:
+    """Return seeds (S, C, D), rows drawn by their squared distance to the seeds before.
+
+    Up to 256 clusters each seed is the best of several rows that are drawn. Of more clusters,
+    several are drawn at a time.
+    """
+    each = -(-clusters // _ROUNDS)
+    tries = 2 + int(math.log(clusters)) if each == 1 else each
     square_N = rows_ND.square().sum(1)
-    first_S = rng.uniform(numbers_N, rng.fold(seed, "first"), starts).argmax(0)
+    draws = torch.rand(clusters, starts, tries, generator=rng.generator(seed, "seeds"))
+    draws = draws.double().to(rows_ND.device)
+    first_S = (draws[0, :, 0] * len(rows_ND)).long()
     chosen_SC = first_S[:, None]
     nearest_NS = _distances(rows_ND, square_N, rows_ND[first_S])
-    for place in range(1, clusters):
-        # Of exponential variables, each is the smallest with probability proportional to its rate.
-        draws = rng.uniform(numbers_N, rng.fold(seed, place), starts * tries)
-        waits_NST = -torch.log1p(-draws).view(-1, starts, tries) / nearest_NS[:, :, None]
-        drawn_ST = waits_NST.nan_to_num(nan=torch.inf).argmin(0)  # 0 / 0: already a seed
-        distances = _distances(rows_ND, square_N, rows_ND[drawn_ST.flatten()])
-        left_NST = torch.minimum(distances.view(-1, starts, tries), nearest_NS[:, :, None])
-        best_S1 = left_NST.sum(0).argmin(1, keepdim=True)
-        chosen_SC = torch.cat([chosen_SC, drawn_ST.gather(1, best_S1)], dim=1)
-        nearest_NS = left_NST.gather(2, best_S1.expand(len(rows_ND), -1, -1))[:, :, 0]
+    while (place := chosen_SC.shape[1]) < clusters:
+        drawn_ST = _draw(nearest_NS, draws[place, :, : clusters - place if each > 1 else tries])
+        left_NST = _closest(rows_ND, square_N, nearest_NS, rows_ND[drawn_ST], mapped)
+        if each > 1:
+            nearest_NS = left_NST.amin(2)
+            chosen_SC = torch.cat([chosen_SC, drawn_ST], dim=1)
+        else:
+            best_S1 = left_NST.sum(0).argmin(1, keepdim=True)
+            nearest_NS = left_NST.gather(2, best_S1.expand(len(rows_ND), -1, -1))[:, :, 0]
+            chosen_SC = torch.cat([chosen_SC, drawn_ST.gather(1, best_S1)], dim=1)
     return rows_ND[chosen_SC]
 
 
-def _step(rows_ND: Tensor, centres_SCD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One Lloyd step: each cluster's mean (S, C, D), each row's nearest centre (N, S), and the
-    sum of squared distances (S,)."""
+def _closest(
+    rows_ND: Tensor, square_N: Tensor, nearest_NS: Tensor, drawn_STD: Tensor, mapped: Mapping
+) -> Tensor:
+    """Return the distances (N, S, T) to the nearest seed, with each of the rows that were drawn."""
+    S, T, _ = drawn_STD.shape
+
+    def tile(part: slice) -> Tensor:
+        d_BM = _distances(rows_ND[part], square_N[part], drawn_STD.flatten(0, 1))
+        return torch.minimum(d_BM.view(-1, S, T), nearest_NS[part][:, :, None])
+
+    return torch.cat(list(mapped(tile, _tiles(rows_ND, S * T))))
+
+
+def _draw(nearest_NS: Tensor, draws_ST: Tensor) -> Tensor:
+    """Return rows (S, T), drawn with a chance proportional to the distance.
+
+    The cumulative sums are of integers, which have the same sum in any order, as on a GPU.
+    """
+    top_S = nearest_NS.amax(0).clamp_min(torch.finfo(torch.float32).tiny)
+    until_SN = (nearest_NS / top_S * 2**30).long().T.contiguous().cumsum(1)
+    wanted_ST = (draws_ST * until_SN[:, -1:]).long()
+    return torch.searchsorted(until_SN, wanted_ST, right=True).clamp(max=len(nearest_NS) - 1)
+
+
+def _lloyd(
+    rows_ND: Tensor,
+    centres_SCD: Tensor,
+    most: int,
+    mapped: Mapping,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the centres (S, C, D) after at most so many iterations, the rows' nearest ones (N, S)
+    and the sums of squared distances to them (S,)."""
+    enough = _TOLERANCE * rows_ND.var(0, correction=0).mean()
+    square_N = rows_ND.square().sum(1)
+    moving = torch.arange(len(centres_SCD), device=rows_ND.device)
+    for iteration in range(most):
+        before_SCD = centres_SCD[moving]
+        after_SCD, _, _ = _step(rows_ND, square_N, before_SCD, mapped)
+        centres_SCD = centres_SCD.index_copy(0, moving, after_SCD)
+        moving = moving[(after_SCD - before_SCD).square().sum((1, 2)) > enough]
+        if progress is not None:
+            progress(iteration + 1, most + 1)
+        if not len(moving):
+            break
+    _, nearest_NS, d_NS = _step(rows_ND, square_N, centres_SCD, mapped)
+    if progress is not None:
+        progress(most + 1, most + 1)
+    return centres_SCD, nearest_NS, d_NS.double().sum(0)
+
+
+def _step(
+    rows_ND: Tensor, square_N: Tensor, centres_SCD: Tensor, mapped: Mapping
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One Lloyd step: each cluster's mean (S, C, D), each row's nearest centre and the squared
+    distance to it (N, S). A cluster without rows moves to one of the rows farthest from theirs."""
     S, C, D = centres_SCD.shape
-    sums_SCD = torch.zeros_like(centres_SCD)
-    counts_SC = centres_SCD.new_zeros(S, C)
-    parts, far = [], []
-    for part_BD in rows_ND.split(max(1, _TILE // (S * C))):
-        d_BSC = _distances(part_BD, part_BD.square().sum(1), centres_SCD.flatten(0, 1))
-        d_BS, nearest_BS = d_BSC.view(-1, S, C).min(2)
-        one_hot_BSC = torch.zeros_like(d_BSC).view(-1, S, C).scatter_(2, nearest_BS[..., None], 1)
-        sums_SCD += (one_hot_BSC.flatten(1).T @ part_BD).view(S, C, D)
-        counts_SC += one_hot_BSC.sum(0)
-        parts.append(nearest_BS)
-        far.append(d_BS)
-    assignment_NS, d_NS = torch.cat(parts), torch.cat(far)
-    means_SCD = sums_SCD / counts_SC.clamp_min(1)[..., None]
-    # The n-th empty cluster of a start gets the n-th farthest row.
-    empty_SC = counts_SC == 0
-    farthest_CS = d_NS.topk(min(C, len(rows_ND)), dim=0).indices
-    rank_SC = (empty_SC.cumsum(1) - 1).clamp(0, len(farthest_CS) - 1)
-    spare_SCD = rows_ND[farthest_CS.T.gather(1, rank_SC)]
-    means_SCD = torch.where(empty_SC[..., None], spare_SCD, means_SCD)
-    return means_SCD, assignment_NS, d_NS.double().sum(0)
+    centres_MD = centres_SCD.flatten(0, 1)
+    first_S = torch.arange(S, device=rows_ND.device) * C
+
+    def tile(part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        d_BM = _distances(rows_ND[part], square_N[part], centres_MD)
+        d_BS, nearest_BS = d_BM.view(-1, S, C).min(2)
+        sums_MD = _sums(rows_ND[part], nearest_BS + first_S, S * C)
+        counts_M = torch.bincount((nearest_BS + first_S).flatten(), minlength=S * C)
+        return sums_MD, counts_M, nearest_BS, d_BS
+
+    sums_MD = torch.zeros(S * C, D, dtype=torch.float64, device=rows_ND.device)
+    counts_M = torch.zeros(S * C, dtype=torch.int64, device=rows_ND.device)
+    nearest, distances = [], []
+    for sums, counts, nearest_BS, d_BS in mapped(tile, _tiles(rows_ND, S * C)):
+        sums_MD += sums
+        counts_M += counts
+        nearest.append(nearest_BS)
+        distances.append(d_BS)
+    nearest_NS, d_NS = torch.cat(nearest), torch.cat(distances)
+    means_MD = (sums_MD / counts_M.clamp_min(1)[:, None]).float()
+    means_SCD, empty_SC = means_MD.view(S, C, D), (counts_M == 0).view(S, C)
+    if bool(empty_SC.any()):
+        # The n-th empty cluster of a start gets the n-th farthest row.
+        farthest_CS = d_NS.topk(min(C, len(rows_ND)), dim=0).indices
+        rank_SC = (empty_SC.cumsum(1) - 1).clamp(0, len(farthest_CS) - 1)
+        spare_SCD = rows_ND[farthest_CS.T.gather(1, rank_SC)]
+        means_SCD = torch.where(empty_SC[..., None], spare_SCD, means_SCD)
+    return means_SCD, nearest_NS, d_NS
+
+
+def _sums(rows_BD: Tensor, centre_BS: Tensor, centres: int) -> Tensor:
+    """Return the sum of the rows at each centre, (M, D)."""
+    if rows_BD.is_cuda:  # adding row by row has no fixed order there
+        one_hot_BM = rows_BD.new_zeros(len(rows_BD), centres).scatter_(1, centre_BS, 1)
+        return one_hot_BM.T @ rows_BD
+    sums_MD = rows_BD.new_zeros(centres, rows_BD.shape[1])
+    for centre_B in centre_BS.unbind(1):
+        sums_MD.index_add_(0, centre_B, rows_BD)
+    return sums_MD
 
 
 def _distances(rows_ND: Tensor, square_N: Tensor, to_MD: Tensor) -> Tensor:
     """Squared Euclidean distances (N, M)."""
-    square_M = to_MD.square().sum(1)
-    product_NM = torch.addmm(square_M, rows_ND, to_MD.T, alpha=-2)
+    product_NM = torch.addmm(to_MD.square().sum(1), rows_ND, to_MD.T, alpha=-2)
     return product_NM.add_(square_N[:, None]).clamp_min_(0)
+
+
+def _tiles(rows_ND: Tensor, columns: int) -> list[slice]:
+    """Return parts of the rows that have few enough distances to so many others."""
+    rows = max(1, _TILE[rows_ND.device.type] // columns)
+    return [slice(first, first + rows) for first in range(0, len(rows_ND), rows)]

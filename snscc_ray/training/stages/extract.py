@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.core import distributed, rng
 from snscc_ray.core.clustering.neighbors import MinedNeighbors, knn, place_drawn
 from snscc_ray.core.clustering.whitening import within_whitening
+from snscc_ray.core.threads import Mapping, mapping
 from snscc_ray.core.views import make_view
 from snscc_ray.data.loading.bank import (
     BankShape,
@@ -115,11 +114,11 @@ def in_steps(
     frozen: FrozenEncoder,
     images_BCHW: Tensor,
     first: int,
-    mapped: Callable[..., Iterator[np.ndarray]],
+    mapped: Mapping,
 ) -> Iterator[np.ndarray]:
     """Yield the features of the rows from `first` on, float16 (64, 1 + V, D) at a time.
 
-    mapped: from `mapping`. Raises UserError if a feature is not finite.
+    mapped: from `threads.mapping`. Raises UserError if a feature is not finite.
     """
 
     def compute(rows_B: Tensor) -> np.ndarray:
@@ -133,30 +132,6 @@ def in_steps(
         return features_BVD.numpy()
 
     yield from mapped(compute, torch.arange(len(images_BCHW)).split(_STEP_ROWS))
-
-
-def threads_of(device: torch.device) -> int:
-    """Return how many batches are computed at a time."""
-    return torch.get_num_threads() if device.type == "cpu" else 1
-
-
-@contextmanager
-def mapping(device: torch.device) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
-    """On a CPU, map in one thread per core, each with its own batch.
-
-    Threads that share the operations of one batch wait for one another at each: 1.1 to 3 times as
-    slow, the more other work there is on the machine.
-    """
-    if device.type != "cpu":
-        yield map
-        return
-    threads = threads_of(device)
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield pool.map
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
 
 
 @torch.no_grad()
