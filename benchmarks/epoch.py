@@ -23,7 +23,7 @@ from benchmarks.report import describe_machine, print_table, save
 from snscc_ray.config import recipes
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import STAGES, Recipe, StageName
-from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
+from snscc_ray.core.clustering.mining import MinedNeighbors, mine
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.loading.resident import ResidentData
 from snscc_ray.models.encoders import (

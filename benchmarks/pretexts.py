@@ -33,7 +33,7 @@ from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import Recipe, SimclrView
 from snscc_ray.core.clustering import metrics
 from snscc_ray.core.clustering.kmeans import kmeans
-from snscc_ray.core.clustering.neighbors import mine
+from snscc_ray.core.clustering.mining import mine
 from snscc_ray.core.views import Normalize, make_view
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.loading.resident import Batch, ResidentData, Viewer

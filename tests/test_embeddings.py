@@ -25,7 +25,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import DataSettings
 from snscc_ray.core import rng
-from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
+from snscc_ray.core.clustering.mining import MinedNeighbors, mine
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import assemble
 from snscc_ray.data.loading.bank import bank_of, open_bank

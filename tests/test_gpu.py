@@ -17,7 +17,8 @@ from snscc_ray.config.settings import Recipe, SimclrView, StrongView, View
 from snscc_ray.core import checkpoints
 from snscc_ray.core.clustering.kmeans import kmeans, lloyd
 from snscc_ray.core.clustering.metrics import oracle
-from snscc_ray.core.clustering.neighbors import knn, mine
+from snscc_ray.core.clustering.mining import mine
+from snscc_ray.core.clustering.neighbors import knn
 from snscc_ray.core.views import Normalize, make_view
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.loading.resident import ResidentData

@@ -12,7 +12,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core.clustering import imbalance, metrics
-from snscc_ray.core.clustering.neighbors import mine
+from snscc_ray.core.clustering.mining import mine
 from snscc_ray.core.clustering.uneven import uneven_clusters, uneven_starts
 from snscc_ray.training.stages.objectives import OBJECTIVES, Predictions, neighborhood
 

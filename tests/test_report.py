@@ -25,7 +25,7 @@ from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import STAGES
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.clustering.mining import MinedNeighbors
 from snscc_ray.data.loading.resident import ResidentData
 from snscc_ray.runs.local import run_here
 from snscc_ray.runs.run import Request

@@ -17,7 +17,7 @@ from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.core import checkpoints
 from snscc_ray.core.clustering import metrics
 from snscc_ray.core.clustering.kmeans import kmeans
-from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
+from snscc_ray.core.clustering.mining import MinedNeighbors, mine
 from snscc_ray.core.clustering.pseudo_labels import select_pseudo_labels
 from snscc_ray.core.views import clean_view
 from snscc_ray.data.imageset import ImageSet

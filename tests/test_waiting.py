@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core import views
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.clustering.mining import MinedNeighbors
 from snscc_ray.core.views import clean_view
 from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.loading import resident

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from snscc_ray.config import recipes
 from snscc_ray.config.overrides import override
 from snscc_ray.core import distributed
-from snscc_ray.core.clustering.neighbors import mine
+from snscc_ray.core.clustering.mining import mine
 from snscc_ray.data.sources import load_images
 from snscc_ray.models.encoders import (
     ClusterHeads,

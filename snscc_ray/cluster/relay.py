@@ -72,6 +72,10 @@ class RelayScreen:
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
         self._tell("epoch", stage, epoch, figures)
 
+    def count(self, task: str, done: int, total: int, unit: str = "rows") -> None:
+        if done == total or time.monotonic() - self._told > _TELL_SECONDS:
+            self._tell("count", task, done, total, unit)
+
     def line(self, text: str) -> None:
         self._tell("line", text)
 

@@ -25,7 +25,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core import storage, tables
 from snscc_ray.core.claim import claimed
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.clustering.mining import MinedNeighbors
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog, ImageSet, assemble
 from snscc_ray.data.loading.resident import ResidentData

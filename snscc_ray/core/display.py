@@ -20,7 +20,7 @@ from snscc_ray.core.eta import Eta
 from snscc_ray.texts import say
 
 # Seconds between progress lines where no bar can be drawn.
-_LINE_SECONDS = 10.0
+_LINE_SECONDS = 4.0
 
 
 class Screen(Protocol):
@@ -31,6 +31,8 @@ class Screen(Protocol):
     def advance(self, steps: int = 1) -> None: ...
 
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
+
+    def count(self, task: str, done: int, total: int, unit: str = "rows") -> None: ...
 
     def line(self, text: str) -> None: ...
 
@@ -90,15 +92,15 @@ class Display:
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], note=self._note)
 
+    def count(self, task: str, done: int, total: int, unit: str = "rows") -> None:
+        """Show the progress of a task that has no epochs; `done` grows up to `total`."""
+        if self._stage != task or done < self._done:
+            self.start(task, 1, total, 0, unit)
+        self.advance(done - self._done)
+
     def counting(self, task: str, unit: str) -> Callable[[int, int], None]:
         """Return a function that shows a task's progress; call it with (done, total)."""
-
-        def tell(done: int, total: int) -> None:
-            if self._stage != task:
-                self.start(task, 1, total, 0, unit)
-            self.advance(done - self._done)
-
-        return tell
+        return lambda done, total: self.count(task, done, total, unit)
 
     def line(self, text: str) -> None:
         say(self.console, text)
@@ -124,6 +126,8 @@ class NullScreen:
     def advance(self, steps: int = 1) -> None: ...
 
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
+
+    def count(self, task: str, done: int, total: int, unit: str = "rows") -> None: ...
 
     def line(self, text: str) -> None: ...
 

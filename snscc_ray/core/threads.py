@@ -24,16 +24,21 @@ def mapping(device: torch.device) -> Iterator[Mapping]:
 
     Threads that share the operations of one item wait for one another at each: 1.1 to 3 times as
     slow, the more other work there is on the machine. They also add in an order that depends on
-    their number. Inside, torch's operations use one thread each.
+    their number. Inside, torch's operations use one thread each, and the items have no gradients.
     """
     if device.type != "cpu":
         yield map
         return
     threads = threads_of(device)
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=_prepare) as pool:
         torch.set_num_threads(1)
         try:
             yield pool.map
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)  # each thread has its own mode

@@ -9,7 +9,7 @@ from typing import Any
 
 from snscc_ray.config.settings import NO_ENCODER
 from snscc_ray.core import distributed
-from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
+from snscc_ray.core.clustering.mining import MinedNeighbors, mine
 from snscc_ray.data.loading.bank import FeatureBank, open_bank
 from snscc_ray.models.frozen import Adapter, FrozenNet, components_of, load_frozen
 from snscc_ray.runs.banks import BANK, share_bank
@@ -45,7 +45,7 @@ def compute_features(
     adapter.project_on(*distributed.from_first(compute))
     network = context.to_device(FrozenNet(frozen, adapter))
     features_ND = pretext_features(context, network)
-    mined = mine(features_ND, recipe.pretrain.mined_neighbors)
+    mined = mine(features_ND, recipe.pretrain.mined_neighbors, partial(context.count, "neighbours"))
     if recipe.encoder.name == NO_ENCODER:
         mix_neighbors(context, mined, folder / BANK, identity)
     return network, mined, measure_features(context, features_ND, mined)

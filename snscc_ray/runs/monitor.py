@@ -144,6 +144,9 @@ class RunMonitor:
         self.journal.epoch(stage, epoch, figures)
         self.screen.epoch(stage, epoch, figures)
 
+    def count(self, task: str, done: int, total: int) -> None:
+        self.screen.count(task, done, total)
+
     def warn(self, stage: str, epoch: int, message: str) -> None:
         self.journal.append({"stage": stage, "epoch": epoch, "warning": message})
         self.screen.line(f"warning {stage} epoch {epoch}: {message}")
@@ -166,6 +169,8 @@ class NullMonitor:
     def views(self, stage: str, views: tuple[Tensor, ...]) -> None: ...
 
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
+
+    def count(self, task: str, done: int, total: int) -> None: ...
 
     def warn(self, stage: str, epoch: int, message: str) -> None: ...
 

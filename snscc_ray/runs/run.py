@@ -23,7 +23,7 @@ from snscc_ray.core import checkpoints, distributed, storage
 from snscc_ray.core.clustering.imbalance import forced_balance, forced_warning
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.metrics import oracle
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.clustering.mining import MinedNeighbors
 from snscc_ray.core.tables import write_table
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import Catalog
@@ -108,7 +108,7 @@ def execute(
     Raises UserError if a stage's parent is neither in `stages` nor finished in the folder.
     """
     normalize = normalisation(recipe, catalog)
-    context = Context(recipe, data, catalog.labels, normalize, worker.device)
+    context = Context(recipe, data, catalog.labels, normalize, worker.device, monitor.count)
     beside = beside or (store or folder).parent
     run = _Run(recipe, catalog, context, folder, worker, monitor, store, beside)
     run.check_parents(stages, afresh=overwrite)

@@ -39,6 +39,8 @@ class Context:
     labels_N: Tensor | None
     normalize: Normalize
     device: torch.device
+    # Shows the progress of a task outside the epochs: its name, what is done, and the total.
+    count: Callable[[str, int, int], None] = lambda task, done, total: None
 
     def key(self, *parts: int | str) -> int:
         return rng.fold(self.recipe.seed, *parts)
@@ -96,21 +98,28 @@ class Context:
 
     @torch.no_grad()
     def clean_pass(
-        self, network: nn.Module, output: Callable[[Tensor], Tensor], rows: int | None = None
+        self,
+        network: nn.Module,
+        output: Callable[[Tensor], Tensor],
+        rows: int | None = None,
+        task: str | None = None,
     ) -> Tensor:
         """Return `output` of every clean image in row order, (N, ...) float32, in eval mode.
 
         Each worker computes its share of the rows; all workers get all rows. An image gets the
-        same output in any batch. rows: use only this many rows, from the first.
+        same output in any batch. rows: use only this many rows, from the first. task: the name by
+        which the progress is shown; None: it is not shown.
         """
         total = len(self.data) if rows is None else min(rows, len(self.data))
         first, last = distributed.own_share(total)
         network.eval()
         with self.autocast(), self.float32_as_asked():
-            parts = [
-                self.output_of(output, self.clean(inputs))
-                for inputs in self.data.slices(first, last, _PASS_ROWS)
-            ]
+            parts, done = [], 0
+            for inputs in self.data.slices(first, last, _PASS_ROWS):
+                parts.append(self.output_of(output, self.clean(inputs)))
+                done += len(inputs)
+                if task is not None:
+                    self.count(task, done, last - first)
         network.train()
         return distributed.gather(torch.cat(parts), total)
 

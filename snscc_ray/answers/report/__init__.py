@@ -18,7 +18,7 @@ from snscc_ray.answers.report.page import render
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import StageName
 from snscc_ray.core import storage
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.clustering.mining import MinedNeighbors
 from snscc_ray.core.display import Display
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.vectors import pictures_of

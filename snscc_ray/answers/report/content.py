@@ -17,7 +17,7 @@ from snscc_ray.answers.report.trust import TOLD_BY_FIGURES, judge
 from snscc_ray.answers.report.words import FIGURES, in_words
 from snscc_ray.config.settings import Recipe, StageName
 from snscc_ray.core.clustering import metrics
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.clustering.mining import MinedNeighbors
 from snscc_ray.data.imageset import Catalog
 
 GENERATOR = "snscc report"  # marks a file as a report

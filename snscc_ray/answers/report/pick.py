@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from snscc_ray.core import rng
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.clustering.mining import MinedNeighbors
 
 SAMPLED = 2000  # rows in the scatter
 CLUSTERS = 200  # most clusters with a gallery; the largest are taken

@@ -11,7 +11,7 @@ from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.config.settings import STAGES, StageName
 from snscc_ray.core import checkpoints
 from snscc_ray.core.clustering.kmeans import kmeans
-from snscc_ray.core.clustering.neighbors import MinedNeighbors
+from snscc_ray.core.clustering.mining import MinedNeighbors
 from snscc_ray.core.tables import read_table
 from snscc_ray.data.loading.bank import open_bank
 from snscc_ray.models.encoders import PretextNet, build_encoder

@@ -10,6 +10,7 @@ of single rows, so that it takes a second for any number of rows.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -35,15 +36,18 @@ def cut_starts(
     count: int,
     seed: int,
     max_imbalance: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Return the centres (count, C, D) of the best of several cuts, on the CPU.
 
     features_ND: of length 1. The label-free score of the rows' nearest centres ranks the cuts.
+    progress: called with the number of cuts made, and of all cuts.
     """
     rows_ND = features_ND.detach().cpu().float()
     neighbors_NK = neighbors_NK.cpu()
     found: list[tuple[float, Tensor]] = []
-    for draw in range(max(_DRAWS, count)):
+    draws = max(_DRAWS, count)
+    for draw in range(draws):
         pieces = _PIECES[draw % len(_PIECES)] * clusters
         cluster_N = cut(rows_ND, neighbors_NK, clusters, pieces, seed + draw)
         sums_CD = torch.zeros(clusters, rows_ND.shape[1]).index_add_(0, cluster_N, rows_ND)
@@ -51,6 +55,8 @@ def cut_starts(
         nearest_N = (rows_ND @ centres_CD.T).argmax(1)
         figures = metrics.health(nearest_N, neighbors_NK, clusters, max_imbalance=max_imbalance)
         found.append((figures["health/score"], centres_CD))
+        if progress is not None:
+            progress(draw + 1, draws)
     found.sort(key=lambda one: -one[0])
     return torch.stack([centres_CD for _, centres_CD in found[:count]])
 

@@ -21,8 +21,9 @@ from snscc_ray.core.threads import Mapping, mapping
 _MOST_ITERATIONS, _TOLERANCE = 300, 1e-4
 # More rows than this, and than this for each cluster, are clustered on a sample of that size.
 _SAMPLE_ROWS, _SAMPLE_EACH = 2**15, 64
-# Iterations over all rows after those on the sample.
-_FEW_ITERATIONS = 20
+# Iterations on the sample, and then over all rows.
+_SAMPLE_ITERATIONS, _FEW_ITERATIONS = 100, 20
+_QUICK_ITERATIONS = 10
 # Centres of all starts together: with many clusters, one start is as good as another.
 _CENTRES = 512
 # Rounds in which the seeds are drawn; up to so many clusters, one seed each.
@@ -44,7 +45,7 @@ def kmeans(
     The result is the same for any number of threads. With more than 51 clusters there are fewer
     starts, down to one. More than 32,768 rows (and 64 per cluster) are clustered on a random
     sample of that many; the best start then makes at most 20 iterations on all rows.
-    progress: called with the number of iterations done on all rows, and the most there may be.
+    progress: called with the number of iterations done, and the most that there may be.
     """
     rows_ND = rows_ND.detach().float()
     starts = max(1, min(starts, _CENTRES // clusters))
@@ -58,17 +59,36 @@ def kmeans(
             sample_RD = rows_ND[drawn.to(rows_ND.device)]
         seeds_SCD = _plus_plus(sample_RD, clusters, seed, starts, mapped)
         sampled = sample_RD is not rows_ND
-        own = None if sampled else progress
-        centres_SCD, assignment_NS, inertia_S = _lloyd(
-            sample_RD, seeds_SCD, _MOST_ITERATIONS, mapped, own
-        )
+        limits = (_SAMPLE_ITERATIONS, _FEW_ITERATIONS) if sampled else (_MOST_ITERATIONS, 0)
+
+        def tell(done: int) -> None:
+            if progress is not None:
+                progress(done, sum(limits))
+
+        centres_SCD, nearest_NS, inertia_S = _lloyd(sample_RD, seeds_SCD, limits[0], mapped, tell)
         best = int(inertia_S.argmin())
-        centres_SCD, assignment_NS = centres_SCD[[best]], assignment_NS[:, [best]]
+        centres_SCD, nearest_NS = centres_SCD[[best]], nearest_NS[:, [best]]
         if sampled:
-            centres_SCD, assignment_NS, _ = _lloyd(
-                rows_ND, centres_SCD, _FEW_ITERATIONS, mapped, progress
+            centres_SCD, nearest_NS, _ = _lloyd(
+                rows_ND, centres_SCD, limits[1], mapped, lambda done: tell(limits[0] + done)
             )
-        return (centres_SCD[0] + mean_D).cpu(), assignment_NS[:, 0].cpu()
+        tell(sum(limits))
+        return (centres_SCD[0] + mean_D).cpu(), nearest_NS[:, 0].cpu()
+
+
+@torch.no_grad()
+def partition(rows_ND: Tensor, parts: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Cut rows into many parts, quickly: their centres (C, D) and the part of each row (N,).
+
+    Ten Lloyd iterations from random rows, on a sample of 64 rows per part. A part may be empty.
+    """
+    rows_ND = rows_ND.detach().float()
+    with mapping(rows_ND.device) as mapped:
+        drawn = torch.randperm(len(rows_ND), generator=rng.generator(seed, "sample"))
+        sample_RD = rows_ND[drawn[: _SAMPLE_EACH * parts].to(rows_ND.device)]
+        centres_SCD, _, _ = _lloyd(sample_RD, sample_RD[None, :parts], _QUICK_ITERATIONS, mapped)
+        _, nearest_NS, _ = _step(rows_ND, rows_ND.square().sum(1), centres_SCD, mapped)
+    return centres_SCD[0], nearest_NS[:, 0]
 
 
 def _plus_plus(rows_ND: Tensor, clusters: int, seed: int, starts: int, mapped: Mapping) -> Tensor:
@@ -127,7 +147,7 @@ def _lloyd(
     centres_SCD: Tensor,
     most: int,
     mapped: Mapping,
-    progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[int], None] = lambda done: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the centres (S, C, D) after at most so many iterations, the rows' nearest ones (N, S)
     and the sums of squared distances to them (S,)."""
@@ -139,13 +159,10 @@ def _lloyd(
         after_SCD, _, _ = _step(rows_ND, square_N, before_SCD, mapped)
         centres_SCD = centres_SCD.index_copy(0, moving, after_SCD)
         moving = moving[(after_SCD - before_SCD).square().sum((1, 2)) > enough]
-        if progress is not None:
-            progress(iteration + 1, most + 1)
+        tell(iteration + 1)
         if not len(moving):
             break
     _, nearest_NS, d_NS = _step(rows_ND, square_N, centres_SCD, mapped)
-    if progress is not None:
-        progress(most + 1, most + 1)
     return centres_SCD, nearest_NS, d_NS.double().sum(0)
 
 

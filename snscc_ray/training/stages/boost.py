@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from snscc_ray.config.settings import StageName
 from snscc_ray.core import distributed
-from snscc_ray.core.clustering.neighbors import MinedNeighbors, batch_neighbors
+from snscc_ray.core.clustering.mining import MinedNeighbors
+from snscc_ray.core.clustering.neighbors import batch_neighbors
 from snscc_ray.core.clustering.pseudo_labels import select_pseudo_labels
 from snscc_ray.core.losses import (
     agreement,

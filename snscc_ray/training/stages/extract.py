@@ -12,7 +12,8 @@ from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.core import distributed, rng
-from snscc_ray.core.clustering.neighbors import MinedNeighbors, knn, place_drawn
+from snscc_ray.core.clustering.mining import MinedNeighbors
+from snscc_ray.core.clustering.neighbors import knn, place_drawn
 from snscc_ray.core.clustering.whitening import within_whitening
 from snscc_ray.core.threads import Mapping, mapping
 from snscc_ray.core.views import make_view

@@ -13,7 +13,7 @@ from snscc_ray.config.settings import StageName, View
 from snscc_ray.core import distributed
 from snscc_ray.core.clustering import metrics
 from snscc_ray.core.clustering.kmeans import kmeans
-from snscc_ray.core.clustering.neighbors import MinedNeighbors, mine
+from snscc_ray.core.clustering.mining import MinedNeighbors, mine
 from snscc_ray.core.clustering.uneven import uneven_clusters
 from snscc_ray.core.views import Normalize, make_view
 from snscc_ray.data.loading.resident import Batch, Viewer
@@ -64,7 +64,11 @@ class Pretrain:
         """Mine the neighbours, and measure k-means and k-NN on the features."""
         context = self.context
         features_ND = pretext_features(context, self.network)
-        self.mined = mine(features_ND, context.recipe.pretrain.mined_neighbors)
+        self.mined = mine(
+            features_ND,
+            context.recipe.pretrain.mined_neighbors,
+            partial(context.count, "neighbours"),
+        )
         return measure_features(context, features_ND, self.mined)
 
     def state(self) -> dict[str, Any]:
@@ -84,11 +88,18 @@ def measure_features(
     """
     clusters, key = context.recipe.data.num_clusters, context.key("kmeans")
     frozen = context.recipe.encoder.frozen
-    groups = (kmeans,) if frozen else (kmeans, uneven_clusters)
-    even_N, *uneven = distributed.from_first(
-        lambda: [group(features_ND, clusters, key)[1] for group in groups]
-    )
+    progress = partial(context.count, "k-means")
+
+    def group() -> list[Tensor]:
+        even_N = kmeans(features_ND, clusters, key, progress=progress)[1]
+        if frozen:
+            return [even_N]
+        return [even_N, uneven_clusters(features_ND, clusters, key, progress=progress)[1]]
+
+    even_N, *uneven = distributed.from_first(group)
     figures = context.measure(even_N, mined.neighbors_NK.cpu())
+    if mined.recall < 1:
+        figures["health/neighbor_recall"] = mined.recall
     for uneven_N in uneven:
         figures["health/free_balance"] = metrics.balance(uneven_N, clusters)
     if context.labels_N is not None:
@@ -111,4 +122,4 @@ def pretext_features(context: Context, network: nn.Module) -> Tensor:
     """Return the L2-normalised encoder features of the clean images, (N, D)."""
     encoder = network.encoder
     assert isinstance(encoder, nn.Module)
-    return F.normalize(context.clean_pass(network, encoder), dim=1)
+    return F.normalize(context.clean_pass(network, encoder, task="features"), dim=1)

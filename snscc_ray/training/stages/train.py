@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from snscc_ray.core import distributed, rng
 from snscc_ray.core.clustering import metrics
 from snscc_ray.core.clustering.cut import cut_starts
 from snscc_ray.core.clustering.kmeans import kmeans
-from snscc_ray.core.clustering.neighbors import MinedNeighbors, place_drawn
+from snscc_ray.core.clustering.mining import MinedNeighbors
+from snscc_ray.core.clustering.neighbors import place_drawn
 from snscc_ray.core.clustering.uneven import uneven_starts
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Batch, ResidentData, Viewer
@@ -63,19 +65,25 @@ class Train:
         """Return centres (H, C, D), by `train.start`."""
         clusters, heads = self.context.recipe.data.num_clusters, self.settings.num_heads
         uneven, key = self.settings.max_imbalance, self.context.key("kmeans")
+        progress = partial(self.context.count, "starts")
         cuts = {"kmeans": 0, "cut": heads, "both": (heads + 1) // 2}[self.settings.start]
         starts = []
         if cuts:
-            starts.append(cut_starts(features_ND, self._health_NK, clusters, cuts, key, uneven))
+            starts.append(
+                cut_starts(features_ND, self._health_NK, clusters, cuts, key, uneven, progress)
+            )
         if (others := heads - cuts) and uneven > 1:
             starts.append(
-                uneven_starts(features_ND, self._health_NK, clusters, uneven, others, key)
+                uneven_starts(features_ND, self._health_NK, clusters, uneven, others, key, progress)
             )
         elif others:
             keys = [self.context.key("kmeans", head) for head in range(others)]
             # One start each where the heads should differ.
             tries = 1 if cuts else 10
-            found = [kmeans(features_ND, clusters, own, tries)[0] for own in keys]
+            found = []
+            for own in keys:
+                found.append(kmeans(features_ND, clusters, own, tries)[0])
+                progress(len(found), others)
             starts.append(torch.stack(found))
         return torch.cat(starts)
 
