@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,7 +88,7 @@ def fit(
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: use auto, cpu or cuda")
-    count = _count(clusters)
+    began, count = time.monotonic(), _count(clusters)
     seconds = None if budget is None else seconds_of(budget)
     place = place_of(data)
     # Imported here so that --help need not wait seconds for torch.
@@ -126,8 +127,12 @@ def fit(
         except (Interrupted, KeyboardInterrupt):
             fail(f"stopped; run the same command again to continue {shlex.quote(str(folder))}", 130)
         _show(fitted, folder)
-        report(folder, page, out, device=device)
+        report(folder, page, out, device=device, loaded=fitted.images)
     out.print()
+    told = ""
+    if fitted.told_seconds is not None:
+        told = f" (predicted: {(fitted.told_seconds + fitted.report_seconds) / 60:.1f})"
+    say(f"It took {(time.monotonic() - began) / 60:.1f} minutes{told}.")
     say(f"Report: {page}")
     say(f"New images: snscc predict {shlex.quote(str(folder))} FOLDER")
 
@@ -164,5 +169,3 @@ def _show(fitted: FitResult, folder: Path) -> None:
     if figures["skipped"]:
         left_out = counted(figures["skipped"], "unreadable image")
         say(f"Left out: {left_out}, named in the report.")
-    told = "" if fitted.told_seconds is None else f" (predicted: {fitted.told_seconds / 60:.1f})"
-    say(f"It took {fitted.took_seconds / 60:.1f} minutes{told}.")

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from snscc_ray.answers.report import content
 from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override, validate
@@ -19,7 +20,9 @@ from snscc_ray.config.paths import as_path, is_url
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core import storage
 from snscc_ray.core.display import Display
+from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.bank import FeatureBank
+from snscc_ray.data.loading.resident import Images
 from snscc_ray.data.look import inspect_images, resolve_reading
 from snscc_ray.data.sources import list_rows
 from snscc_ray.fit.choose import (
@@ -84,7 +87,9 @@ class FitRequest:
 @dataclass(frozen=True)
 class FitResult:
     result: Result
-    told_seconds: float | None  # the estimate before the run
+    images: tuple[Catalog, Images]  # for the report
+    told_seconds: float | None  # the estimate before the run, without the report
+    report_seconds: float  # the estimate for the report
     took_seconds: float
     estimate: Estimate | None
 
@@ -148,7 +153,7 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     report_skipped(catalog, display)
     for pick in picks:
         display.line(f"  {pick.what}: {pick.value} ({pick.why})")
-    told = None
+    told, reporting = None, 0.0
     try:
         if picks:
             chosen = recipe
@@ -164,6 +169,9 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
                 told += counting
                 if counting > 5:
                     display.line(f"plus {counting / 60:.1f} minutes to count the clusters")
+            if told is not None:
+                reporting = content.expected_seconds(recipe, len(catalog))
+                display.line(f"plus {reporting / 60:.1f} minutes for the report")
             picks = as_paced(picks, chosen, recipe)
             if request.overwrite:
                 remove_run(request.folder)
@@ -187,7 +195,8 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
             monitor.finish()
     except KeyboardInterrupt as stop:
         raise Interrupted from stop
-    return FitResult(result, told, time.monotonic() - began, found)
+    took = time.monotonic() - began
+    return FitResult(result, (catalog, data), told, reporting, took, found)
 
 
 def recipe_for(source: str, wishes: Preferences, overrides: Sequence[str]) -> Recipe:

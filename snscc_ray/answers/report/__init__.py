@@ -9,7 +9,7 @@ from typing import IO
 from rich.console import Console
 from torch import Tensor
 
-from snscc_ray.answers.features import own_images, stage_features
+from snscc_ray.answers.features import RunImages, own_images, stage_features
 from snscc_ray.answers.predict import load_model
 from snscc_ray.answers.report import sprites
 from snscc_ray.answers.report.content import GENERATOR, build, shown_rows
@@ -20,15 +20,26 @@ from snscc_ray.config.settings import StageName
 from snscc_ray.core import storage
 from snscc_ray.core.clustering.mining import MinedNeighbors
 from snscc_ray.core.display import Display
+from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.bank import FeatureBank
+from snscc_ray.data.loading.resident import Images
 from snscc_ray.data.vectors import pictures_of
+from snscc_ray.runs.folder import read_recipe
 
 _MARK_BYTES = 1000  # GENERATOR stands within the first bytes of a report
 
 
-def report(run: Path, out: Path, console: Console, *, device: str = "auto") -> Path:
+def report(
+    run: Path,
+    out: Path,
+    console: Console,
+    *,
+    device: str = "auto",
+    loaded: tuple[Catalog, Images] | None = None,
+) -> Path:
     """Write the page, and its numbers as a .json file beside it; return the path of the latter.
 
+    loaded: the run's images, if they are at hand; None: they are read again.
     Raises UserError if the run is not finished, its images are gone, or `out` is some other file.
     Nothing is written then, except features, which are cached for the next call.
     """
@@ -41,7 +52,10 @@ def report(run: Path, out: Path, console: Console, *, device: str = "auto") -> P
         display.line(model.caveat)
     facts = read_facts(run)
     mined = MinedNeighbors.load(run / "pretrain" / "neighbors.parquet")
-    own = own_images(run, model.device, display)
+    if loaded is None:
+        own = own_images(run, model.device, display)
+    else:
+        own = RunImages(run, read_recipe(run), *loaded, model.device)
     display.line(f"predicting {len(own.catalog):,} images")
     p_NC = model.probabilities(own.inputs)
     digests = sprites.row_digests(own.data)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from snscc_ray.answers.features import RunImages
 from snscc_ray.answers.report import pick
-from snscc_ray.answers.report.embed import embed
+from snscc_ray.answers.report.embed import embed, seconds_of_maps
 from snscc_ray.answers.report.facts import Facts
 from snscc_ray.answers.report.trust import TOLD_BY_FIGURES, judge
 from snscc_ray.answers.report.words import FIGURES, in_words
-from snscc_ray.config.settings import Recipe, StageName
+from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.core.clustering import metrics
 from snscc_ray.core.clustering.mining import MinedNeighbors
 from snscc_ray.data.imageset import Catalog
@@ -40,7 +40,7 @@ def build(
     features: returns a stage's features, (N, D). tell: receives a message before each slow step.
     """
     seed, recipe = own.recipe.seed, own.recipe
-    stages = list(facts.stages)
+    stages = _mapped_stages(recipe, list(facts.stages))
     clusters_N = facts.clusters_N
     sampled = pick.sample(len(own.catalog), seed)
     points = {}
@@ -65,10 +65,26 @@ def build(
         "class_names": class_names(own.catalog),
         "number": facts.number and facts.number.model_dump(),
         "picked": facts.picked and facts.picked.model_dump()["picked"],
-        "scatter": {"rows": sampled, "points": points},
+        "scatter": {"rows": sampled, "points": points, "fixed": _is_fixed(recipe)},
     }
     content["images"] = _images(own.catalog, facts, p_NC, shown_rows(content))
     return content
+
+
+def expected_seconds(recipe: Recipe, images: int) -> float:
+    """Estimate the seconds of a report here, most of which are spent on the maps."""
+    maps = len(_mapped_stages(recipe, STAGES))
+    return seconds_of_maps(min(images, pick.SAMPLED), maps)
+
+
+def _mapped_stages(recipe: Recipe, stages: Sequence[StageName]) -> list[StageName]:
+    """Return the stages after which the features are mapped: the first if they never change."""
+    return list(stages[:1] if _is_fixed(recipe) else stages)
+
+
+def _is_fixed(recipe: Recipe) -> bool:
+    """Whether Train and Boost leave the features as they are."""
+    return recipe.encoder.frozen and recipe.train.adapter == "none"
 
 
 def shown_rows(content: dict[str, Any]) -> list[int]:

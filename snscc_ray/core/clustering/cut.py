@@ -26,6 +26,11 @@ from snscc_ray.core.clustering.kmeans import kmeans
 # k-means clusters per cluster, in turn: which number is best depends on the images.
 _PIECES = (4, 8, 16)
 _DRAWS = 18  # the best of these are used; each has other pieces
+# With many clusters the cost of a cut grows with their cube: there are fewer pieces for each, down
+# to four, and no more draws than are used.
+_MOST_PIECES, _MANY = 1024, 100
+# Centres of all starts together, as in `kmeans`.
+_CENTRES, _STARTS = 512, 20
 _NEIGHBORS = 10  # mined neighbours of a row that the graph has
 
 
@@ -46,9 +51,10 @@ def cut_starts(
     rows_ND = features_ND.detach().cpu().float()
     neighbors_NK = neighbors_NK.cpu()
     found: list[tuple[float, Tensor]] = []
-    draws = max(_DRAWS, count)
+    draws = count if clusters > _MANY else max(_DRAWS, count)
     for draw in range(draws):
         pieces = _PIECES[draw % len(_PIECES)] * clusters
+        pieces = min(pieces, max(_PIECES[0] * clusters, _MOST_PIECES))
         cluster_N = cut(rows_ND, neighbors_NK, clusters, pieces, seed + draw)
         sums_CD = torch.zeros(clusters, rows_ND.shape[1]).index_add_(0, cluster_N, rows_ND)
         centres_CD = F.normalize(sums_CD, dim=1)
@@ -75,7 +81,8 @@ def cut(rows_ND: Tensor, neighbors_NK: Tensor, clusters: int, pieces: int, seed:
     scaled_PP = weights_PP / (degree_P[:, None] * degree_P).sqrt()
     _, vectors_PP = torch.linalg.eigh(scaled_PP)
     place_PC = F.normalize(vectors_PP[:, -clusters:], dim=1).numpy()
-    model = KMeans(clusters, n_init=20, random_state=seed % 2**32)
+    starts = max(1, min(_STARTS, _CENTRES // clusters))
+    model = KMeans(clusters, n_init=starts, random_state=seed % 2**32)
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         group_P = model.fit_predict(place_PC, sample_weight=degree_P.numpy())
