@@ -8,19 +8,23 @@ Imagenette, Lite2 on the smaller photographs of CIFAR, of which the first 15,000
 features are computed once per dataset, by `snscc fit`, and every sweep starts from them. A dataset
 that is not there is left out, and the table says so. The same command continues a stopped one.
 
-Writes claims.json and claims.md: for each claim and dataset, whether it holds and by how much.
+Writes claims.json; science.md, with a table of the claims (whether each holds on each dataset, and
+by how much) and one for each experiment; and a figure for each experiment.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pyarrow.parquet as pq
 import torch
 
@@ -28,8 +32,13 @@ from benchmarks.report import describe_machine, revision
 from snscc_ray.config import recipes
 from snscc_ray.config.settings import Recipe
 from snscc_ray.runs.folder import read_recipe
+from snscc_ray.sweep.results import STAGE_NAMES, by_seed, labels_of
 from snscc_ray.sweep.verdicts import judge
 from tune_spaces import load
+from tune_spaces.space import Space
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
 
 SPACES = ("epsilon", "gamma", "sigma", "neighbors", "ablation-train", "ablation-boost",
           "train-longer")  # fmt: skip
@@ -76,13 +85,20 @@ def verdicts(dataset: Dataset, out: Path, spaces: list[str]) -> list[dict[str, A
     """Judge the claims of each finished sweep, by ACC."""
     found = []
     for space in spaces:
-        rows = pq.read_table(out / f"{dataset.name}-{space}" / "results.parquet").to_pylist()
+        rows = rows_of(dataset, out, space)
         for claim in load(space)(recipe_of(dataset, out)).claims:
             verdict = asdict(judge(claim, rows, "oracle/acc"))
             found.append(
                 {"dataset": dataset.name, "space": space, "claim": claim.text, **verdict}
                 | {"best": claim.best, "where": claim.where}
             )
+    return found
+
+
+def rows_of(dataset: Dataset, out: Path, space: str) -> list[dict[str, Any]]:
+    """Return the trials of a finished sweep."""
+    path = out / f"{dataset.name}-{space}" / "results.parquet"
+    found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return found
 
 
@@ -113,6 +129,64 @@ def cell(one: dict[str, Any]) -> str:
     return f"{one['outcome']}: {one['difference']:+.3f}{interval} against {one['rival']}"
 
 
+def experiment(name: str, datasets: Sequence[Dataset], out: Path) -> str:
+    """Draw an experiment on all datasets; return its table of ACC, mean ± deviation over seeds."""
+    spaces = [load(name)(recipe_of(one, out)) for one in datasets]
+    trials = [rows_of(one, out, name) for one in datasets]
+    # The labels of some points differ, as they hold the recipe's epochs.
+    labels = [labels_of(rows) for rows in trials]
+    points = [" / ".join(dict.fromkeys(same)) for same in zip(*labels, strict=True)]
+    stages = spaces[0].stages
+    heads = [f"{one.name}, {STAGE_NAMES[stage]}" for one in datasets for stage in stages]
+    columns = [
+        [list(by_seed(rows, label, stage, "oracle/acc").values()) for label in own]
+        for rows, own in zip(trials, labels, strict=True)
+        for stage in stages
+    ]
+    lines = [f"| {spaces[0].axis} | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for place, point in enumerate(points):
+        cells = [spread(column, place) for column in columns]
+        lines.append(f"| {point} | {' | '.join(cells)} |")
+    draw(spaces[0], points, heads, columns, out / f"{name}.png")
+    return f"## {spaces[0].title} ({spaces[0].where})\n\n" + "\n".join(lines)
+
+
+def deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def spread(column: list[list[float]], place: int) -> str:
+    """Return mean ± deviation of a point; the highest mean of the column is bold."""
+    means = [statistics.mean(values) for values in column]
+    text = f"{means[place]:.3f} ± {deviation(column[place]):.3f}"
+    return f"**{text}**" if means[place] == max(means) else text
+
+
+def draw(
+    space: Space,
+    points: Sequence[str],
+    heads: Sequence[str],
+    columns: Sequence[list[list[float]]],
+    path: Path,
+) -> None:
+    """Draw one panel per column: a dot for each seed, and a line through the means."""
+    figure, panels = pyplot.subplots(
+        1, len(heads), figsize=(2.6 * len(heads), 2.8), squeeze=False, layout="constrained"
+    )
+    short = [point if len(point) < 12 else str(place + 1) for place, point in enumerate(points)]
+    for panel, head, column in zip(panels[0], heads, columns, strict=True):
+        for place, values in enumerate(column):
+            panel.plot([place] * len(values), values, "o", color="C0", alpha=0.6, markersize=4)
+        panel.plot([statistics.mean(values) for values in column], "-", color="C0")
+        panel.set_title(head, fontsize=9)
+        panel.set_xticks(range(len(points)), short, fontsize=7)
+        panel.tick_params(axis="y", labelsize=7)
+        panel.set_xlabel(space.axis, fontsize=8)
+    panels[0][0].set_ylabel("ACC", fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -136,9 +210,14 @@ def main() -> None:
         "verdicts": found,
     }
     (arguments.out / "claims.json").write_text(json.dumps(record, indent=2) + "\n")
-    table = markdown(found, [one.name for one in asked if one not in there])
-    (arguments.out / "claims.md").write_text(table)
-    print(table)
+    text = "\n\n".join(
+        [
+            markdown(found, [one.name for one in asked if one not in there]),
+            *(experiment(space, there, arguments.out) for space in spaces),
+        ]
+    )
+    (arguments.out / "science.md").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

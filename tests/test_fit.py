@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,8 +53,10 @@ def test_a_folder_becomes_clusters_and_a_report(scans: Path, snscc: Snscc, tmp_p
     out = tmp_path / "run"
     done = snscc("fit", scans, "--clusters", 4, "--out", out, *QUICK)
     assert done.status == 0, done.err
-    for said in ("image size: 8 px", "encoder: convnet", "left out torn.png", "minutes", "report"):
+    for said in ("image size: 8 px", "encoder: convnet", "left out torn.png", "report"):
         assert said in done.out, said
+    assert re.search(r"plus \d+\.\d minutes for the report", done.out)
+    assert re.search(r"It took \d+\.\d minutes \(predicted: \d+\.\d\)\.\s+Report:", done.out)
     found = pq.read_table(out / "assignments.parquet")
     assert found.num_rows == ROWS and set(found["cluster"].to_pylist()) <= set(range(4))
     assert "label" not in found.column_names

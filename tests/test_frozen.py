@@ -520,6 +520,8 @@ def test_a_report(one: Path, snscc: Snscc, tmp_path: Path) -> None:
     said = page.read_text()
     assert "The encoder is pip:efficientnet_lite0, with pretrained weights" in said
     assert "Pretrain was skipped" in said and "by SimCLR" not in said
+    # The features never change, so there is one map.
+    assert said.count("<canvas") == 1 and "Features of the encoder" in said
 
 
 # ------------------------------------------------------------------------------- several encoders
