@@ -32,7 +32,7 @@ from benchmarks.report import describe_machine, revision
 from snscc_ray.config import recipes
 from snscc_ray.config.settings import Recipe
 from snscc_ray.runs.folder import read_recipe
-from snscc_ray.sweep.results import STAGE_NAMES, by_seed, labels_of
+from snscc_ray.sweep.results import ORACLE, STAGE_NAMES, by_seed, labels_of
 from snscc_ray.sweep.verdicts import judge
 from tune_spaces import load
 from tune_spaces.space import Space
@@ -85,7 +85,8 @@ def verdicts(dataset: Dataset, out: Path, spaces: list[str]) -> list[dict[str, A
     """Judge the claims of each finished sweep, by ACC."""
     found = []
     for space in spaces:
-        rows = rows_of(dataset, out, space)
+        if not (rows := rows_of(dataset, out, space)):
+            continue
         for claim in load(space)(recipe_of(dataset, out)).claims:
             verdict = asdict(judge(claim, rows, "oracle/acc"))
             found.append(
@@ -96,9 +97,9 @@ def verdicts(dataset: Dataset, out: Path, spaces: list[str]) -> list[dict[str, A
 
 
 def rows_of(dataset: Dataset, out: Path, space: str) -> list[dict[str, Any]]:
-    """Return the trials of a finished sweep."""
+    """Return the trials of a finished sweep; none if it has not run."""
     path = out / f"{dataset.name}-{space}" / "results.parquet"
-    found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    found: list[dict[str, Any]] = pq.read_table(path).to_pylist() if path.exists() else []
     return found
 
 
@@ -187,6 +188,32 @@ def draw(
     pyplot.close(figure)
 
 
+def write(datasets: list[Dataset], left_out: list[str], out: Path, spaces: list[str]) -> str:
+    """Judge the finished sweeps, and write the files. Returns the text of science.md."""
+    found = [one for dataset in datasets for one in verdicts(dataset, out, spaces)]
+    record = {
+        "machine": describe_machine(torch.get_num_threads()),
+        "revision": revision(),
+        "verdicts": found,
+        "trials": [
+            {"dataset": dataset.name, "space": space, "point": row["point"], "seed": row["seed"]}
+            | {name: row[name] for name in row if name.endswith(ORACLE) and row[name] is not None}
+            for dataset in datasets
+            for space in spaces
+            for row in rows_of(dataset, out, space)
+        ],
+    }
+    (out / "claims.json").write_text(json.dumps(record, indent=1) + "\n")
+    parts = [markdown(found, left_out)]
+    for space in spaces:
+        swept = [dataset for dataset in datasets if rows_of(dataset, out, space)]
+        if swept:
+            parts.append(experiment(space, swept, out))
+    text = "\n\n".join(parts) + "\n"
+    (out / "science.md").write_text(text)
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -202,22 +229,7 @@ def main() -> None:
     there = [one for one in asked if one.folder is None or (arguments.data / one.folder).is_dir()]
     for dataset in there:
         run(dataset, arguments.data, arguments.out, arguments.seeds, spaces)
-    found = [one for dataset in there for one in verdicts(dataset, arguments.out, spaces)]
-    record = {
-        "machine": describe_machine(torch.get_num_threads()),
-        "revision": revision(),
-        "seeds": arguments.seeds,
-        "verdicts": found,
-    }
-    (arguments.out / "claims.json").write_text(json.dumps(record, indent=2) + "\n")
-    text = "\n\n".join(
-        [
-            markdown(found, [one.name for one in asked if one not in there]),
-            *(experiment(space, there, arguments.out) for space in spaces),
-        ]
-    )
-    (arguments.out / "science.md").write_text(text + "\n")
-    print(text)
+    print(write(there, [one.name for one in asked if one not in there], arguments.out, spaces))
 
 
 if __name__ == "__main__":
