@@ -210,9 +210,21 @@ class _Run:
         return figures
 
     def _pretrain(self) -> dict[str, Any]:
+        folder = self.stage_folder("pretrain")
+        network: nn.Module
+        if self.recipe.encoder.frozen:
+            network, mined, figures = compute_features(
+                self.context, self.catalog.fingerprint, folder, self.beside, self.monitor
+            )
+        else:
+            network, mined, figures = self._trained_encoder()
+        if self.worker.rank == 0:
+            mined.save(folder / "neighbors.parquet")
+            self._save_final("pretrain", network, {})
+        return figures
+
+    def _trained_encoder(self) -> tuple[nn.Module, MinedNeighbors, dict[str, Any]]:
         settings = self.recipe.encoder
-        if settings.frozen:
-            return self._compute_features()
         with _seeded(self.context.key("pretrain", "init")):
             encoder = build_encoder(settings, self.recipe.data.channels)
             if settings.weights is not None and not self._can_continue("pretrain"):
@@ -220,21 +232,8 @@ class _Run:
             stage = Pretrain(self.context, encoder)
         fit(stage, self.context, self.worker, self.monitor, self.identity("pretrain"))
         figures: dict[str, Any] = stage.finish()
-        if self.worker.rank == 0:
-            assert stage.mined is not None
-            stage.mined.save(self.stage_folder("pretrain") / "neighbors.parquet")
-            self._save_final("pretrain", stage.network, {})
-        return figures
-
-    def _compute_features(self) -> dict[str, Any]:
-        folder = self.stage_folder("pretrain")
-        network, mined, figures = compute_features(
-            self.context, self.catalog.fingerprint, folder, self.beside, self.monitor
-        )
-        if self.worker.rank == 0:
-            mined.save(folder / "neighbors.parquet")
-            self._save_final("pretrain", network, {})
-        return figures
+        assert stage.mined is not None
+        return stage.network, stage.mined, figures
 
     @cached_property
     def _training(self) -> Context:

@@ -24,10 +24,12 @@ def within_whitening(rows_NVD: Tensor, neighbors_NK: Tensor) -> Tensor:
     the mean scatter of the pairs and v = tr(S) / D.
     """
     clean_ND = rows_NVD[:, 0]
-    scatter_DD = _scatter(clean_ND[:, None] - clean_ND[neighbors_NK.long()])
+    width = clean_ND.shape[1]
+    scatter_DD = torch.zeros(width, width, dtype=torch.float64)
+    for near_N in neighbors_NK.long().T:  # one at a time: all differences would be K times the rows
+        scatter_DD += _scatter(clean_ND - clean_ND[near_N]) / neighbors_NK.shape[1]
     if rows_NVD.shape[1] > 1:
         scatter_DD += _VIEWS_WEIGHT * _scatter(rows_NVD[:, 1:] - clean_ND[:, None])
-    width = len(scatter_DD)
     mean_variance = scatter_DD.trace() / width
     if not mean_variance > 0:
         return torch.eye(width)
