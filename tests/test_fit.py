@@ -55,7 +55,7 @@ def test_a_folder_becomes_clusters_and_a_report(scans: Path, snscc: Snscc, tmp_p
     assert done.status == 0, done.err
     for said in ("image size: 8 px", "encoder: convnet", "left out torn.png", "report"):
         assert said in done.out, said
-    assert re.search(r"plus \d+\.\d minutes for the report", done.out)
+    assert re.search(r"with the report about \d+\.\d minutes in all", done.out)
     assert re.search(r"It took \d+\.\d minutes \(predicted: \d+\.\d\)\.\s+Report:", done.out)
     found = pq.read_table(out / "assignments.parquet")
     assert found.num_rows == ROWS and set(found["cluster"].to_pylist()) <= set(range(4))
@@ -64,7 +64,7 @@ def test_a_folder_becomes_clusters_and_a_report(scans: Path, snscc: Snscc, tmp_p
     page = (out / "report.html").read_text()
     assert "torn.png" in page and "width 24" in page
     again = snscc("fit", scans, "--clusters", 4, "--out", out, *QUICK)
-    assert again.status == 0 and "continuing the run" in again.out
+    assert again.status == 0 and "is finished" in again.out
     assert pq.read_table(out / "assignments.parquet").equals(found)
 
 
@@ -107,7 +107,7 @@ def test_a_stopped_fit_goes_on(scans: Path, snscc: Snscc, tmp_path: Path, stop: 
     if stop == signal.SIGTERM:
         assert process.returncode == 130 and "run the same command again" in said
     refused(snscc("run", "--resume", "--out", out), "begun by `snscc fit`")
-    refused(snscc(*words, "--clusters", 3), "other options (clusters is", "3 here")
+    refused(snscc(*words, "--clusters", 3), "other options (--clusters was", "3 here")
     assert snscc(*words).status == 0
     assert snscc("fit", scans, "--out", whole, *settings).status == 0
     one, two = (pq.read_table(place / "assignments.parquet") for place in (out, whole))

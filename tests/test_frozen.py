@@ -521,7 +521,7 @@ def test_a_report(one: Path, snscc: Snscc, tmp_path: Path) -> None:
     assert "The encoder is pip:efficientnet_lite0, with pretrained weights" in said
     assert "Pretrain was skipped" in said and "by SimCLR" not in said
     # The features never change, so there is one map.
-    assert said.count("<canvas") == 1 and "Features of the encoder" in said
+    assert said.count("<canvas") == 1 and "<strong>Features</strong>" in said
 
 
 # ------------------------------------------------------------------------------- several encoders
@@ -597,7 +597,7 @@ def test_fit_with_several_encoders(
     page = (out / "report.html").read_text()
     assert "efficientnet_lite0 and torchvision:resnet18, with pretrained weights" in page
     again = snscc(*words)
-    assert again.status == 0 and "continuing the run" in again.out
+    assert again.status == 0 and "is finished" in again.out
 
 
 # --------------------------------------------------------------------------------- the parts

@@ -62,6 +62,7 @@ def export(
             held.enter_context(claimed_file(target, say))
             if target.exists() and not overwrite:
                 raise UserError(f"{target} exists; use --overwrite, or another --{kind}")
+        say(f"writing {' and '.join(map(str, wanted.values()))}; this can take half a minute")
         differences = export_run(as_path(run), wanted)
     for kind, found in differences.items():
         say(f"{wanted[kind]}: differs from the model by {found:.1e} at most")

@@ -91,10 +91,12 @@ def fit(
     began, count = time.monotonic(), _count(clusters)
     seconds = None if budget is None else seconds_of(budget)
     place = place_of(data)
+    say(f"snscc fit {place}")  # the imports take seconds
     # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.answers.report import report
     from snscc_ray.config.paths import as_path
     from snscc_ray.core.claim import claimed
+    from snscc_ray.data.loading.bank import FeatureBank
     from snscc_ray.fit.choose import Preferences
     from snscc_ray.fit.fit import FitRequest, fit_images, name_of
     from snscc_ray.models.pretrained import encoder_settings, together
@@ -134,7 +136,9 @@ def fit(
         told = f" (predicted: {(fitted.told_seconds + fitted.report_seconds) / 60:.1f})"
     say(f"It took {(time.monotonic() - began) / 60:.1f} minutes{told}.")
     say(f"Report: {page}")
-    say(f"New images: snscc predict {shlex.quote(str(folder))} FOLDER")
+    given = isinstance(fitted.images[1], FeatureBank)
+    new, where = ("embeddings", "FILE") if given else ("images", "FOLDER")
+    say(f"New {new}: snscc predict {shlex.quote(str(folder))} {where}")
 
 
 def _count(text: str) -> int | None:

@@ -315,9 +315,12 @@ def _size(
 
 
 def _encoder(seen: ImageStats, *, gpu: bool, wishes: Preferences) -> tuple[EncoderSettings, str]:
-    """Return the encoder and the reason, which is empty if the user named it."""
+    """Return the encoder and the reason, which is empty if the user named a trained one."""
     if wishes.encoder is not None:
-        return wishes.encoder, ""
+        untrained = wishes.encoder.weights is None
+        return wishes.encoder, (
+            "it starts untrained; torchvision:NAME and timm:NAME are trained ones" * untrained
+        )
     why = "small: no GPU here"
     if not wishes.from_scratch and not seen.grey and seen.side >= _FROZEN_SIDE:
         if default_is_installed():

@@ -198,4 +198,4 @@ def _why(best: int, second: int, tried: list[int], merit: np.ndarray, gaps: list
         else "hardly better than"
     )
     agrees = "the eigengap agrees" if by_gap == best else f"the eigengap says {by_gap}"
-    return f"{best} clusters are the most stable and best separated, {sure} {second}; {agrees}"
+    return f"{best} clusters have the highest stability × separation, {sure} {second}; {agrees}"

@@ -52,9 +52,7 @@ def choose_for_embeddings(
     encoder = EncoderSettings(name=NO_ENCODER, frozen=True, views=_VIEWS)
     none = Pick("encoder", "none", "the rows are embeddings already")
     kept = [
-        replace(pick, why="only an adapter and the cluster heads are trained")
-        if pick.what == "epochs"
-        else pick
+        replace(pick, why="only the cluster heads are trained") if pick.what == "epochs" else pick
         for pick in picks
         if pick.what not in _OF_IMAGES
     ]

@@ -39,7 +39,6 @@ from snscc_ray.fit.embeddings import choose_for_embeddings
 from snscc_ray.models.frozen import components_of, feature_width
 from snscc_ray.runs.folder import (
     FIT_FILE,
-    first_difference,
     holds_something,
     prepare_folder,
     remove_run,
@@ -112,7 +111,12 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
         "folders_are_labels": request.folders_are_labels,
     }
     if begun is not None:
-        display.line(f"continuing the run in {folder}")
+        finished = (folder / "metrics.json").exists()
+        display.line(
+            f"the run in {folder} is finished; its report is written again"
+            if finished
+            else f"continuing the run in {folder}"
+        )
         settings = begun.data
     else:
         if holds_something(folder) and not request.overwrite:
@@ -160,18 +164,17 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
             recipe, told = paced(
                 chosen, catalog, data, device, request.budget, display, folder.parent
             )
-            if told is not None and request.wishes.clusters is None:
-                if isinstance(data, FeatureBank):
-                    width = components_of(recipe, data.width, len(catalog))
-                else:
-                    width = feature_width(recipe, len(catalog))
-                counting = expected_seconds(len(catalog), width)
-                told += counting
-                if counting > 5:
-                    display.line(f"plus {counting / 60:.1f} minutes to count the clusters")
             if told is not None:
+                if request.wishes.clusters is None:
+                    if isinstance(data, FeatureBank):
+                        width = components_of(recipe, data.width, len(catalog))
+                    else:
+                        width = feature_width(recipe, len(catalog))
+                    told += expected_seconds(len(catalog), width)
                 reporting = content.expected_seconds(recipe, len(catalog))
-                display.line(f"plus {reporting / 60:.1f} minutes for the report")
+                counting = "counting the clusters and " if request.wishes.clusters is None else ""
+                whole = (told + reporting) / 60
+                display.line(f"with {counting}the report about {whole:.1f} minutes in all")
             picks = as_paced(picks, chosen, recipe)
             if request.overwrite:
                 remove_run(request.folder)
@@ -235,9 +238,45 @@ def _begun(request: FitRequest, asked: dict[str, Any]) -> Recipe | None:
         return None
     held = storage.read_json(path)
     earlier = {"from_scratch": False} | held["asked"]  # older versions do not note it
-    if difference := first_difference(earlier, asked):
+    if difference := _difference(earlier, asked):
         raise UserError(
             f"{request.folder} holds a fit with other options ({difference}); use --overwrite to "
             "replace it, or another --out"
         )
     return validate(held["recipe"])
+
+
+# The names of FitRequest.asked on the command line.
+_OPTIONS = {
+    "source": "DATA",
+    "clusters": "--clusters",
+    "image_size": "--image-size",
+    "max_imbalance": "--max-cluster-imbalance",
+    "encoder": "--encoder",
+    "from_scratch": "--from-scratch",
+    "folders_are_labels": "--labels",
+    "overrides": "--set, --seed or --column",
+    "budget": "--budget",
+}
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """Say which option differs between two requests, by its name on the command line."""
+
+    def said(name: str, value: Any) -> str:
+        if value in (None, False, []):
+            return "auto" if name == "clusters" else "not given"
+        if name == "encoder":
+            return " + ".join(part["name"] for part in (value, *value.get("further", ())))
+        if isinstance(value, list):
+            return " ".join(value)
+        return "given" if value is True else str(value)
+
+    for name, option in _OPTIONS.items():
+        was, now = there.get(name), here.get(name)
+        if was != now:
+            before, after = said(name, was), said(name, now)
+            if before == after:  # such as another file of weights
+                before, after = str(was), str(now)
+            return f"{option} was {before} there and is {after} here"
+    return None

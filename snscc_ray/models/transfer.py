@@ -60,7 +60,8 @@ class Imported:
         for what, names in (
             ("head left out", self.head),
             ("unused", self.unused),
-            ("not in it", self.absent),
+            # Counters of batch norms are of no use to a network that is trained already.
+            ("not in it", [n for n in self.absent if not n.endswith("num_batches_tracked")]),
         ):
             if names:
                 said.append(f"{what}: {_listed(names)}")

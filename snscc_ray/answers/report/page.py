@@ -14,6 +14,7 @@ from markupsafe import Markup
 from snscc_ray.answers.report.charts import HEIGHT, WIDTH, draw
 from snscc_ray.answers.report.sprites import Sprites
 from snscc_ray.answers.report.words import CRITERIA, FIGURES, STAGE_MEANING, STAGE_NAMES
+from snscc_ray.config.settings import NO_ENCODER
 from snscc_ray.texts import shown
 
 _GOLDEN_ANGLE = 137.508
@@ -38,7 +39,7 @@ def render(content: dict[str, Any], sprites: Sprites | None) -> str:
     }
     script = _text("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    clusters = content["summary"]["clusters"]
+    clusters, encoder = content["summary"]["clusters"], content["summary"]["recipe"]["encoder"]
     return environment.from_string(_text("page.html.j2")).render(
         **content,
         places=sprites.places if sprites else {},
@@ -62,7 +63,8 @@ def render(content: dict[str, Any], sprites: Sprites | None) -> str:
         chart_size=(WIDTH, HEIGHT),
         figure_names=FIGURES,
         criteria_names=CRITERIA,
-        stage_names=STAGE_NAMES,
+        stage_names=STAGE_NAMES | ({"pretrain": "Features"} if encoder["frozen"] else {}),
+        noun="embeddings" if encoder["name"] == NO_ENCODER else "images",
         stage_meaning=STAGE_MEANING,
     )
 

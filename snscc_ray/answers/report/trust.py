@@ -42,8 +42,8 @@ class Trust:
 
 
 _SUMMARIES = {
-    "likely good": "All metrics agree, and none gives a warning. "
-    "Look at the doubtful images below, then use the clusters.",
+    "likely good": "No metric gives a warning. None of them knows which kinds you have in mind, "
+    "and confidence is not accuracy: look at the random and the doubtful images of each cluster.",
     "mixed": "Some metrics are good, and some give a warning. "
     "Look at the images of each cluster before you rely on it.",
     "doubtful": "At least one metric says that these clusters are not useful. "
