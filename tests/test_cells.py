@@ -67,6 +67,30 @@ def test_any_number_of_threads_gives_the_same() -> None:
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
+def test_recall_is_right_where_the_rows_have_a_period() -> None:
+    generator = torch.Generator().manual_seed(0)
+    flat_ND = (
+        0.1 * torch.randn(11_000, 2, generator=generator) @ torch.randn(2, 16, generator=generator)
+    )
+    full_ND = 0.5 * torch.randn(11_000, 16, generator=generator)
+    every_tenth_N = torch.arange(11_000) % 10 == 0
+    rows_ND = torch.where(every_tenth_N[:, None], flat_ND, full_ND)
+    cells = make_cells(rows_ND, 5)
+    _, idx_NK = search_cells(rows_ND, cells, 5)
+    assert recall(idx_NK, knn(rows_ND, 5)[1]) == pytest.approx(cells.recall, abs=0.015)
+
+
+def test_rows_closer_than_the_rounding_of_a_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows_ND = groups(40, 64)[torch.arange(4000) % 40]
+    rows_ND = rows_ND + 1e-4 * torch.randn(4000, 64, generator=generator)
+    _, idx_NK = search_cells(rows_ND, make_cells(rows_ND, 6), 6)
+    exact_NN = torch.cdist(rows_ND.double(), rows_ND.double()).fill_diagonal_(torch.inf)
+    expected_NK = exact_NN.sort(dim=1).values[:, :6]
+    found_NK = exact_NN.gather(1, idx_NK)
+    assert ((found_NK / expected_NK - 1).abs() < 1e-3).double().mean() > 0.95
+
+
 def test_equal_rows_and_rows_far_from_all_others() -> None:
     rows_ND = groups(2000)
     rows_ND[:900] = rows_ND[0]  # one cell with far more rows than others, others empty

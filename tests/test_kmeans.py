@@ -85,6 +85,34 @@ def test_many_rows_and_many_clusters_are_as_good_as_scikit_learns(
     assert torch.equal(torch.cdist(rows_ND.double(), found_CD.double()).argmin(1), assignment_N)
 
 
+def test_one_row_far_away_does_not_blur_the_others() -> None:
+    rows_ND = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    for outlier in (1e4, 1e6, 1e10):
+        rows_ND[3] = outlier
+        centres_CD, assignment_N = kmeans(rows_ND, 5, 0)
+        nearest_N = torch.cdist(rows_ND.double(), centres_CD.double()).argmin(1)
+        assert (nearest_N == assignment_N).double().mean() > 0.998, outlier
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e25])
+def test_any_scale_gives_the_same_clusters(scale: float) -> None:
+    rows_ND = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    expected = kmeans(rows_ND.double(), 7, 0)[1]
+    found = kmeans(rows_ND.double() * scale, 7, 0)[1]
+    assert oracle(expected, found)["oracle/acc"] > 0.99
+
+
+def test_what_cannot_be_clustered_is_refused() -> None:
+    rows_ND = torch.ones(9, 2)
+    for rows, clusters in ((rows_ND[:0], 3), (rows_ND, 0)):
+        with pytest.raises(ValueError, match="cannot be put into"):
+            kmeans(rows, clusters, 0)
+    for value in (float("nan"), float("inf")):
+        rows_ND[4, 1] = value
+        with pytest.raises(ValueError, match="NaN or an infinity"):
+            kmeans(rows_ND, 3, 0)
+
+
 def test_progress_ends_at_the_total() -> None:
     told: list[tuple[int, int]] = []
     rows_ND = torch.randn(40_000, 2, generator=torch.Generator().manual_seed(0))

@@ -118,6 +118,21 @@ def test_knn_wants_enough_rows(backend: str) -> None:
         mine(rows(2, 3), 3)
 
 
+@pytest.mark.parametrize("spread", [1e-3, 3e-4, 1e-5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_closer_than_the_rounding_of_a_product(spread: float, backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres_CD = torch.nn.functional.normalize(torch.randn(8, 64, generator=generator), dim=1)
+    rows_ND = centres_CD[torch.arange(800) % 8] + spread * torch.randn(800, 64, generator=generator)
+    rows_ND = torch.nn.functional.normalize(rows_ND, dim=1)
+    d_NK, idx_NK = knn(rows_ND, 10, backend=backend)
+    exact_NN = torch.cdist(rows_ND.double(), rows_ND.double())
+    exact_NN.fill_diagonal_(torch.inf)
+    expected_NK = exact_NN.sort(dim=1).values[:, :10]
+    torch.testing.assert_close(exact_NN.gather(1, idx_NK), expected_NK, rtol=1e-4, atol=0)
+    torch.testing.assert_close(d_NK.double(), expected_NK, rtol=1e-4, atol=0)
+
+
 def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     z = rows(60, 5)
     monkeypatch.setitem(sys.modules, "faiss", None)

@@ -144,8 +144,8 @@ class RunMonitor:
         self.journal.epoch(stage, epoch, figures)
         self.screen.epoch(stage, epoch, figures)
 
-    def count(self, task: str, done: int, total: int) -> None:
-        self.screen.count(task, done, total)
+    def count(self, task: str, done: int, total: int, unit: str = "rows") -> None:
+        self.screen.count(task, done, total, unit)
 
     def warn(self, stage: str, epoch: int, message: str) -> None:
         self.journal.append({"stage": stage, "epoch": epoch, "warning": message})
@@ -170,7 +170,7 @@ class NullMonitor:
 
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
 
-    def count(self, task: str, done: int, total: int) -> None: ...
+    def count(self, task: str, done: int, total: int, unit: str = "rows") -> None: ...
 
     def warn(self, stage: str, epoch: int, message: str) -> None: ...
 

@@ -39,8 +39,8 @@ class Context:
     labels_N: Tensor | None
     normalize: Normalize
     device: torch.device
-    # Shows the progress of a task outside the epochs: its name, what is done, and the total.
-    count: Callable[[str, int, int], None] = lambda task, done, total: None
+    # Shows the progress of work outside the epochs; see `Monitor.count`.
+    count: Callable[..., None] = lambda task, done, total, unit="rows": None
 
     def key(self, *parts: int | str) -> int:
         return rng.fold(self.recipe.seed, *parts)

@@ -39,7 +39,7 @@ class Monitor(Protocol):
 
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None: ...
 
-    def count(self, task: str, done: int, total: int) -> None:
+    def count(self, task: str, done: int, total: int, unit: str = "rows") -> None:
         """Show the progress of work outside the epochs, such as a search for neighbours."""
         ...
 

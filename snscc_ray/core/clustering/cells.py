@@ -17,7 +17,14 @@ from torch import Tensor
 
 from snscc_ray.core import rng
 from snscc_ray.core.clustering.kmeans import partition
-from snscc_ray.core.clustering.neighbors import SPARE, knn, nearest_of, scores, smallest
+from snscc_ray.core.clustering.neighbors import (
+    SPARE,
+    candidates,
+    knn,
+    nearest_of,
+    precise,
+    unsure,
+)
 from snscc_ray.core.threads import mapping
 
 _CELL_ROWS = 256
@@ -51,7 +58,8 @@ def make_cells(features_ND: Tensor, k: int) -> Cells:
     N = len(features_ND)
     count = max(1, N // _CELL_ROWS)
     centres_CD, cell_N = partition(features_ND, count, rng.fold("cells"))
-    sample_S = torch.arange(0, N, -(-N // _SAMPLE))
+    # At random: every n-th row could be of one kind.
+    sample_S = torch.randperm(N, generator=rng.generator("cells", "sample"))[:_SAMPLE]
     _, found_SK = knn(features_ND, k + 1, queries=features_ND[sample_S])
     own_SK = found_SK == sample_S[:, None]
     own_SK[~own_SK.any(1), -1] = True  # more duplicates than k: leave out the last in its place
@@ -88,8 +96,9 @@ def search_cells(
     centre_D = features_ND.mean(0)
     sorted_ND = features_ND[row_N] - centre_D
     square_N = sorted_ND.square().sum(1)
+    largest = square_N.amax()
 
-    def candidates(cell: int) -> Tensor:
+    def places(cell: int) -> Tensor:
         """Return places in `row_N`: of the cells to search, and of more if these have too few."""
         order, needed = cells.order_CM[cell].tolist(), k + SPARE + 1
         parts: list[Tensor] = []
@@ -102,14 +111,21 @@ def search_cells(
         return torch.cat(parts) if found >= needed else torch.arange(len(row_N))
 
     def nearest(own_B: Tensor) -> tuple[Tensor, Tensor]:
-        place_M = candidates(int(cells.cell_N[own_B[0]]))
-        ref_MD, square_M, R = sorted_ND[place_M], square_N[place_M], k + SPARE + 1
+        place_M = places(int(cells.cell_N[own_B[0]]))
+        ref_MD, square_M = sorted_ND[place_M], square_N[place_M]
+        R = min(k + SPARE + 1, len(place_M))
         parts = []
         for part_B in own_B.split(max(1, _SCORES // len(place_M))):
             z_BD = features_ND[part_B]
-            score_BM = scores(z_BD - centre_D, ref_MD, square_M)
-            idx_BR = row_N[place_M[smallest(score_BM, min(R, len(place_M)))]]
-            parts.append(nearest_of(z_BD, features_ND, idx_BR, idx_BR == part_B[:, None], k))
+            place_BR, beyond_B = candidates(z_BD - centre_D, ref_MD, square_M, R)
+            idx_BR = row_N[place_M[place_BR]]
+            d_BK, idx_BK = nearest_of(z_BD, features_ND, idx_BR, idx_BR == part_B[:, None], k)
+            again = unsure(d_BK, beyond_B, z_BD - centre_D, largest)
+            if len(again):
+                idx_BR = row_N[place_M[precise(z_BD[again] - centre_D, ref_MD, R)]]
+                own_BR = idx_BR == part_B[again, None]
+                d_BK[again], idx_BK[again] = nearest_of(z_BD[again], features_ND, idx_BR, own_BR, k)
+            parts.append((d_BK, idx_BK))
         return torch.cat([d for d, _ in parts]), torch.cat([idx for _, idx in parts])
 
     d_NK = features_ND.new_empty(end - begin, k)

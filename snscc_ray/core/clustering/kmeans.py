@@ -24,6 +24,7 @@ _SAMPLE_ROWS, _SAMPLE_EACH = 2**15, 64
 # Iterations on the sample, and then over all rows.
 _SAMPLE_ITERATIONS, _FEW_ITERATIONS = 100, 20
 _QUICK_ITERATIONS = 10
+_MEDIAN_ROWS = 4096  # rows whose median stands for the middle of all
 # Centres of all starts together: with many clusters, one start is as good as another.
 _CENTRES = 512
 # Rounds in which the seeds are drawn; up to so many clusters, one seed each.
@@ -46,12 +47,13 @@ def kmeans(
     starts, down to one. More than 32,768 rows (and 64 per cluster) are clustered on a random
     sample of that many; the best start then makes at most 20 iterations on all rows.
     progress: called with the number of iterations done, and the most that there may be.
+    Raises ValueError for no rows or clusters, and for a NaN or an infinity.
     """
-    rows_ND = rows_ND.detach().float()
+    if clusters < 1 or not len(rows_ND):
+        raise ValueError(f"{len(rows_ND)} rows cannot be put into {clusters} clusters")
     starts = max(1, min(starts, _CENTRES // clusters))
     with mapping(rows_ND.device) as mapped:
-        mean_D = rows_ND.mean(0)
-        rows_ND = rows_ND - mean_D  # distances are differences of squares: small ones lose less
+        rows_ND, middle_D, scale = _prepared(rows_ND)
         most = max(_SAMPLE_ROWS, _SAMPLE_EACH * clusters)
         sample_RD = rows_ND
         if len(rows_ND) > most:
@@ -73,7 +75,7 @@ def kmeans(
                 rows_ND, centres_SCD, limits[1], mapped, lambda done: tell(limits[0] + done)
             )
         tell(sum(limits))
-        return (centres_SCD[0] + mean_D).cpu(), nearest_NS[:, 0].cpu()
+        return (centres_SCD[0] * scale + middle_D).cpu(), nearest_NS[:, 0].cpu()
 
 
 @torch.no_grad()
@@ -82,13 +84,29 @@ def partition(rows_ND: Tensor, parts: int, seed: int) -> tuple[Tensor, Tensor]:
 
     Ten Lloyd iterations from random rows, on a sample of 64 rows per part. A part may be empty.
     """
-    rows_ND = rows_ND.detach().float()
     with mapping(rows_ND.device) as mapped:
+        rows_ND, middle_D, scale = _prepared(rows_ND)
         drawn = torch.randperm(len(rows_ND), generator=rng.generator(seed, "sample"))
         sample_RD = rows_ND[drawn[: _SAMPLE_EACH * parts].to(rows_ND.device)]
         centres_SCD, _, _ = _lloyd(sample_RD, sample_RD[None, :parts], _QUICK_ITERATIONS, mapped)
         _, nearest_NS, _ = _step(rows_ND, rows_ND.square().sum(1), centres_SCD, mapped)
-    return centres_SCD[0], nearest_NS[:, 0]
+    return centres_SCD[0] * scale + middle_D, nearest_NS[:, 0]
+
+
+def _prepared(rows_ND: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return the rows in float32, shifted and scaled, and the shift (D,) and scale.
+
+    Distances are differences of squares, which lose least around 0 and near 1. The shift is the
+    median of some rows, as the mean would follow a single row that is far away.
+    """
+    rows_ND = rows_ND.detach().float()
+    middle_D = rows_ND[:: max(1, len(rows_ND) // _MEDIAN_ROWS)].median(0).values
+    rows_ND = rows_ND - middle_D
+    largest = float(rows_ND.abs().amax()) if rows_ND.numel() else 0.0
+    if not math.isfinite(largest):
+        raise ValueError("the rows hold a NaN or an infinity, so they cannot be clustered")
+    scale = 2.0 ** math.frexp(largest)[1] if largest else 1.0  # a power of two: exact
+    return rows_ND / scale, middle_D, scale
 
 
 def _plus_plus(rows_ND: Tensor, clusters: int, seed: int, starts: int, mapped: Mapping) -> Tensor:

@@ -2,6 +2,7 @@
 
 Every search has two steps. A matrix product finds candidates, fast but rounded. Differences then
 give their distances exactly: identical rows are at distance 0, and Eq. 2's radius is not noise.
+In a dataset, rows for which rounding may have hidden a candidate are searched again in float64.
 Nothing here has a gradient. Suffixes as in `snscc_ray.core.losses`; R is the number of candidates
 per row.
 """
@@ -9,7 +10,7 @@ per row.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -22,6 +23,9 @@ from snscc_ray.texts import counted
 SPARE = 8
 # Columns per group; `smallest` compares the groups' minima first.
 _GROUP = 64
+# Relative error of a product's entry, per root of its length, with a margin of four.
+_ROUNDING = 4 * 2.0**-24
+_BLOCK = 2**14  # rows that are in float64 at a time
 # Scores that each thread holds at a time: 32 MB on a CPU, 128 MB on a GPU.
 _SCORES = {"cpu": 2**23, "cuda": 2**25}
 
@@ -119,11 +123,19 @@ def knn(
     centred_MD = ref_MD - centre_D
     search = _SEARCHES[backend](centred_MD, R, chunk)
 
+    largest = centred_MD.square().sum(1).amax()
+
     def nearest(row_B: Tensor) -> tuple[Tensor, Tensor]:
         z_BD = z_ND[row_B]
-        idx_BR = search(z_BD - centre_D)
-        self_BR = idx_BR == (begin + row_B[:, None] if not_self else -1)
-        return nearest_of(z_BD, ref_MD, idx_BR, self_BR, k)
+        own_B = begin + row_B if not_self else torch.full_like(row_B, -1)
+        idx_BR, beyond_B = search(z_BD - centre_D)
+        d_BK, idx_BK = nearest_of(z_BD, ref_MD, idx_BR, idx_BR == own_B[:, None], k)
+        again = unsure(d_BK, beyond_B, z_BD - centre_D, largest)
+        if len(again):
+            idx_BR = precise(z_BD[again] - centre_D, centred_MD, R)
+            found = nearest_of(z_BD[again], ref_MD, idx_BR, idx_BR == own_B[again, None], k)
+            d_BK[again], idx_BK[again] = found
+        return d_BK, idx_BK
 
     d_NK = ref_MD.new_empty(N, k)
     idx_NK = torch.empty(N, k, dtype=torch.long, device=ref_MD.device)
@@ -188,28 +200,66 @@ def describe_faiss() -> str:
     return f"{faiss.__version__}, {faiss.get_num_gpus()} GPUs"
 
 
-def _torch_search(ref_MD: Tensor, R: int, chunk: int) -> Callable[[Tensor], Tensor]:
-    """Return a function that maps up to `chunk` rows to R candidates each, (B, R)."""
+def candidates(
+    z_BD: Tensor, ref_MD: Tensor, square_M: Tensor, R: int, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return R rows of `ref` near each row, (B, R), and the least squared distance of all others
+    (B,), as rounded; inf if there are none."""
+    score_BM = scores(z_BD, ref_MD, square_M, out)
+    idx_BR = smallest(score_BM, R)
+    beyond_B = score_BM.gather(1, idx_BR).amax(1) + z_BD.square().sum(1)
+    return idx_BR, beyond_B if len(ref_MD) > R else torch.full_like(beyond_B, torch.inf)
+
+
+def unsure(d_BK: Tensor, beyond_B: Tensor, z_BD: Tensor, largest: Tensor) -> Tensor:
+    """Return the rows whose K-th neighbour may be farther than a row that is no candidate.
+
+    beyond_B: of `candidates`, wrong by the rounding of a product. largest: squared length of the
+    longest row. Nothing is nearer than distance 0.
+    """
+    slack_B = _ROUNDING * z_BD.shape[1] ** 0.5 * (z_BD.square().sum(1) + largest)
+    last_B = d_BK[:, -1]
+    may_be: Tensor = (last_B.square() > beyond_B - slack_B) & (last_B > 0)
+    return may_be.nonzero()[:, 0]
+
+
+def precise(z_BD: Tensor, ref_MD: Tensor, R: int) -> Tensor:
+    """Return R rows of `ref` near each row, (B, R), in float64; a few rows at a time."""
+
+    def scores_of(part_BD: Tensor) -> Iterator[Tensor]:
+        for block_MD in ref_MD.split(_BLOCK):  # not all at once: twice the memory
+            exact_MD = block_MD.double()
+            yield scores(part_BD, exact_MD, exact_MD.square().sum(1))
+
+    parts = z_BD.double().split(max(1, _SCORES["cpu"] // len(ref_MD)))
+    return torch.cat([smallest(torch.cat(list(scores_of(part)), dim=1), R) for part in parts])
+
+
+def _torch_search(ref_MD: Tensor, R: int, chunk: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Return a function that maps up to `chunk` rows to their `candidates`."""
     square_M = ref_MD.square().sum(dim=1)
     own = threading.local()  # scores, reused: new pages for each chunk cost as much again
 
-    def search(z_BD: Tensor) -> Tensor:
+    def search(z_BD: Tensor) -> tuple[Tensor, Tensor]:
         if not hasattr(own, "scores"):
             own.scores = ref_MD.new_empty(chunk, len(ref_MD))
-        return smallest(scores(z_BD, ref_MD, square_M, own.scores[: len(z_BD)]), R)
+        return candidates(z_BD, ref_MD, square_M, R, own.scores[: len(z_BD)])
 
     return search
 
 
-def _faiss_search(ref_MD: Tensor, R: int, chunk: int) -> Callable[[Tensor], Tensor]:
+def _faiss_search(ref_MD: Tensor, R: int, chunk: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Like `_torch_search`, by faiss on the CPU."""
     import faiss
 
     ref = ref_MD.cpu().numpy()
 
-    def search(z_BD: Tensor) -> Tensor:
-        _, idx_BR = faiss.knn(z_BD.cpu().numpy(), ref, R)
-        return torch.from_numpy(idx_BR).to(z_BD.device)
+    def search(z_BD: Tensor) -> tuple[Tensor, Tensor]:
+        square_BR, idx_BR = faiss.knn(z_BD.cpu().numpy(), ref, R)
+        beyond_B = torch.from_numpy(square_BR).amax(1)
+        if len(ref) == R:
+            beyond_B = torch.full_like(beyond_B, torch.inf)
+        return torch.from_numpy(idx_BR).to(z_BD.device), beyond_B.to(z_BD.device)
 
     return search
 

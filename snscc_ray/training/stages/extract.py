@@ -159,9 +159,10 @@ def projection(bank: FeatureBank, count: int) -> tuple[Tensor, Tensor]:
 
     The map is the first principal components, whitened within the pairs that should be alike: an
     image and its views, and an image and its neighbours (see `within_whitening`). It is computed
-    on at most 20,000 rows, evenly spaced.
+    on at most 20,000 rows, drawn at random.
     """
-    rows_N = torch.arange(0, len(bank), -(-len(bank) // _PROJECTION_ROWS))
+    drawn_N = torch.randperm(len(bank), generator=rng.generator("projection"))
+    rows_N = drawn_N[:_PROJECTION_ROWS].sort().values  # not evenly spaced: rows may have a period
     clean_ND = torch.cat([bank.take(part)[:, 0].cpu().float() for part in rows_N.split(4096)])
     mean_D, basis_Dd = principal_components(clean_ND, count)
     parts = [bank.take(part).cpu().float() - mean_D for part in rows_N.split(4096)]

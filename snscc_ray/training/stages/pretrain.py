@@ -88,7 +88,7 @@ def measure_features(
     """
     clusters, key = context.recipe.data.num_clusters, context.key("kmeans")
     frozen = context.recipe.encoder.frozen
-    progress = partial(context.count, "k-means")
+    progress = partial(context.count, "k-means", unit="iterations")
 
     def group() -> list[Tensor]:
         even_N = kmeans(features_ND, clusters, key, progress=progress)[1]

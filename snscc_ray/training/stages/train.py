@@ -65,7 +65,7 @@ class Train:
         """Return centres (H, C, D), by `train.start`."""
         clusters, heads = self.context.recipe.data.num_clusters, self.settings.num_heads
         uneven, key = self.settings.max_imbalance, self.context.key("kmeans")
-        progress = partial(self.context.count, "starts")
+        progress = partial(self.context.count, "starts", unit="tried")
         cuts = {"kmeans": 0, "cut": heads, "both": (heads + 1) // 2}[self.settings.start]
         starts = []
         if cuts:
