@@ -112,12 +112,8 @@ def markdown(found: list[dict[str, Any]], left_out: list[str]) -> str:
     names = list(dict.fromkeys(one["dataset"] for one in found))
     lines = [f"| claim | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for where, claim in dict.fromkeys((one["where"], one["claim"]) for one in found):
-        cells = []
-        for name in names:
-            for one in found:
-                if (one["dataset"], one["claim"]) == (name, claim):
-                    cells.append(cell(one))
-        lines.append(f"| {claim} ({where}) | {' | '.join(cells)} |")
+        cells = {one["dataset"]: cell(one) for one in found if one["claim"] == claim}
+        lines.append(f"| {claim} ({where}) | {' | '.join(cells.get(n, '–') for n in names)} |")
     lines += [f"\nLeft out, as it is not there: {name}." for name in left_out]
     return "\n".join(lines) + "\n"
 
