@@ -15,7 +15,7 @@ from snscc_ray.config import recipes
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import Recipe, SimclrView, StrongView, View
 from snscc_ray.core import checkpoints
-from snscc_ray.core.clustering.kmeans import kmeans, lloyd
+from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.metrics import oracle
 from snscc_ray.core.clustering.mining import mine
 from snscc_ray.core.clustering.neighbors import knn
@@ -244,13 +244,13 @@ def test_views(view: View, device: torch.device) -> None:
 
 def test_k_means(device: torch.device, digits: ImageSet) -> None:
     rows_ND = digits.images.flatten(1).float()
-    centres, found = (part.cpu() for part in lloyd(rows_ND.to(device), 10, 0, 10))
+    centres, found = (part.cpu() for part in kmeans(rows_ND.to(device), 10, 0, 10))
     want, _ = kmeans(rows_ND, 10, 0)
     inertia = [torch.cdist(rows_ND, c).min(1).values.square().sum() for c in (centres, want)]
     assert inertia[0] <= 1.01 * inertia[1]
     assert digits.catalog.labels is not None
     assert oracle(digits.catalog.labels, found)["oracle/acc"] > 0.6
-    again = lloyd(rows_ND.to(device), 10, 0, 10)
+    again = kmeans(rows_ND.to(device), 10, 0, 10)
     assert torch.equal(again[0].cpu(), centres) and torch.equal(again[1].cpu(), found)
 
 
