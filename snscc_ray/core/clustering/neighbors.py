@@ -100,7 +100,7 @@ def knn(
     second case no row is its own neighbour, but its duplicates may be. Results are on the device
     of the features. Works in float32 on `chunk` queries at a time (None: up to 1,024), never on an
     N × N matrix; on a CPU every core has its own chunk. Ties go to the lower index, unless more
-    than k + 8 rows tie. backend: faiss searches on the CPU; it is slower (benchmarks/mining.py).
+    than k + 8 rows tie. backend: faiss searches on the CPU; it is no faster (docs/log.md).
     progress: called with the number of rows done, and of all rows.
     Raises ValueError if k < 1, a row has fewer than k others, or a feature is not finite;
     ImportError if `faiss` is requested but not installed.
