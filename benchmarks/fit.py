@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -120,21 +121,25 @@ def measured(name: str, case: Case, work: Path) -> dict[str, Any]:
         folders_are_labels=True,
         overrides=(f"seed={case.seed}",),
     )
+    began = time.monotonic()
     done = fit_images(request, Console())
+    taken = time.monotonic() - began
     stages = done.result.figures["stages"]
     told = done.told_seconds  # None: resumed, so the measured time is not the whole
+    path = request.folder / "clusters.json"
+    count = json.loads(path.read_text()) if path.exists() else {}
     return {
         "case": name,
         "images": done.result.figures["rows"],
         "kinds": case.kinds,
-        "counted": done.estimate.chosen if done.estimate else None,
-        "runner_up": done.estimate.runner_up if done.estimate else None,
+        "counted": count.get("chosen"),
+        "runner_up": count.get("runner_up"),
         "acc_pretext_kmeans": stages["pretrain"]["oracle/acc"],
         "acc_train": stages["train"]["oracle/acc"],
         "acc_boost": stages["boost"]["oracle/acc"],
         "forced_balance": stages["train"]["health/forced_balance"],
         "minutes_told": None if told is None else told / 60,
-        "minutes_taken": None if told is None else done.took_seconds / 60,
+        "minutes_taken": None if told is None else taken / 60,
         "revision": revision(),
     }
 

@@ -196,6 +196,8 @@ def test_doctor_names_what_a_run_would_use(snscc: Snscc) -> None:
 
 # ------------------------------------------------------------------------------------- runs
 
+COLUMNS = ["id", "cluster", "confidence", "second", "second_confidence"]  # of assignments.parquet
+
 
 def test_a_run_leaves_its_table_and_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "r[red]"  # no markup of the terminal library
@@ -219,7 +221,7 @@ def test_a_run_leaves_its_table_and_its_folder(tmp_path: Path) -> None:
     assert mined.num_rows == 200
     assert len(mined["neighbors"][0]) == tiny.pretrain.mined_neighbors
     table = pq.read_table(folder / "assignments.parquet")
-    assert table.column_names == ["id", "cluster", "confidence", "label"]
+    assert table.column_names == [*COLUMNS, "label"]
     assert table.num_rows == 200 and set(table["cluster"].to_pylist()) <= set(range(10))
     assert table["id"][7].as_py() == "digits/0007"
     figures = json.loads((folder / "metrics.json").read_text())
@@ -243,7 +245,7 @@ def test_a_folder_without_labels_runs_the_same(snscc: Snscc, photos: Path, tmp_p
     for name in ("metrics.json", "metrics.jsonl"):
         assert "oracle/" not in (folder / name).read_text()
     table = pq.read_table(folder / "assignments.parquet")
-    assert table.column_names == ["id", "cluster", "confidence"]
+    assert table.column_names == COLUMNS
     assert table["id"].to_pylist() == [f"{number:02d}.png" for number in range(40)]
 
 

@@ -130,20 +130,17 @@ def test_nearly_all_is_not_called_all() -> None:
 
 
 def grouped(rows: int, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, probabilities and clusters of rows that are less sure the higher they are."""
+    """Features, margins and clusters of rows that are less sure the higher they are."""
     generator = torch.Generator().manual_seed(0)
     clusters_N = torch.arange(rows) % clusters
-    p_NC = torch.full((rows, clusters), 0.0)
-    own_N = torch.linspace(0.99, 0.6, rows)
-    p_NC[torch.arange(rows), clusters_N] = own_N
-    p_NC[torch.arange(rows), (clusters_N + 1) % clusters] = 1 - own_N
+    margin_N = torch.linspace(0.98, 0.2, rows)
     features_ND = torch.randn(rows, 4, generator=generator)
-    return features_ND, p_NC, clusters_N
+    return features_ND, margin_N, clusters_N
 
 
 def test_galleries_hold_the_typical_and_the_doubtful() -> None:
-    features_ND, p_NC, clusters_N = grouped(300, 3)
-    galleries = pick.galleries(features_ND, p_NC, clusters_N, seed=0)
+    features_ND, margin_N, clusters_N = grouped(300, 3)
+    galleries = pick.galleries(features_ND, margin_N, clusters_N, 3, seed=0)
     assert [gallery.cluster for gallery in galleries] == [0, 1, 2]
     for gallery in galleries:
         rows = (clusters_N == gallery.cluster).nonzero()[:, 0]
@@ -152,17 +149,14 @@ def test_galleries_hold_the_typical_and_the_doubtful() -> None:
         assert gallery.typical[0] == rows[distances.argmin()]
         assert set(gallery.random) <= set(rows.tolist())
         assert len(set(gallery.random)) == len(gallery.random) == 12
-    assert galleries == pick.galleries(features_ND, p_NC, clusters_N, seed=0)
-    others = pick.galleries(features_ND, p_NC, clusters_N, seed=1)
+    assert galleries == pick.galleries(features_ND, margin_N, clusters_N, 3, seed=0)
+    others = pick.galleries(features_ND, margin_N, clusters_N, 3, seed=1)
     assert [g.random for g in others] != [g.random for g in galleries]
-    index_N, second_N = pick.runners_up(p_NC, clusters_N)
-    assert torch.equal(index_N, (clusters_N + 1) % 3)
-    torch.testing.assert_close(second_N, 1 - torch.linspace(0.99, 0.6, 300))
 
 
 @pytest.mark.parametrize("clusters", [2, 50, 200, 1000])
 def test_however_many_clusters_the_images_are_bounded(clusters: int) -> None:
-    galleries = pick.galleries(*grouped(4000, clusters), seed=0)
+    galleries = pick.galleries(*grouped(4000, clusters), clusters, seed=0)
     assert len(galleries) == min(clusters, 200)
     assert sum(len(g.typical) + len(g.doubtful) + len(g.random) for g in galleries) <= 1200
     assert all(gallery.random for gallery in galleries)
@@ -170,9 +164,9 @@ def test_however_many_clusters_the_images_are_bounded(clusters: int) -> None:
 
 
 def test_an_empty_cluster_has_no_gallery() -> None:
-    features_ND, p_NC, clusters_N = grouped(30, 3)
+    features_ND, margin_N, clusters_N = grouped(30, 3)
     clusters_N[clusters_N == 1] = 0
-    galleries = pick.galleries(features_ND, p_NC, clusters_N, seed=0)
+    galleries = pick.galleries(features_ND, margin_N, clusters_N, 3, seed=0)
     assert [gallery.cluster for gallery in galleries] == [0, 2]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
 from snscc_ray.config.settings import Recipe, StageName
-from snscc_ray.core import checkpoints, storage
+from snscc_ray.core import checkpoints, distributed, storage
 from snscc_ray.core.display import Display
 from snscc_ray.core.tables import read_table
 from snscc_ray.core.views import Normalize
@@ -135,10 +135,12 @@ def answering(
 def stage_features(own: RunImages, stage: StageName) -> Tensor:
     """Return L2-normalised features after a stage, (N, D) float32 on the CPU.
 
-    They are cached in half precision. Raises UserError if the stage's network cannot be used.
+    They are cached in half precision. All workers of a group call it together. Raises UserError if
+    the stage's network cannot be used.
     """
     cached = kept_features(own.folder, stage, len(own.catalog))
-    if cached is not None:
+    if not distributed.any_process(cached is None):
+        assert cached is not None
         return cached
     path = own.folder / stage / "final.pt"
     held = checkpoints.load_final(path, own.recipe.data.channels, own.device)
@@ -150,7 +152,8 @@ def stage_features(own: RunImages, stage: StageName) -> Tensor:
     recipe = answering(own.recipe, held, own.device)[0]
     context = Context(recipe, own.inputs, None, normalize, own.device)
     features_ND = F.normalize(context.clean_pass(encoder, encoder), dim=1).cpu().half()
-    if is_url(own.folder) or os.access(path.parent, os.W_OK):  # else it is read-only
+    writable = is_url(own.folder) or os.access(path.parent, os.W_OK)
+    if writable and distributed.rank() == 0:
         kept = {"identity": held["identity"], "features": features_ND}
         checkpoints.save(path.with_name("features.pt"), kept)
     return features_ND.float()

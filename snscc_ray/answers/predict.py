@@ -141,12 +141,7 @@ class Predictor:
 
 def load_model(folder: Path, device: str = "auto") -> Model:
     """Load the network of a run's last stage. Raises UserError if the run is not finished."""
-    recipe = read_recipe(folder)
-    if not (folder / "metrics.json").exists():
-        begun_by_fit = (folder / FIT_FILE).exists()
-        same = "the same `snscc fit` command" if begun_by_fit else "`snscc run --resume --out DIR`"
-        raise UserError(f"the run in {folder} is not finished; continue it with {same}")
-    stage = _last_stage(folder)
+    recipe, stage = read_recipe(folder), check_finished(folder)
     chosen = choose_device(device)
     path = folder / stage / "final.pt"
     held = checkpoints.load_final(path, recipe.data.channels, chosen)
@@ -160,6 +155,16 @@ def load_model(folder: Path, device: str = "auto") -> Model:
     mean, std = (tuple(held["normalize"][name]) for name in ("mean", "std"))
     trained: dict[str, Any] = {n: held[n] for n in ("precision", "in_float32") if n in held}
     return Model(recipe, network, Normalize(mean, std), chosen, trained).on(chosen)
+
+
+def check_finished(folder: Path) -> StageName:
+    """Return the last stage of a run. Raises UserError if the run is not finished."""
+    read_recipe(folder)
+    if not (folder / "metrics.json").exists():
+        begun_by_fit = (folder / FIT_FILE).exists()
+        same = "the same `snscc fit` command" if begun_by_fit else "`snscc run --resume --out DIR`"
+        raise UserError(f"the run in {folder} is not finished; continue it with {same}")
+    return _last_stage(folder)
 
 
 def _last_stage(folder: Path) -> StageName:

@@ -5,13 +5,32 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from snscc_ray.cli.options import Settings, fail, out, place_of, say, seconds_of
+from snscc_ray.cli.options import (
+    SCALE,
+    Address,
+    Cpus,
+    Gpu,
+    Settings,
+    Wait,
+    Workers,
+    counts_of,
+    fail,
+    folder_in,
+    launcher,
+    out,
+    place_of,
+    refuse_alone,
+    say,
+    scale_of,
+    seconds_of,
+)
 from snscc_ray.config.errors import UserError
 from snscc_ray.texts import counted
 
@@ -67,6 +86,19 @@ def fit(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace the run in --out")
     ] = False,
+    workers: Workers = "0",
+    gpu: Gpu = False,
+    cpus_per_worker: Cpus = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="folder or URL for runs, such as s3://BUCKET/runs; --out is then STORAGE/NAME OF "
+            "DATA",
+            rich_help_panel=SCALE,
+        ),
+    ] = None,
+    address: Address = None,
+    wait: Wait = 600.0,
 ) -> None:
     """Cluster a folder of images, without labels or settings.
 
@@ -85,6 +117,8 @@ def fit(
         snscc fit s3://bucket/shards --encoder torchvision:resnet50
 
         snscc fit embeddings.npy --clusters 20
+
+        snscc fit s3://bucket/shards --workers 8 --gpu --address auto --storage s3://bucket/runs
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: use auto, cpu or cuda")
@@ -94,19 +128,28 @@ def fit(
     say(f"snscc fit {place}")  # the imports take seconds
     # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.answers.report import report
-    from snscc_ray.config.paths import as_path
     from snscc_ray.core.claim import claimed
+    from snscc_ray.core.display import Display
     from snscc_ray.data.loading.bank import FeatureBank
     from snscc_ray.fit.choose import Preferences
-    from snscc_ray.fit.fit import FitRequest, fit_images, name_of
+    from snscc_ray.fit.fit import FitRequest, fit_on, look_at, name_of
+    from snscc_ray.fit.here import Here
     from snscc_ray.models.pretrained import encoder_settings, together
     from snscc_ray.runs.folder import check_apart
     from snscc_ray.training.engine import Interrupted
+    from snscc_ray.training.workers import choose_device
 
     if encoder and from_scratch:
         raise UserError("--encoder and --from-scratch exclude each other; use one of them")
     chosen = together([encoder_settings(text) for text in encoder or ()])
-    folder = as_path(out_folder or f"runs/{name_of(place)}")
+    folder = folder_in(storage, out_folder, name_of(place))
+    counts = counts_of(workers)
+    if counts is None:
+        refuse_alone(gpu=gpu, cpus_per_worker=cpus_per_worker, address=address)
+    elif device != "auto":
+        raise UserError(f"--device {device} is for this process; with --workers use --gpu or not")
+    elif budget is not None:
+        raise UserError("--budget measures this process; leave it out with --workers")
     request = FitRequest(
         source=place,
         folder=folder,
@@ -123,9 +166,17 @@ def fit(
     )
     page = folder / "report.html"
     check_apart(folder, place)
-    with claimed(folder, say):
+    with ExitStack() as stack:
+        stack.enter_context(claimed(folder, say))
         try:
-            fitted = fit_images(request, out)
+            display = Display(out)
+            start = look_at(request, display)
+            if counts is None:
+                machine = Here(choose_device(device), display)
+            else:
+                scale = scale_of(counts, gpu, cpus_per_worker, address, wait)
+                machine = stack.enter_context(launcher().workers_of(scale, display))
+            fitted = fit_on(machine, request, start, display)
         except (Interrupted, KeyboardInterrupt):
             fail(f"stopped; run the same command again to continue {shlex.quote(str(folder))}", 130)
         _show(fitted, folder)
@@ -133,7 +184,7 @@ def fit(
     out.print()
     told = ""
     if fitted.told_seconds is not None:
-        told = f" (predicted: {(fitted.told_seconds + fitted.report_seconds) / 60:.1f})"
+        told = f" (predicted: {fitted.told_seconds / 60:.1f})"
     say(f"It took {(time.monotonic() - began) / 60:.1f} minutes{told}.")
     say(f"Report: {page}")
     given = isinstance(fitted.images[1], FeatureBank)

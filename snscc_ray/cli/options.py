@@ -9,14 +9,17 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from snscc_ray import texts
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.paths import expanded
+from snscc_ray.config.paths import as_path, expanded
+
+if TYPE_CHECKING:
+    from snscc_ray.cluster.scale import Scale
 
 out = Console(markup=False, emoji=False)
 SCALE = "Scale out"  # a panel of the help text
@@ -32,6 +35,24 @@ Address = Annotated[
         "started here]",
         rich_help_panel=SCALE,
     ),
+]
+
+Workers = Annotated[
+    str,
+    typer.Option(
+        help="Ray workers, or MIN:MAX; 0: this process, without Ray",
+        show_default=True,
+        rich_help_panel=SCALE,
+    ),
+]
+Gpu = Annotated[bool, typer.Option("--gpu", help="a GPU for each worker", rich_help_panel=SCALE)]
+Cpus = Annotated[
+    float | None,
+    typer.Option(min=0.01, help="1 on a cluster; alone, an equal share", rich_help_panel=SCALE),
+]
+Wait = Annotated[
+    float,
+    typer.Option(min=0, help="seconds to wait for the workers to be placed", rich_help_panel=SCALE),
 ]
 
 
@@ -55,6 +76,39 @@ def seconds_of(budget: str) -> float:
 def place_of(data: str) -> str:
     """Return a URL unchanged and a path absolute: later commands may run in other folders."""
     return data if "://" in data else str(expanded(data).absolute())
+
+
+def counts_of(workers: str) -> tuple[int, int] | None:
+    """Parse the fewest and most workers, or None for this process. Raises UserError."""
+    try:
+        fewest, _, most = workers.partition(":")
+        counts = int(fewest), int(most or fewest)
+    except ValueError:
+        counts = (-1, -1)
+    if counts == (0, 0):
+        return None
+    if not 1 <= counts[0] <= counts[1]:
+        raise UserError(f"--workers {workers}: give a number, 0 for none, or MIN:MAX as in 2:8")
+    return counts
+
+
+def scale_of(
+    counts: tuple[int, int], gpu: bool, cpus: float | None, address: str | None, wait: float
+) -> Scale:
+    from snscc_ray.cluster.scale import Scale
+
+    smaller = "leave --gpu out, or " * gpu + "ask for fewer --cpus-per-worker"
+    return Scale(counts, gpu, cpus, address, wait, smaller=smaller)
+
+
+def folder_in(storage: str | None, out_folder: str | None, name: str) -> Path:
+    """Return the run folder: --out, or one with this name in --storage. Raises UserError."""
+    if storage is not None and out_folder is not None:
+        raise UserError(
+            "--out is the run folder, and --storage is the folder that holds run folders; give one "
+            "of them"
+        )
+    return as_path(out_folder or f"{(storage or 'runs').rstrip('/')}/{name}")
 
 
 def launcher() -> Any:

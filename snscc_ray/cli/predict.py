@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from snscc_ray.cli.options import SCALE, Address, launcher, out, place_of, refuse_alone, say
+from snscc_ray.cli.options import SCALE, Address, Gpu, launcher, out, place_of, refuse_alone, say
 from snscc_ray.config.errors import UserError
 from snscc_ray.texts import counted
 
@@ -39,9 +39,7 @@ def predict(
             min=0, help="Ray workers; 0: this process, without Ray", rich_help_panel=SCALE
         ),
     ] = 0,
-    gpu: Annotated[
-        bool, typer.Option("--gpu", help="a GPU for each worker", rich_help_panel=SCALE)
-    ] = False,
+    gpu: Gpu = False,
     address: Address = None,
 ) -> None:
     """Assign new images to the clusters of a finished run, without training.

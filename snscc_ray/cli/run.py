@@ -12,13 +12,20 @@ from rich.table import Table
 from snscc_ray.cli.options import (
     SCALE,
     Address,
+    Cpus,
+    Gpu,
     Settings,
+    Wait,
+    Workers,
+    counts_of,
     fail,
+    folder_in,
     launcher,
     out,
     overrides_of,
     refuse_alone,
     say,
+    scale_of,
     seconds_of,
 )
 from snscc_ray.config.errors import UserError
@@ -53,21 +60,9 @@ def run(
             help="choose the epochs to finish in about this time, such as 90s, 25m or 2h",
         ),
     ] = None,
-    workers: Annotated[
-        str,
-        typer.Option(
-            help="Ray workers, or MIN:MAX; 0: this process, without Ray",
-            show_default=True,
-            rich_help_panel=SCALE,
-        ),
-    ] = "0",
-    gpu: Annotated[
-        bool, typer.Option("--gpu", help="a GPU for each worker", rich_help_panel=SCALE)
-    ] = False,
-    cpus_per_worker: Annotated[
-        float | None,
-        typer.Option(min=0.01, help="1 on a cluster; alone, an equal share", rich_help_panel=SCALE),
-    ] = None,
+    workers: Workers = "0",
+    gpu: Gpu = False,
+    cpus_per_worker: Cpus = None,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -76,12 +71,7 @@ def run(
         ),
     ] = None,
     address: Address = None,
-    wait: Annotated[
-        float,
-        typer.Option(
-            min=0, help="seconds to wait for the workers to be placed", rich_help_panel=SCALE
-        ),
-    ] = 600.0,
+    wait: Wait = 600.0,
 ) -> None:
     """Run a recipe: Pretrain → Train → Boost, into one folder.
 
@@ -102,8 +92,6 @@ def run(
         snscc run cifar10 --workers 8 --gpu --address auto --storage s3://bucket/runs
     """
     # Imported here so that --help and a misspelt recipe need not wait seconds for torch.
-    from snscc_ray.cluster.scale import Scale
-    from snscc_ray.config.paths import as_path
     from snscc_ray.runs.local import run_here
     from snscc_ray.runs.run import Request
     from snscc_ray.training.engine import Interrupted
@@ -115,14 +103,9 @@ def run(
     overrides = overrides_of(settings, seed, data)
     if download:
         overrides.append("data.download=true")
-    if storage is not None and out_folder is not None:
-        raise UserError(
-            "--out is the run folder, and --storage is the folder that holds run folders; give one "
-            "of them"
-        )
-    folder = as_path(out_folder or f"{(storage or 'runs').rstrip('/')}/{recipe}")
+    folder = folder_in(storage, out_folder, str(recipe))
     request = Request(recipe, overrides, folder, chosen_stages, resume, overwrite, seconds)
-    counts = _workers(workers)
+    counts = counts_of(workers)
     try:
         if counts is None:
             refuse_alone(gpu=gpu, cpus_per_worker=cpus_per_worker, address=address)
@@ -130,8 +113,7 @@ def run(
         else:
             if budget is not None:
                 raise UserError("--budget measures this process; leave it out with --workers")
-            smaller = "leave --gpu out, or " * gpu + "ask for fewer --cpus-per-worker"
-            scale = Scale(counts, gpu, cpus_per_worker, address, wait, smaller=smaller)
+            scale = scale_of(counts, gpu, cpus_per_worker, address, wait)
             result = launcher().run_on_ray(request, out, scale)
     except Interrupted:
         command = f"snscc run --resume --out {shlex.quote(str(folder))}"
@@ -141,20 +123,6 @@ def run(
         fail(f"stopped; continue with: {command}", 130)
     if result is not None:
         _print_result(result.figures, result.folder)
-
-
-def _workers(text: str) -> tuple[int, int] | None:
-    """Parse the fewest and most workers, or None for this process."""
-    try:
-        fewest, _, most = text.partition(":")
-        counts = int(fewest), int(most or fewest)
-    except ValueError:
-        counts = (-1, -1)
-    if counts == (0, 0):
-        return None
-    if not 1 <= counts[0] <= counts[1]:
-        raise UserError(f"--workers {text}: give a number, 0 for none, or MIN:MAX as in 2:8")
-    return counts
 
 
 def _stages(text: str) -> tuple[StageName, ...]:

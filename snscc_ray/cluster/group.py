@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from snscc_ray.core.display import Screen
 from snscc_ray.data.loading.ray_stream import Load
 from snscc_ray.runs.folder import remove_tree
 from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
-from snscc_ray.runs.run import execute
+from snscc_ray.runs.run import Result, execute
 from snscc_ray.training.engine import Interrupted
 
 # Ray Train's own folder in the run folder; removed when the run is finished.
@@ -51,6 +52,7 @@ class Job:
     catalog: Any  # reference to a Catalog
     load: Load
     store: str | None = None  # folder of stages, see `execute`
+    work: Callable[..., Result] = execute  # takes the same arguments
 
 
 def train_group(job: Job, scale: Scale, screen: Screen) -> None:
@@ -203,7 +205,7 @@ def _work(config: dict[str, Any]) -> None:
     try:
         if first:
             monitor = RunMonitor(Journal(folder), RelayScreen(relay.tell.remote))
-        execute(
+        job.work(
             job.recipe,
             ray.get(job.catalog),
             job.load(device),

@@ -69,6 +69,11 @@ def connected(scale: Scale) -> Iterator[None]:
             "Ray's object store is full, and so is the disk it spills to (Ray keeps 5 % of it "
             "free): free some space on every node, and run the same command again"
         ) from error
+    except ray.exceptions.OutOfMemoryError as error:
+        raise UserError(
+            "a node ran out of memory, so Ray ended a worker there: use fewer --workers, or nodes "
+            "with more memory, and run the same command again"
+        ) from error
     finally:
         ray.shutdown()
 

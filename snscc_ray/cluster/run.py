@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import ray
+import torch
 from rich.console import Console
 
 from snscc_ray.cluster.group import RAY_FOLDER, Job, train_group
 from snscc_ray.cluster.nodes import check_visible, connected, reserved
-from snscc_ray.cluster.scale import Scale, check_alike, free_object_store
+from snscc_ray.cluster.scale import Probe, Scale, check_alike, free_object_store
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
-from snscc_ray.config.settings import Recipe
+from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.core import storage
 from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
-from snscc_ray.data.loading.ray_stream import share_images
-from snscc_ray.runs.folder import check_apart, prepare_folder, remove_tree
+from snscc_ray.data.loading.ray_stream import Shared, share_images
+from snscc_ray.data.loading.resident import Images
+from snscc_ray.runs.folder import check_apart, prepare_folder, read_recipe, remove_tree
 from snscc_ray.runs.local import report_skipped
 from snscc_ray.runs.monitor import Journal
-from snscc_ray.runs.plan import check, make_plan
-from snscc_ray.runs.run import Request, Result, final_figures
+from snscc_ray.runs.plan import Plan, check, make_plan
+from snscc_ray.runs.run import Request, Result, execute, final_figures
 from snscc_ray.texts import counted
 
 
@@ -45,32 +50,87 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     if recipe.runtime.device == "cuda" and not scale.gpu:
         raise UserError("runtime.device=cuda needs workers with one GPU each; add --gpu")
-    counts = range(scale.workers[0], scale.workers[1] + 1)
-    plan = make_plan(recipe, counts)
-    recipe, rows = plan.recipe, plan.rows
     display = Display(console)
+    plan = make_plan(recipe, scale.counts)
+    with workers_of(scale, display) as workers:
+        catalog = workers.load(plan, folder)
+        display.line(_headline(plan.recipe, catalog, scale))
+        report_skipped(catalog, display)
+        return workers.run(plan.recipe, folder, request.stages, overwrite=overwrite)
+
+
+@contextmanager
+def workers_of(scale: Scale, display: Display) -> Iterator[RayWorkers]:
+    """Join or start the cluster, and check its workers. Raises UserError."""
     # A report waits for the controller's next poll, by default every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     with connected(scale):
         with reserved(scale, display.line) as probes:
             check_alike(probes, scale.gpu)
-        where = folder if is_url(folder) else folder.absolute()
-        check_visible(where, rows.some_files)
-        data = share_images(recipe, rows, free_object_store(probes), display)
-        if data.catalog.skipped:  # fewer images than were checked
-            for workers in counts:
-                check(recipe, len(data.catalog), workers)
-        display.line(_headline(recipe, data.catalog, scale))
-        report_skipped(data.catalog, display)
-        job = Job(recipe, str(where), request.stages, overwrite, ray.put(data.catalog), data.load)
+        yield RayWorkers(scale, probes, display)
+
+
+class RayWorkers:
+    """The workers of a cluster, which load images once and train on them."""
+
+    def __init__(self, scale: Scale, probes: Sequence[Probe], display: Display) -> None:
+        self.counts, self.gpu = scale.counts, scale.gpu
+        self._scale, self._probes, self._display = scale, probes, display
+        self._shared: Shared | None = None
+
+    @property
+    def free_bytes(self) -> int:
+        """Return the least free memory of a worker's device."""
+        free = [p.memory if p.gpu_memory is None else p.gpu_memory for p in self._probes]
+        return min(free)
+
+    def load(self, plan: Plan, folder: Path) -> Catalog:
+        """Read the images once, for all workers. Raises UserError.
+
+        folder: of the run; every node must see it.
+        """
+        check_visible(_absolute(folder), plan.rows.some_files)
+        free = free_object_store(self._probes)
+        self._shared = shared = share_images(plan.recipe, plan.rows, free, self._display)
+        if shared.catalog.skipped:  # fewer images than were checked
+            for workers in self.counts:
+                check(plan.recipe, len(shared.catalog), workers)
+        return shared.catalog
+
+    def images(self) -> Images:
+        """Return the loaded images for this process."""
+        assert self._shared is not None
+        return self._shared.load(torch.device("cpu"))
+
+    def run(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        stages: tuple[StageName, ...] = STAGES,
+        *,
+        overwrite: bool = False,
+        work: Callable[..., Result] = execute,
+    ) -> Result:
+        """Run the stages on the loaded images by `work`, which takes the arguments of `execute`.
+
+        Raises UserError, TrainingError or Interrupted.
+        """
+        assert self._shared is not None
+        where, catalog = _absolute(folder), ray.put(self._shared.catalog)
+        load = self._shared.load
+        job = Job(recipe, str(where), stages, overwrite, catalog, load, work=work)
         if overwrite:
             remove_tree(where / RAY_FOLDER)
-        train_group(job, scale, display)
-    figures = storage.read_json(where / "metrics.json")
-    journal = Journal(where)
-    journal.hyperparameters(recipe.model_dump(mode="json"), final_figures(figures))
-    journal.finish()
-    return Result(folder, figures)
+        train_group(job, self._scale, self._display)
+        figures = storage.read_json(where / "metrics.json")
+        journal = Journal(where)
+        journal.hyperparameters(read_recipe(where).model_dump(mode="json"), final_figures(figures))
+        journal.finish()
+        return Result(folder, figures)
+
+
+def _absolute(folder: Path) -> Path:
+    return folder if is_url(folder) else folder.absolute()
 
 
 def _headline(recipe: Recipe, catalog: Catalog, scale: Scale) -> str:

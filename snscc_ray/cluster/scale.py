@@ -50,6 +50,11 @@ class Scale:
         return {"CPU": cpus, "GPU": 1.0} if self.gpu else {"CPU": cpus}
 
     @property
+    def counts(self) -> range:
+        """Every number of workers that may train."""
+        return range(self.workers[0], self.workers[1] + 1)
+
+    @property
     def alone(self) -> bool:
         """Whether Ray is started for this run, on this machine."""
         return not self.address and not os.environ.get("RAY_ADDRESS")

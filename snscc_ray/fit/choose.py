@@ -29,6 +29,7 @@ from snscc_ray.config.settings import (
 from snscc_ray.data.look import ImageStats
 from snscc_ray.models.encoders import activation_bytes
 from snscc_ray.models.libraries import DEFAULT, default_is_installed, input_of
+from snscc_ray.texts import counted
 
 FEWEST = 20  # images: too few below this for a network to learn from
 # A network needs a number of steps, not of epochs: a small dataset gets more epochs. These numbers
@@ -84,12 +85,14 @@ def choose(
     gpu: bool,
     free_bytes: int,
     wishes: Preferences,
+    workers: Sequence[int] = (1,),
 ) -> tuple[Recipe, list[Pick]]:
     """Choose a recipe; return it with the picks made for it.
 
     data: the fields of DataSettings that say where the images are. free_bytes: free memory of the
-    training device. Raises UserError if no sampled image is readable, there are too few images, or
-    too little memory.
+    training device. workers: every number of workers that may train; they share each batch equally.
+    Raises UserError if no sampled image is readable, there are too few images, or too little
+    memory.
     """
     if seen.unreadable and not seen.sampled:
         raise UserError(
@@ -113,13 +116,19 @@ def choose(
     if why:
         pick("encoder", _named(encoder), why)
     most = 512 if gpu or frozen else 256
-    fits = most if frozen else _batch_that_fits(encoder, channels, size, gpu=gpu, free=free_bytes)
-    batch = _batch(seen.rows, most=min(most, fits))
+    fits = most
+    if not frozen:
+        one = _batch_that_fits(encoder, channels, size, gpu=gpu, free=free_bytes)
+        fits = one * min(workers)
+    batch = _batch(seen.rows, min(most, fits), math.lcm(*workers))
+    free = f"{free_bytes / 2**30:.0f} GiB of free memory"
+    if max(workers) > 1:
+        free += f" on each of {counted(min(workers), 'worker')}"
     pick(
         "batch",
         batch,
-        f"what fits into {free_bytes / 2**30:.0f} GiB of free memory"
-        if batch == fits < most
+        f"what fits into {free}"
+        if fits < most and batch > fits // 2
         else f"enough to tell images apart, out of {seen.rows:,}",
     )
     uneven = wishes.max_imbalance > 1
@@ -350,9 +359,19 @@ def _named(encoder: EncoderSettings) -> str:
     return f"{names}{width}{', frozen' if encoder.frozen else ''}"
 
 
-def _batch(rows: int, most: int) -> int:
-    """Return the largest power of two that is at most half the rows, capped at `most`."""
-    return min(most, 1 << int(math.log2(rows // 2)))
+def _batch(rows: int, most: int, parts: int) -> int:
+    """Return the largest power of two that is at most half the rows, capped at `most`.
+
+    It is rounded down to a multiple of `parts`. Raises UserError if each of the parts would have
+    fewer than two rows.
+    """
+    batch = min(most, 1 << int(math.log2(rows // 2)))
+    if batch < 2 * parts:
+        raise UserError(
+            f"--workers: batches of {batch}, out of {rows:,} images, cannot be shared equally by "
+            "so many workers, or by each number of workers that is allowed; use fewer"
+        )
+    return batch - batch % parts
 
 
 def _batch_that_fits(

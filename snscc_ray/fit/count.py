@@ -16,6 +16,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,19 +29,18 @@ from torch import Tensor
 from snscc_ray.answers.features import RunImages, stage_features
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
-from snscc_ray.config.settings import Recipe
-from snscc_ray.core import storage
+from snscc_ray.config.settings import STAGES, Recipe, StageName
+from snscc_ray.core import distributed, storage
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.mining import MinedNeighbors
-from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.resident import Images
 from snscc_ray.runs.folder import COUNT_FILE
-from snscc_ray.runs.monitor import RunMonitor
-from snscc_ray.runs.run import execute, normalisation
+from snscc_ray.runs.run import Result, execute, normalisation
 from snscc_ray.training.context import Context
+from snscc_ray.training.engine import Monitor
 from snscc_ray.training.stages.pretrain import measure_features
-from snscc_ray.training.workers import LocalWorker
+from snscc_ray.training.workers import Worker
 
 _ROWS = 2000  # sample size: enough for a few dozen clusters; bounds the N×N matrices
 _MOST = 30
@@ -70,39 +71,65 @@ class Estimate:
         return asdict(self)
 
 
-def counted(
+def execute_counted(
     recipe: Recipe,
     catalog: Catalog,
     data: Images,
-    worker: LocalWorker,
-    monitor: RunMonitor,
-    display: Display,
-) -> tuple[Recipe, Estimate]:
-    """Pretrain, estimate the number of clusters from the features, and put it into the recipe."""
-    folder, path = worker.folder, worker.folder / COUNT_FILE
-    features_ND = None
-    if path.exists():
-        found = Estimate(**storage.read_json(path))
-    else:
-        execute(recipe, catalog, data, folder, worker, monitor, ("pretrain",))
-        features_ND = stage_features(
-            RunImages(folder, recipe, catalog, data, worker.device), "pretrain"
-        )
-        found = estimate(features_ND, recipe.seed, display.counting("counting", "numbers tried"))
-        display.finish()
-        display.line(found.why)
-    recipe = override(recipe, [f"data.num_clusters={found.chosen}"])
-    if features_ND is None:
-        return recipe, found
+    folder: Path,
+    worker: Worker,
+    monitor: Monitor,
+    stages: tuple[StageName, ...] = STAGES,
+    *,
+    overwrite: bool = False,
+    store: Path | None = None,
+) -> Result:
+    """Run the stages as `execute` does, with the number of clusters estimated after Pretrain.
+
+    All workers of a group call it together. The estimate is kept in the run folder.
+    """
+
+    def run(recipe: Recipe, stages: tuple[StageName, ...], overwrite: bool) -> Result:
+        return execute(
+            recipe, catalog, data, folder, worker, monitor, stages,
+            overwrite=overwrite, store=store,
+        )  # fmt: skip
+
+    chosen = distributed.from_first(lambda: _kept(folder, overwrite))
+    if chosen is None:
+        run(recipe, ("pretrain",), overwrite)
+        own = RunImages(folder, recipe, catalog, data, worker.device)
+        chosen = _count(own, monitor)
+    return run(override(recipe, [f"data.num_clusters={chosen}"]), stages, False)
+
+
+def _kept(folder: Path, overwrite: bool) -> int | None:
+    """Return the number of clusters that was estimated for this run before, or None."""
+    path = folder / COUNT_FILE
+    return None if overwrite or not path.exists() else int(storage.read_json(path)["chosen"])
+
+
+def _count(own: RunImages, monitor: Monitor) -> int:
+    """Estimate the number of clusters from Pretrain's features, and note it in the run folder."""
+    features_ND = stage_features(own, "pretrain")
+    recipe, place = own.recipe, own.folder / "pretrain"
+    tell = partial(monitor.count, "counting", unit="numbers tried")
+    found = distributed.from_first(lambda: estimate(features_ND, recipe.seed, tell))
+    monitor.line(found.why)
     # Pretrain's figures were for the provisional number of clusters: measure them again.
-    context = Context(recipe, data, catalog.labels, normalisation(recipe, catalog), worker.device)
-    mined = MinedNeighbors.load(folder / "pretrain" / "neighbors.parquet")
-    place = folder / "pretrain" / "stage.json"
-    record = storage.read_json(place)
-    record["figures"] |= measure_features(context, features_ND, mined)
-    storage.write_json(place, record)
-    storage.write_json(path, found.as_dict())
-    return recipe, found
+    recipe = override(recipe, [f"data.num_clusters={found.chosen}"])
+    context = Context(
+        recipe, own.data, own.catalog.labels, normalisation(recipe, own.catalog), own.device
+    )
+    figures = measure_features(
+        context, features_ND, MinedNeighbors.load(place / "neighbors.parquet")
+    )
+    if distributed.rank() == 0:
+        record = storage.read_json(place / "stage.json")
+        record["figures"] |= figures
+        storage.write_json(place / "stage.json", record)
+        storage.write_json(own.folder / COUNT_FILE, found.as_dict())
+    distributed.barrier()
+    return found.chosen
 
 
 def estimate(

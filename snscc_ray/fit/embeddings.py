@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ def choose_for_embeddings(
     gpu: bool,
     free_bytes: int,
     wishes: Preferences,
+    workers: Sequence[int] = (1,),
 ) -> tuple[Recipe, list[Pick]]:
     """Choose a recipe as `choose` does for the features of a frozen encoder.
 
@@ -48,6 +50,7 @@ def choose_for_embeddings(
         gpu=gpu,
         free_bytes=free_bytes,
         wishes=replace(wishes, encoder=as_if, image_size=_SIDE),
+        workers=workers,
     )
     encoder = EncoderSettings(name=NO_ENCODER, frozen=True, views=_VIEWS)
     none = Pick("encoder", "none", "the rows are embeddings already")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Images
-from snscc_ray.data.look import inspect_images, resolve_reading
+from snscc_ray.data.look import ImageStats, inspect_images, resolve_reading
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.fit.choose import (
     Pick,
@@ -34,8 +34,9 @@ from snscc_ray.fit.choose import (
     data_settings,
     with_overrides,
 )
-from snscc_ray.fit.count import Estimate, counted, expected_seconds
+from snscc_ray.fit.count import execute_counted, expected_seconds
 from snscc_ray.fit.embeddings import choose_for_embeddings
+from snscc_ray.fit.here import Here, Machine
 from snscc_ray.models.frozen import components_of, feature_width
 from snscc_ray.runs.folder import (
     FIT_FILE,
@@ -43,13 +44,12 @@ from snscc_ray.runs.folder import (
     prepare_folder,
     remove_run,
 )
-from snscc_ray.runs.local import device_bytes, load, report_skipped, terminated_like_interrupted
-from snscc_ray.runs.monitor import Journal, RunMonitor
+from snscc_ray.runs.local import device_bytes, report_skipped, terminated_like_interrupted
 from snscc_ray.runs.pace import paced
 from snscc_ray.runs.plan import check_plan
-from snscc_ray.runs.run import Result, execute, final_figures
+from snscc_ray.runs.run import Result, execute
 from snscc_ray.training.engine import Interrupted
-from snscc_ray.training.workers import LocalWorker, choose_device
+from snscc_ray.training.workers import choose_device
 
 _PROVISIONAL = 10  # number of clusters before counting; Pretrain does not depend on it
 
@@ -66,6 +66,15 @@ class FitRequest:
     budget: float | None = None  # seconds; None: see `paced`
     device: str = "auto"
     overwrite: bool = False
+
+    def where(self) -> dict[str, Any]:
+        """Return the fields of DataSettings that say where the images are."""
+        return {
+            "source": "auto",
+            "path": self.source,
+            "skip_corrupt": True,
+            "folders_are_labels": self.folders_are_labels,
+        }
 
     def asked(self) -> dict[str, Any]:
         """Return the arguments that identify a run, to recognise a stopped one."""
@@ -87,29 +96,33 @@ class FitRequest:
 class FitResult:
     result: Result
     images: tuple[Catalog, Images]  # for the report
-    told_seconds: float | None  # the estimate before the run, without the report
-    report_seconds: float  # the estimate for the report
-    took_seconds: float
-    estimate: Estimate | None
+    told_seconds: float | None  # the estimate before the run, with the report
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known of a fit before a machine is needed."""
+
+    begun: Recipe | None  # of a run that the same request began
+    rows: Rows
+    seen: ImageStats
+
+
+def fit_images(request: FitRequest, console: Console) -> FitResult:
+    """Fit in this process: `look_at` and `fit_on`."""
+    display = Display(console)
+    device = choose_device(request.device)
+    return fit_on(Here(device, display), request, look_at(request, display), display)
 
 
 @terminated_like_interrupted()
-def fit_images(request: FitRequest, console: Console) -> FitResult:
-    """Choose a recipe, print the reasons and the expected time, and run it.
+def look_at(request: FitRequest, display: Display) -> Start:
+    """Find a stopped run of the same request, and list and inspect the images.
 
-    The same request continues a stopped run. Raises UserError before anything is written,
-    TrainingError from the training loop, and Interrupted once there is a run to continue.
+    Changes nothing. Raises UserError.
     """
-    began = time.monotonic()
-    device, display, folder = choose_device(request.device), Display(console), request.folder
-    asked = request.asked()
-    begun = None if request.overwrite else _begun(request, asked)
-    where: dict[str, Any] = {
-        "source": "auto",
-        "path": request.source,
-        "skip_corrupt": True,
-        "folders_are_labels": request.folders_are_labels,
-    }
+    folder = request.folder
+    begun = None if request.overwrite else _begun(request)
     if begun is not None:
         finished = (folder / "metrics.json").exists()
         display.line(
@@ -124,18 +137,29 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
                 f"{folder} already holds files that are not from `snscc fit`; use --overwrite to "
                 "replace a run there, or another --out"
             )
-        settings = data_settings(where, request.overrides)
+        settings = data_settings(request.where(), request.overrides)
     rows = list_rows(settings)
-    seen = inspect_images(rows)
+    return Start(begun, rows, inspect_images(rows))
+
+
+@terminated_like_interrupted()
+def fit_on(machine: Machine, request: FitRequest, start: Start, display: Display) -> FitResult:
+    """Choose a recipe, print the reasons and the expected time, and run it on a machine.
+
+    The same request continues a stopped run. Raises UserError before anything is written,
+    TrainingError from the training loop, and Interrupted once there is a run to continue.
+    """
+    folder, begun, rows, seen = request.folder, start.begun, start.rows, start.seen
     picks: list[Pick] = []
     if begun is None:
         choosing = choose if rows.vectors is None else choose_for_embeddings
         recipe, picks = choosing(
             request.folder.name,
-            where,
+            request.where(),
             seen,
-            gpu=device.type == "cuda",
-            free_bytes=device_bytes(device),
+            gpu=machine.gpu,
+            free_bytes=machine.free_bytes,
+            workers=machine.counts,
             wishes=with_overrides(request.wishes, request.overrides),
         )
         clusters = request.wishes.clusters or min(_PROVISIONAL, len(rows.ids) // 2)
@@ -145,11 +169,12 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
         recipe = begun
     settings, rows = resolve_reading(recipe.data, rows, seen)
     recipe = recipe.model_copy(update={"data": settings})
-    plan = check_plan(recipe, rows)
+    plan = check_plan(recipe, rows, machine.counts)
     if begun is None:
         prepare_folder(folder, recipe, resume=False, overwrite=request.overwrite)
-    catalog, data = load(plan, device, display)
-    if request.wishes.clusters is None and catalog.distinct == 1:
+    catalog = machine.load(plan, folder)
+    counting = request.wishes.clusters is None
+    if counting and catalog.distinct == 1:
         raise UserError(
             f"all {len(catalog):,} images are identical, so there is nothing to cluster; give "
             "others"
@@ -157,49 +182,54 @@ def fit_images(request: FitRequest, console: Console) -> FitResult:
     report_skipped(catalog, display)
     for pick in picks:
         display.line(f"  {pick.what}: {pick.value} ({pick.why})")
-    told, reporting = None, 0.0
+    told = None
     try:
         if picks:
             chosen = recipe
-            recipe, told = paced(
-                chosen, catalog, data, device, request.budget, display, folder.parent
-            )
-            if told is not None:
-                if request.wishes.clusters is None:
-                    if isinstance(data, FeatureBank):
-                        width = components_of(recipe, data.width, len(catalog))
-                    else:
-                        width = feature_width(recipe, len(catalog))
-                    told += expected_seconds(len(catalog), width)
-                reporting = content.expected_seconds(recipe, len(catalog))
-                counting = "counting the clusters and " if request.wishes.clusters is None else ""
-                whole = (told + reporting) / 60
-                display.line(f"with {counting}the report about {whole:.1f} minutes in all")
+            recipe, told = _paced(request, recipe, catalog, machine, display)
             picks = as_paced(picks, chosen, recipe)
             if request.overwrite:
                 remove_run(request.folder)
             # With this the same request recognises and continues the run if it is stopped.
             noted = {
-                "asked": asked,
+                "asked": request.asked(),
                 "picked": [pick.as_dict() for pick in picks],
                 "recipe": recipe.model_dump(mode="json"),
             }
             storage.write_json(request.folder / FIT_FILE, noted)
-        worker = LocalWorker(folder, device)
-        monitor = RunMonitor(Journal(folder), display)
-        try:
-            found = None
-            if request.wishes.clusters is None:
-                recipe, found = counted(recipe, catalog, data, worker, monitor, display)
-            result = execute(recipe, catalog, data, folder, worker, monitor)
-            final = final_figures(result.figures)
-            monitor.journal.hyperparameters(recipe.model_dump(mode="json"), final)
-        finally:
-            monitor.finish()
+        result = machine.run(recipe, folder, work=execute_counted if counting else execute)
     except KeyboardInterrupt as stop:
         raise Interrupted from stop
-    took = time.monotonic() - began
-    return FitResult(result, (catalog, data), told, reporting, took, found)
+    return FitResult(result, (catalog, machine.images()), told)
+
+
+def _paced(
+    request: FitRequest, recipe: Recipe, catalog: Catalog, machine: Machine, display: Display
+) -> tuple[Recipe, float | None]:
+    """Fit the epochs into the time, and print and return the expected seconds with the report.
+
+    Only this process is measured: elsewhere the recipe stays, and the seconds are None. Raises
+    UserError.
+    """
+    if not isinstance(machine, Here):
+        return recipe, None
+    data = machine.images()
+    recipe, seconds = paced(
+        recipe, catalog, data, machine.device, request.budget, display, request.folder.parent
+    )
+    if seconds is None:
+        return recipe, None
+    counting = ""
+    if request.wishes.clusters is None:
+        counting = "counting the clusters and "
+        if isinstance(data, FeatureBank):
+            width = components_of(recipe, data.width, len(catalog))
+        else:
+            width = feature_width(recipe, len(catalog))
+        seconds += expected_seconds(len(catalog), width)
+    seconds += content.expected_seconds(recipe, len(catalog))
+    display.line(f"with {counting}the report about {seconds / 60:.1f} minutes in all")
+    return recipe, seconds
 
 
 def recipe_for(source: str, wishes: Preferences, overrides: Sequence[str]) -> Recipe:
@@ -228,7 +258,7 @@ def name_of(source: str) -> str:
     return re.sub(r"\.(parquet|npy|npz)$", "", as_path(whole).name) or "images"
 
 
-def _begun(request: FitRequest, asked: dict[str, Any]) -> Recipe | None:
+def _begun(request: FitRequest) -> Recipe | None:
     """Return the recipe of a run that this same request began in the folder, or None.
 
     Raises UserError if a request with other options began it.
@@ -238,7 +268,7 @@ def _begun(request: FitRequest, asked: dict[str, Any]) -> Recipe | None:
         return None
     held = storage.read_json(path)
     earlier = {"from_scratch": False} | held["asked"]  # older versions do not note it
-    if difference := _difference(earlier, asked):
+    if difference := _difference(earlier, request.asked()):
         raise UserError(
             f"{request.folder} holds a fit with other options ({difference}); use --overwrite to "
             "replace it, or another --out"

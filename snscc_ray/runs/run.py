@@ -361,10 +361,13 @@ class _Run:
 
     def _save_assignments(self, p_NC: Tensor) -> None:
         confidence_N, clusters_N = p_NC.max(1)
+        second_confidence_N, second_N = p_NC.scatter(1, clusters_N[:, None], -1).max(1)
         columns = {
             "id": pa.array(self.catalog.ids),
             "cluster": pa.array(clusters_N.int().numpy()),
             "confidence": pa.array(confidence_N.numpy()),
+            "second": pa.array(second_N.int().numpy()),
+            "second_confidence": pa.array(second_confidence_N.numpy()),
         }
         if self.catalog.labels is not None:
             columns["label"] = pa.array(self.catalog.labels.int().numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO
@@ -10,10 +11,10 @@ from rich.console import Console
 from torch import Tensor
 
 from snscc_ray.answers.features import RunImages, own_images, stage_features
-from snscc_ray.answers.predict import load_model
+from snscc_ray.answers.predict import check_finished, load_model
 from snscc_ray.answers.report import sprites
 from snscc_ray.answers.report.content import GENERATOR, build, shown_rows
-from snscc_ray.answers.report.facts import read_facts
+from snscc_ray.answers.report.facts import Facts, read_facts
 from snscc_ray.answers.report.page import render
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import StageName
@@ -25,6 +26,7 @@ from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Images
 from snscc_ray.data.vectors import pictures_of
 from snscc_ray.runs.folder import read_recipe
+from snscc_ray.training.workers import choose_device
 
 _MARK_BYTES = 1000  # GENERATOR stands within the first bytes of a report
 
@@ -46,18 +48,16 @@ def report(
     data_file = out.with_suffix(".json")
     for path in (out, data_file):
         _check_ours(path)
-    display = Display(console)
-    model = load_model(run, device)
-    if model.caveat:
-        display.line(model.caveat)
+    display, chosen = Display(console), choose_device(device)
+    check_finished(run)
     facts = read_facts(run)
     mined = MinedNeighbors.load(run / "pretrain" / "neighbors.parquet")
     if loaded is None:
-        own = own_images(run, model.device, display)
+        own = own_images(run, chosen, display)
     else:
-        own = RunImages(run, read_recipe(run), *loaded, model.device)
-    display.line(f"predicting {len(own.catalog):,} images")
-    p_NC = model.probabilities(own.inputs)
+        own = RunImages(run, read_recipe(run), *loaded, chosen)
+    if facts.second_N is None:
+        facts = _with_second(facts, own, display)
     digests = sprites.row_digests(own.data)
 
     # The last stage's features are used twice in a row; all stages' may not fit in memory.
@@ -65,7 +65,7 @@ def report(
     def features(stage: StageName) -> Tensor:
         return stage_features(own, stage)
 
-    content = build(own, facts, features, p_NC, mined, digests, display.line)
+    content = build(own, facts, features, mined, digests, display.line)
     display.line("thumbnails")
     rows = shown_rows(content)
     if isinstance(own.data, FeatureBank):
@@ -76,6 +76,17 @@ def report(
     storage.write_json(data_file, content)
     storage.write_whole(out, partial(_write, page.encode("utf-8", "backslashreplace")))
     return data_file
+
+
+def _with_second(facts: Facts, own: RunImages, display: Display) -> Facts:
+    """Predict the second-choice clusters of a run from before they were kept."""
+    model = load_model(own.folder, own.device.type)
+    if model.caveat:
+        display.line(model.caveat)
+    display.line(f"predicting {len(own.catalog):,} images")
+    p_NC = model.probabilities(own.inputs)
+    second_N, index_N = p_NC.scatter(1, facts.clusters_N[:, None], -1).max(1)
+    return replace(facts, second_N=index_N, second_confidence_N=second_N.double())
 
 
 def _check_ours(path: Path) -> None:

@@ -30,7 +30,6 @@ def build(
     own: RunImages,
     facts: Facts,
     features: Callable[[StageName], Tensor],
-    p_NC: Tensor,
     mined: MinedNeighbors,
     digests: Sequence[bytes],
     tell: Callable[[str], None],
@@ -47,14 +46,17 @@ def build(
     for stage in stages:
         tell(f"features and t-SNE of {len(sampled):,} images after {stage}")
         points[stage] = embed(features(stage)[sampled], seed)
-    galleries = pick.galleries(features(stages[-1]), p_NC, clusters_N, seed)
+    assert facts.second_confidence_N is not None
+    margin_N = facts.confidence_N - facts.second_confidence_N
+    clusters = recipe.data.num_clusters
+    galleries = pick.galleries(features(stages[-1]), margin_N, clusters_N, clusters, seed)
     content: dict[str, Any] = {
         "generator": GENERATOR,
         "run": own.folder.name or own.folder.resolve().name,
         "summary": _summary(own, facts),
         "trust": _trust(facts, recipe),
         "stages": facts.stages,
-        "clusters": _clusters(facts, recipe.data.num_clusters),
+        "clusters": _clusters(facts, clusters),
         "galleries": [vars(gallery) for gallery in galleries],
         "neighbors": _neighbors(mined, galleries, recipe.train.num_neighbors),
         "health": _health(facts),
@@ -67,7 +69,7 @@ def build(
         "picked": facts.picked and facts.picked.model_dump()["picked"],
         "scatter": {"rows": sampled, "points": points, "fixed": _is_fixed(recipe)},
     }
-    content["images"] = _images(own.catalog, facts, p_NC, shown_rows(content))
+    content["images"] = _images(own.catalog, facts, shown_rows(content))
     return content
 
 
@@ -234,19 +236,17 @@ def _matches(counts: np.ndarray, matched: list[int | None]) -> list[dict[str, An
     ]
 
 
-def _images(
-    catalog: Catalog, facts: Facts, p_NC: Tensor, rows: list[int]
-) -> dict[int, dict[str, Any]]:
+def _images(catalog: Catalog, facts: Facts, rows: list[int]) -> dict[int, dict[str, Any]]:
     """Return id, cluster and confidence of each image shown, and its label if there is one."""
-    index_N, second_N = pick.runners_up(p_NC, facts.clusters_N)
+    assert facts.second_N is not None and facts.second_confidence_N is not None
     found = {}
     for row in rows:
         found[row] = {
             "id": catalog.ids[row],
             "cluster": int(facts.clusters_N[row]),
             "confidence": round(float(facts.confidence_N[row]), 4),
-            "second": int(index_N[row]),
-            "second_confidence": round(float(second_N[row]), 4),
+            "second": int(facts.second_N[row]),
+            "second_confidence": round(float(facts.second_confidence_N[row]), 4),
         }
         if catalog.labels is not None:
             found[row]["label"] = int(catalog.labels[row])

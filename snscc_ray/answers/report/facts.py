@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
@@ -57,6 +58,9 @@ class Facts:
     warnings: list[dict[str, Any]]
     clusters_N: Tensor
     confidence_N: Tensor
+    # The second-choice cluster and its probability; None: the run is from before they were kept.
+    second_N: Tensor | None
+    second_confidence_N: Tensor | None
     number: NumberChosen | None
     picked: Picked | None
     notes: list[str]  # what was ignored or assumed
@@ -83,7 +87,8 @@ def read_facts(folder: Path) -> Facts:
     held = figures.stages
     lines = _lines(folder / "metrics.jsonl")
     path = folder / "assignments.parquet"
-    table = read_table(path, ["cluster", "confidence"])
+    table = read_table(path, ["cluster", "confidence"], ["second", "second_confidence"])
+    kept = "second" in table.column_names
     return Facts(
         {stage: held[stage] for stage in STAGES if stage in held},
         storage.read_json(folder / "recipe.json").get("versions", {}),
@@ -93,12 +98,18 @@ def read_facts(folder: Path) -> Facts:
             if stage in held
         },
         [line for line in lines if "warning" in line],
-        torch.from_numpy(table["cluster"].to_numpy().copy()).long(),
-        torch.from_numpy(table["confidence"].to_numpy().copy()).double(),
+        _tensor(table["cluster"]).long(),
+        _tensor(table["confidence"]).double(),
+        _tensor(table["second"]).long() if kept else None,
+        _tensor(table["second_confidence"]).double() if kept else None,
         _read(folder / "clusters.json", NumberChosen),
         _read(folder / "fit.json", Picked),
         figures.notes,
     )
+
+
+def _tensor(column: pa.ChunkedArray) -> Tensor:
+    return torch.from_numpy(column.to_numpy().copy())
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

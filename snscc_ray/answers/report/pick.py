@@ -40,22 +40,15 @@ class Pair:
     cosine: float
 
 
-def runners_up(p_NC: Tensor, clusters_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the second-choice cluster of each row, and its probability."""
-    others_NC = p_NC.scatter(1, clusters_N[:, None], -1)
-    second_N, index_N = others_NC.max(1)
-    return index_N, second_N
-
-
-def galleries(features_ND: Tensor, p_NC: Tensor, clusters_N: Tensor, seed: int) -> list[Gallery]:
+def galleries(
+    features_ND: Tensor, margin_N: Tensor, clusters_N: Tensor, num_clusters: int, seed: int
+) -> list[Gallery]:
     """Pick typical, doubtful and random rows of the largest clusters, in order of cluster number.
 
     Typical rows are nearest to their cluster's mean feature; doubtful ones have the smallest
     margin over their second-choice cluster.
     """
-    own_N = p_NC.gather(1, clusters_N[:, None])[:, 0]
-    margin_N = own_N - runners_up(p_NC, clusters_N)[1]
-    sizes_C = torch.bincount(clusters_N, minlength=p_NC.shape[1])
+    sizes_C = torch.bincount(clusters_N, minlength=num_clusters)
     largest = sizes_C.argsort(descending=True, stable=True)[:CLUSTERS]
     shown = sorted(c for c in largest.tolist() if sizes_C[c])
     each = min(max(_IMAGES // (3 * len(shown)), 1), _EACH)
