@@ -34,6 +34,7 @@ from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core.display import Display
 from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.data.names import Names
 from snscc_ray.runs.local import run_here
 from snscc_ray.runs.run import Request
 
@@ -75,7 +76,7 @@ def measure(encoder: str, rows: int, repeats: int, place: Path) -> dict[str, obj
     known = KnownImages(pa.array([f"{row:06}.png" for row in range(KNOWN)]), features_MD, 3)
     answerer = replace(answerer, known=known)
     data = ResidentData(noise(recipe, rows), model.device)
-    ids = [str(row) for row in range(rows)]
+    ids = Names.of(map(str, range(rows)))
     fixed = torch.randn(min(BATCH, rows), 3, SIDE, SIDE, device=model.device)
     fixed = fixed.to(memory_format=torch.channels_last)
 

@@ -187,7 +187,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         self.model_ = model.on(torch.device("cpu"))
         self.probabilities_ = p_NC.cpu().numpy()
         self.labels_ = self.probabilities_.argmax(axis=1)
-        self.ids_ = np.array(catalog.ids)
+        self.ids_ = np.array(list(catalog.ids))
         self._n_features_out = z_ND.shape[1]
 
     def predict(self, X: Any) -> np.ndarray:

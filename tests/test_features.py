@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, StageName
 from snscc_ray.core.display import Display
 from snscc_ray.core.views import clean_view
+from snscc_ray.data.names import Names
 from snscc_ray.runs.local import run_here
 from snscc_ray.runs.run import Request
 from tests.conftest import TINY
@@ -69,7 +71,7 @@ def test_other_images_are_refused(finished: Path, monkeypatch: pytest.MonkeyPatc
 
     def fewer(*arguments):  # type: ignore[no-untyped-def]
         catalog, data = real(*arguments)
-        catalog.ids[0] = "another"
+        catalog = replace(catalog, ids=Names.of(["another", *catalog.ids[1:]]))
         return catalog, data
 
     monkeypatch.setattr(features, "bring", fewer)

@@ -22,6 +22,7 @@ from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.bank import FeatureBank, open_bank
 from snscc_ray.data.loading.resident import Images
+from snscc_ray.data.names import Names
 from snscc_ray.data.sources import list_rows
 from snscc_ray.models.encoders import build_encoder
 from snscc_ray.models.frozen import Adapter, WholeEncoder, build_frozen
@@ -69,11 +70,10 @@ def own_images(folder: Path, device: torch.device, display: Display) -> RunImage
     return RunImages(folder, recipe, catalog, data, device)
 
 
-def own_ids(folder: Path) -> list[str]:
+def own_ids(folder: Path) -> Names:
     """Return the ids of a run's own images, in order."""
     table = read_table(folder / "assignments.parquet", ["id"])
-    ids: list[str] = table["id"].to_pylist()
-    return ids
+    return Names(table["id"])
 
 
 def trained_encoder(

@@ -31,10 +31,12 @@ from snscc_ray.config.settings import NO_ENCODER, DataSettings, Recipe, StageNam
 from snscc_ray.core import checkpoints
 from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
+from snscc_ray.core.memory import keeping_freed_memory
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.data.look import resolve_reading
+from snscc_ray.data.names import Names
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.models.encoders import ClusterHeads, ClusterNet, out_features
@@ -193,10 +195,11 @@ def predict(question: PredictRequest, console: Console, device: str = "auto") ->
         catalog, data = bring(settings, rows, device_, display)
         tell = display.counting("predict", "images")
         done = 0
-        for images in data.slices(0, len(data), _ROWS):
-            parts.append(answerer(images))
-            done += len(images)
-            tell(done, len(data))
+        with keeping_freed_memory():
+            for images in data.slices(0, len(data), _ROWS):
+                parts.append(answerer(images))
+                done += len(images)
+                tell(done, len(data))
         display.finish()
     return conclude(question, catalog.ids, catalog.skipped, parts, display)
 
@@ -222,7 +225,7 @@ def prepare(
 
 def conclude(
     question: PredictRequest,
-    ids: list[str],
+    ids: Names,
     skipped: Iterable[tuple[str, str]],
     parts: list[pa.Table],
     display: Display,
@@ -232,7 +235,7 @@ def conclude(
     for identifier, reason in skipped:
         left_out += 1
         display.line(f"left out {identifier}: {reason}")
-    table = pa.concat_tables(parts).add_column(0, "id", pa.array(ids, pa.string()))
+    table = pa.concat_tables(parts).add_column(0, "id", ids.column)
     write(table, question.out)
     return PredictResult(table, left_out)
 
@@ -292,4 +295,4 @@ def _known(question: PredictRequest, model: Model, display: Display) -> KnownIma
                 return None
     # Cached in half precision, they no longer have unit length.
     features_MD = F.normalize(features_MD, dim=1).to(model.device)
-    return KnownImages(pa.array(ids, pa.string()), features_MD, question.nearest)
+    return KnownImages(ids.column, features_MD, question.nearest)

@@ -22,6 +22,7 @@ from snscc_ray.cli.report import report
 from snscc_ray.cli.run import run
 from snscc_ray.cli.sweep import sweep
 from snscc_ray.config.errors import TrainingError, UserError
+from snscc_ray.core.memory import share_one_pool
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,6 +57,7 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 def main() -> None:
     """Run the command line. A usage error is one line on stderr and exit status 2."""
     _fill_closed()
+    share_one_pool()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape what the console cannot show
             stream.reconfigure(errors="backslashreplace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import torch
 from rich.console import Console
@@ -54,7 +55,8 @@ def predict_on_ray(question: PredictRequest, console: Console, scale: Scale) -> 
                     display.finish()
     if not parts:
         raise all_corrupt(rows, *next(iter(failed.items())))
-    ids = [name for row, name in enumerate(rows.ids) if row not in failed]
+    kept = np.setdiff1d(np.arange(len(rows.ids)), list(failed))
+    ids = rows.ids.take(kept)
     skipped = [(rows.ids[row], reason) for row, reason in failed.items()]
     return conclude(question, ids, skipped, parts, display)
 

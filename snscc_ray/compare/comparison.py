@@ -223,7 +223,7 @@ def _run(study: Study, method: str) -> str | None:
 def _keep(study: Study, method: str, found: MethodResult) -> None:
     place = method_folder(study.folder, method)
     clusters = pa.array(found.clusters_N.int().numpy())
-    table = pa.table({"id": pa.array(study.catalog.ids), "cluster": clusters})
+    table = pa.table({"id": study.catalog.ids.column, "cluster": clusters})
     tables.write_table(place / "assignments.parquet", table)
     outcome = {
         "identity": study.identity(),

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from snscc_ray.core.memory import keeping_freed_memory
+
 # Like `map`: a function and its arguments, one item of each sequence at a time.
 Mapping = Callable[..., Iterator[Any]]
 
@@ -30,7 +32,7 @@ def mapping(device: torch.device) -> Iterator[Mapping]:
         yield map
         return
     threads = threads_of(device)
-    with ThreadPoolExecutor(threads, initializer=_prepare) as pool:
+    with keeping_freed_memory(), ThreadPoolExecutor(threads, initializer=_prepare) as pool:
         torch.set_num_threads(1)
         try:
             yield pool.map

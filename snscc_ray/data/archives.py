@@ -17,6 +17,7 @@ import numpy as np
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.data.decode import Source
+from snscc_ray.data.names import Names
 from snscc_ray.data.rows import Batches, Rows
 
 
@@ -113,7 +114,7 @@ def _read_cifar(source: str, dataset: Any, folder: Path, limit: int | None) -> R
             rows += len(found)
     return Rows(
         place=str(folder),
-        ids=ids,
+        ids=Names.of(ids),
         batches=_CifarImages(source, used),
         labels=np.array(labels, np.int64),
         class_names=tuple(meta[names_key]),
@@ -171,7 +172,7 @@ def _read_stl10(source: str, dataset: Any, folder: Path, limit: int | None) -> R
     names = folder / dataset.class_names_file
     return Rows(
         place=str(folder),
-        ids=ids,
+        ids=Names.of(ids),
         batches=_Parts(parts),
         labels=np.concatenate(labels),
         class_names=tuple(names.read_text().splitlines()) if names.is_file() else None,

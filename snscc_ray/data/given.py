@@ -10,6 +10,7 @@ import numpy as np
 
 from snscc_ray.config.paths import as_path
 from snscc_ray.data.decode import Source
+from snscc_ray.data.names import Names
 from snscc_ray.data.rows import Batches, Rows
 from snscc_ray.data.sources import image_id
 
@@ -21,7 +22,7 @@ def rows_of_paths(paths: Sequence[str | Path]) -> Rows:
     files = [as_path(path) for path in paths]
     return Rows(
         place="the list of paths",
-        ids=[image_id(str(file)) for file in files],
+        ids=Names.of(image_id(str(file)) for file in files),
         batches=Batches(files),
         files=files,
     )
@@ -46,7 +47,7 @@ def rows_of_array(images: np.ndarray) -> Rows:
         raise ValueError(f"X has shape {images.shape}, which is one image: give X[None]")
     return Rows(
         place="X",
-        ids=[str(row) for row in range(len(images))],
+        ids=Names.of(map(str, range(len(images)))),
         batches=Batches(np.ascontiguousarray(images)),
     )
 
@@ -106,7 +107,7 @@ def rows_of_dataset(dataset: Any) -> Rows:
     files = [source for source in sources if isinstance(source, Path)]
     return Rows(
         place="the Ray Dataset",
-        ids=ids,
+        ids=Names.of(ids),
         batches=Batches(sources),
         files=files if len(files) == len(sources) else None,
     )

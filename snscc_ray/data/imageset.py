@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.decode import decode_all
+from snscc_ray.data.names import Names
 from snscc_ray.data.rows import Rows
 
 _DIGEST = 16  # bytes
+_PART = 65_536  # ids that are hashed at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Catalog:
     """All facts about a dataset of N images except their pixels."""
 
-    ids: list[str]  # unique
+    ids: Names  # unique
     labels: Tensor | None  # int64 (N,)
     class_names: tuple[str, ...] | None
     skipped: tuple[tuple[str, str], ...]  # (id, reason) of each corrupt image
@@ -63,10 +66,10 @@ def check_ids(rows: Rows) -> None:
     if not rows.ids:
         raise UserError(f"no images in {rows.place}: give a folder or file that holds some")
     # Refused, not renamed: an invented id could not be joined back to its image.
-    repeated, times = Counter(rows.ids).most_common(1)[0]
-    if times > 1:
+    if repeated := rows.ids.repeated():
+        name, times = repeated
         raise UserError(
-            f"id {repeated!r} occurs {times} times in {rows.place}: make the ids unique, or leave "
+            f"id {name!r} occurs {times} times in {rows.place}: make the ids unique, or leave "
             "the column out to number the rows"
         )
 
@@ -135,20 +138,33 @@ def describe(
     shape: tuple[int, ...],
 ) -> Catalog:
     """Return the catalog of the `kept` rows. `digests` and `values` describe their pixels."""
-    ids = [rows.ids[row] for row in kept]
-    whole = hashlib.sha256(json.dumps([len(ids), *shape, ids]).encode() + digests)
+    ids = rows.ids if len(kept) == len(rows.ids) else rows.ids.take(kept)
     return Catalog(
         ids=ids,
         labels=None if rows.labels is None else torch.from_numpy(rows.labels[kept]),
         class_names=rows.class_names,
         skipped=tuple((rows.ids[row], reason) for row, reason in failed),
-        fingerprint=whole.hexdigest(),
+        fingerprint=_fingerprint(ids, shape, digests),
         values=torch.from_numpy(values),
-        distinct=len(
-            {digests[place : place + _DIGEST] for place in range(0, len(digests), _DIGEST)}
-        ),
+        distinct=_distinct(digests),
         notes=rows.notes,
     )
+
+
+def _fingerprint(ids: Names, shape: tuple[int, ...], digests: bytes) -> str:
+    """Hash [number, *shape, [id, …]] as JSON and then the digests, a part of the ids at a time."""
+    whole = hashlib.sha256(json.dumps([len(ids), *shape]).encode()[:-1] + b", [")
+    for first in range(0, len(ids), _PART):
+        between = b", " if first else b""
+        whole.update(between + json.dumps(list(ids[first : first + _PART])).encode()[1:-1])
+    whole.update(b"]]" + digests)
+    return whole.hexdigest()
+
+
+def _distinct(digests: bytes) -> int:
+    kind = pa.binary(_DIGEST)
+    array = pa.Array.from_buffers(kind, len(digests) // _DIGEST, [None, pa.py_buffer(digests)])
+    return int(pc.count_distinct(array).as_py())
 
 
 def digests(images: np.ndarray) -> bytes:

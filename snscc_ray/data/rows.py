@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from snscc_ray.data.decode import OWN_RANGE, Reading, Source
+from snscc_ray.data.names import Names
 
 # Rows that a thread decodes at a time: enough to make the hand-over cheap, few enough to keep the
 # encoded bytes in memory small.
@@ -20,7 +21,7 @@ class Rows:
     """The rows of a source, before any image is decoded. Batches follow the order of the ids."""
 
     place: str  # name of the source in messages
-    ids: list[str]
+    ids: Names
     batches: Iterable[Sequence[Source]]
     labels: np.ndarray | None = None  # int64 (N,)
     class_names: tuple[str, ...] | None = None

@@ -14,6 +14,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
 from snscc_ray.core.storage import read_json
 from snscc_ray.data.labels import Labels
+from snscc_ray.data.names import Names
 from snscc_ray.data.rows import BATCH, Rows, Shard
 
 # The file in which `snscc pack` describes the shards of a folder.
@@ -46,15 +47,17 @@ def shard_files(path: Path) -> list[Path]:
 
 def ids_and_labels(
     shards: Sequence[Shard],
-) -> tuple[list[str], np.ndarray | None, tuple[str, ...] | None, str | None]:
+) -> tuple[Names, np.ndarray | None, tuple[str, ...] | None, str | None]:
     """Return the ids, labels and class names of all rows, and a note on labels that are ignored."""
-    ids: list[str] = []
-    columns = Labels()
+    import pyarrow as pa
+
+    ids, columns = [Names.of([]).array], Labels()
     for shard in shards:
         table = read_columns(shard)
-        ids += ids_of(shard, table)
+        ids.append(Names.of(ids_of(shard, table)).array)
         columns.add(shard, table)
-    return ids, *columns.concluded(len(ids))
+    whole = Names(pa.concat_arrays(ids))
+    return whole, *columns.concluded(len(whole))
 
 
 def read_shards(path: Path, limit: int | None) -> Rows:
@@ -181,12 +184,14 @@ def read_columns(shard: Shard) -> Any:
         return pa.Table.from_batches(batches) if batches else None
 
 
-def ids_of(shard: Shard, table: Any) -> list[str]:
-    given = table["id"].to_pylist() if shard.id else [None] * shard.rows
-    return [
-        f"{shard.file.name}:{row}" if value is None else str(value)
-        for row, value in enumerate(given)
-    ]
+def ids_of(shard: Shard, table: Any) -> Iterator[str]:
+    """Yield the ids of a shard's rows; `table` has its columns other than the images."""
+    row = 0
+    for part in table.to_batches() if shard.id else ():
+        for value in part.column("id").to_pylist():
+            yield f"{shard.file.name}:{row}" if value is None else str(value)
+            row += 1
+    yield from (f"{shard.file.name}:{number}" for number in range(row, shard.rows))
 
 
 def sample_images(shards: Sequence[Shard], step: int) -> Iterator[bytes | None]:

@@ -17,6 +17,7 @@ from snscc_ray.data.archives import ARCHIVES, archive_folder, read_archive
 from snscc_ray.data.decode import Reading
 from snscc_ray.data.imageset import ImageSet, assemble
 from snscc_ray.data.listing import EXTENSIONS, ImageListing, find_images
+from snscc_ray.data.names import Files, Names
 from snscc_ray.data.rows import Batches, Rows
 from snscc_ray.data.shards import image_shards, read_shards, shard_files
 from snscc_ray.data.vectors import ARRAYS, embedding_shards, read_vectors
@@ -161,7 +162,7 @@ def _digits(data: DataSettings, source: str, found: ImageListing | None) -> Rows
     images = np.round(values[: data.limit] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     return Rows(
         place="the digits of scikit-learn",
-        ids=[f"digits/{row:04d}" for row in range(len(images))],
+        ids=Names.of(f"digits/{row:04d}" for row in range(len(images))),
         batches=Batches(images),
         labels=labels[: data.limit].astype(np.int64),
         class_names=tuple("0123456789"),
@@ -267,10 +268,10 @@ def _file_rows(
     classes: tuple[str, ...] | None,
     notes: tuple[str, ...],
 ) -> Rows:
-    paths = [root / file for file in files]
+    paths = Files.of(root, files)
     return Rows(
         place=str(root),
-        ids=[image_id(file) for file in files],
+        ids=Names.of(map(image_id, files)),
         batches=Batches(paths),
         labels=labels,
         class_names=classes,

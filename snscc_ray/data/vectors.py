@@ -18,6 +18,7 @@ from snscc_ray.config.paths import as_path, is_url
 from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.decode import UnreadableImage, decode_into
 from snscc_ray.data.imageset import Catalog, check_ids, describe, digests
+from snscc_ray.data.names import Names
 from snscc_ray.data.rows import Batches, Rows, Shard
 from snscc_ray.data.shards import (
     first_rows,
@@ -56,7 +57,7 @@ def rows_of_vectors(values_ND: np.ndarray, place: str, label: str | None = None)
         part = slice(first, first + _ROWS)
         unit_ND[part] = _unit(values_ND[part], first, place)
     begin = "" if label is None else f"{label}:"
-    ids = [f"{begin}{row}" for row in range(len(unit_ND))]
+    ids = Names.of(f"{begin}{row}" for row in range(len(unit_ND)))
     return Rows(place=place, ids=ids, batches=Batches([]), vectors=unit_ND)
 
 

@@ -21,6 +21,7 @@ from snscc_ray.core import storage
 from snscc_ray.core.claim import CLAIM, refuse_in_use
 from snscc_ray.core.tables import read_table, write_table
 from snscc_ray.data.imageset import Catalog
+from snscc_ray.data.names import Names
 
 # The files of a run besides TensorBoard's events. _STAGE_FILES are in the folders of its stages.
 _RUN_FILES = (
@@ -149,7 +150,7 @@ def check_images(folder: Path, catalog: Catalog) -> None:
         same = (table.schema.metadata or {}).get(_FINGERPRINT) == catalog.fingerprint.encode()
     elif (folder / "assignments.parquet").exists():  # a run from before IMAGES_FILE was written
         table = read_table(folder / "assignments.parquet", ["id"])
-        same = table["id"].to_pylist() == catalog.ids
+        same = Names(table["id"]) == catalog.ids
     else:
         return
     if same:
@@ -167,7 +168,7 @@ def note_images(folder: Path, catalog: Catalog) -> None:
     """Record the images for `check_images`, unless they are already recorded."""
     path = folder / IMAGES_FILE
     if not path.exists():
-        table = pa.table({"id": pa.array(catalog.ids, pa.string())})
+        table = pa.table({"id": catalog.ids.column})
         table = table.replace_schema_metadata({_FINGERPRINT: catalog.fingerprint.encode()})
         write_table(path, table)
 

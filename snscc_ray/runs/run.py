@@ -363,7 +363,7 @@ class _Run:
         confidence_N, clusters_N = p_NC.max(1)
         second_confidence_N, second_N = p_NC.scatter(1, clusters_N[:, None], -1).max(1)
         columns = {
-            "id": pa.array(self.catalog.ids),
+            "id": self.catalog.ids.column,
             "cluster": pa.array(clusters_N.int().numpy()),
             "confidence": pa.array(confidence_N.numpy()),
             "second": pa.array(second_N.int().numpy()),

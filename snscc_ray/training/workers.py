@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.core import checkpoints, distributed
+from snscc_ray.core.memory import share_one_pool
 
 
 class Worker(Protocol):
@@ -58,6 +59,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             "device cuda: torch sees no GPU here; use cpu (--device, or runtime.device of a recipe)"
         )
+    share_one_pool()
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

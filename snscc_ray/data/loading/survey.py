@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.paths import as_path, is_url
+from snscc_ray.config.paths import is_url
 from snscc_ray.config.settings import DataSettings, Recipe
 from snscc_ray.data.decode import (
     OWN_RANGE,
@@ -40,6 +40,7 @@ from snscc_ray.data.imageset import (
     value_counts,
 )
 from snscc_ray.data.loading.order import LANES
+from snscc_ray.data.names import Files
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.shards import image_batches
 
@@ -64,7 +65,7 @@ class Slice:
 
     first: int  # number of its first row, counting only rows that are kept
     rows: int  # number of rows to read, including corrupt ones
-    files: tuple[str, ...]  # paths or URLs of the images, or of one Parquet file
+    files: Sequence[Path]  # absolute: the images, or one Parquet file
     group: int | None = None  # row group of the Parquet file; None: the files are images
     offset: int = 0  # position of the first row in that group
     skip: tuple[int, ...] = ()  # corrupt rows to leave out, counted from 0 within the slice
@@ -76,7 +77,7 @@ class Slice:
     def name(self, row: int) -> str:
         """Return the name of a row for messages."""
         if self.group is None:
-            return self.files[row]
+            return str(self.files[row])
         return f"row {self.offset + row} of row group {self.group} of {self.files[0]}"
 
 
@@ -178,15 +179,11 @@ def cut(rows: Rows, slice_rows: int) -> list[Slice]:
     Raises UserError if the images are neither files nor in shards.
     """
     if rows.files is not None:
-        files = [_address(file) for file in rows.files]
+        files = _absolute(rows.files)
         return [
-            Slice(
-                first,
-                min(slice_rows, len(files) - first),
-                tuple(files[first : first + slice_rows]),
-                reading=rows.reading,
-            )
+            Slice(first, len(part), part, reading=rows.reading)
             for first in range(0, len(files), slice_rows)
+            for part in [files[first : first + slice_rows]]
         ]
     if rows.shards is None:
         raise UserError(
@@ -210,9 +207,15 @@ def cut(rows: Rows, slice_rows: int) -> list[Slice]:
     return slices
 
 
-def _address(file: Path) -> str:
-    """Return a path or URL that is valid on any machine and in any working directory."""
-    return str(file if is_url(file) else file.absolute())
+def _absolute(files: Sequence[Path]) -> Sequence[Path]:
+    """Return paths or URLs that are valid on any machine and in any working directory."""
+    if isinstance(files, Files):
+        return replace(files, root=_address(files.root))
+    return tuple(map(_address, files))
+
+
+def _address(file: Path) -> Path:
+    return file if is_url(file) else file.absolute()
 
 
 def read_slice(piece: Slice, channels: int, size: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
@@ -253,10 +256,10 @@ def decode_slice(piece: Slice, channels: int, size: int) -> np.ndarray:
 
 def _sources(piece: Slice) -> Iterator[Source]:
     if piece.group is None:
-        yield from (as_path(file) for file in piece.files)
+        yield from piece.files
         return
     place, left = -piece.offset, piece.rows
-    for batch in image_batches(as_path(piece.files[0]), piece.group, piece.offset + piece.rows):
+    for batch in image_batches(piece.files[0], piece.group, piece.offset + piece.rows):
         wanted = batch[max(0, -place) :][:left] if place + len(batch) > 0 else []
         place += len(batch)
         left -= len(wanted)
