@@ -132,7 +132,7 @@ def test_images_that_vanish_from_the_store_are_named(kind: str, places: dict[str
 
     remote = data_settings(f"s3://pictures/{kind}")
     streamed = survey(list_rows(remote), remote)
-    file = streamed.slices[-1].files[-1]
+    file = str(streamed.slices[-1].files[-1])
     store = s3fs.S3FileSystem()
     content = store.cat(file)
     store.rm(file)

@@ -59,7 +59,7 @@ def own_images(folder: Path, device: torch.device, display: Display) -> RunImage
             f"the images of the run {folder} are no longer at {place}: put them back there, or run "
             "the recipe again"
         )
-    rows = list_rows(recipe.data)
+    rows = list_rows(recipe.data, display.finding("listing", "images"))
     catalog, data = bring(recipe.data, rows, device, display)
     known = own_ids(folder)
     if catalog.ids != known:

@@ -215,7 +215,9 @@ def prepare(
     if model.caveat:
         display.line(model.caveat)
     settings = _settings(model.recipe, question)
-    settings, rows = resolve_reading(settings, list_rows(settings))
+    settings, rows = resolve_reading(
+        settings, list_rows(settings, display.finding("listing", "images"))
+    )
     check_inputs(model, rows)
     for note in rows.notes:
         display.line(note)

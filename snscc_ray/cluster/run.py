@@ -51,7 +51,7 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     if recipe.runtime.device == "cuda" and not scale.gpu:
         raise UserError("runtime.device=cuda needs workers with one GPU each; add --gpu")
     display = Display(console)
-    plan = make_plan(recipe, scale.counts)
+    plan = make_plan(recipe, scale.counts, progress=display.finding("listing", "images"))
     with workers_of(scale, display) as workers:
         catalog = workers.load(plan, folder)
         display.line(_headline(plan.recipe, catalog, scale))

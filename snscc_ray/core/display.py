@@ -102,6 +102,18 @@ class Display:
         """Return a function that shows a task's progress; call it with (done, total)."""
         return lambda done, total: self.count(task, done, total, unit)
 
+    def finding(self, task: str, unit: str) -> Callable[[int], None]:
+        """Return a function that shows how many are found so far; their total is not known."""
+        shown = time.monotonic()
+
+        def tell(found: int) -> None:
+            nonlocal shown
+            if time.monotonic() - shown > _LINE_SECONDS:
+                shown = time.monotonic()
+                self.line(f"{task}: {found:,} {unit} so far")
+
+        return tell
+
     def line(self, text: str) -> None:
         say(self.console, text)
 

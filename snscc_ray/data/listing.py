@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -30,6 +30,7 @@ _FOREIGN = frozenset([
 # Files that a run, a sweep and a comparison write into their folders; each contains the recipe.
 _OURS = ("recipe.json", "sweep.json", "compare.json")
 _ENDINGS = 8  # most kinds that a note names
+_TOLD = 10_000  # images between two calls of a progress function
 
 
 @dataclass
@@ -50,39 +51,72 @@ class ImageListing:
         return (f"ignored, because they are not readable images: {named}{rest}",)
 
 
-def find_images(root: Path) -> ImageListing:
-    """Find all images below `root`. Hidden files and files that are not images are counted."""
+def find_images(root: Path, progress: Callable[[int], None] | None = None) -> ImageListing:
+    """Find all images below `root`. Hidden files and files that are not images are counted.
+
+    progress: called now and then with the number of images found so far.
+    """
     found = ImageListing()
     if is_url(root):
         _find_remote(root, found)
     else:
         for file in _walk(root, found):
-            found.files.append(os.path.relpath(file, root).replace(os.sep, "/"))
+            found.files.append(file)
+            if progress is not None and len(found.files) % _TOLD == 0:
+                progress(len(found.files))
     found.files.sort()
     return found
 
 
 def _walk(root: Path, found: ImageListing) -> Iterator[str]:
-    seen: set[str] = set()  # links to folders are followed, but no folder is read twice
-    for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
+    """Yield the relative path of each image. Links to folders are followed."""
+    seen: set[str] = set()  # no folder is read twice
+    left = [(str(root), "")]
+    while left:
+        folder, above = left.pop()
         real = os.path.realpath(folder)
-        if real in seen or (folder != str(root) and _is_ours(folder, names)):
+        inner: list[os.DirEntry[str]] = []
+        files: list[os.DirEntry[str]] = []
+        for entry in _entries(folder):
+            (inner if _is_folder(entry) else files).append(entry)
+        if real in seen or (above and _is_ours(folder, [entry.name for entry in files])):
             found.aside["folders seen already" if real in seen else "folders of snscc's own"] += 1
-            inner.clear()
             continue
         seen.add(real)
-        left = [name for name in inner if _is_foreign(name)]
-        found.aside.update(_folder_kind(name) for name in left)
-        inner[:] = [name for name in inner if name not in left]
-        for name in names:
-            file = os.path.join(folder, name)
-            kind = _kind_left_aside(name) or _special(file)
-            if kind is None and not _ends_like_an_image(name) and not _begins(file):
+        # In the order of the names: of a folder and a link to it, the first one counts.
+        for entry in sorted(inner, key=lambda entry: entry.name, reverse=True):
+            if _is_foreign(entry.name):
+                found.aside[_folder_kind(entry.name)] += 1
+            else:
+                left.append((entry.path, f"{above}{entry.name}/"))
+        for entry in files:
+            name = entry.name
+            kind = _kind_left_aside(name) or _special(entry)
+            if kind is None and not _ends_like_an_image(name) and not _begins(entry.path):
                 kind = _ending(name)
             if kind is None:
-                yield file
+                yield above + name
             else:
                 found.aside[kind] += 1
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """Return what a folder holds. Raises UserError if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(
+            f"cannot list {error.filename} ({error.strerror}): make it readable, or give another "
+            "folder"
+        ) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link that leads nowhere: reading it reports the error
 
 
 def _find_remote(root: Path, found: ImageListing) -> None:
@@ -165,10 +199,12 @@ def _ending(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "without an extension"
 
 
-def _special(file: str) -> str | None:
+def _special(entry: os.DirEntry[str]) -> str | None:
     """Return the kind of a pipe, socket or device: reading it might never end."""
     try:
-        mode = os.stat(file).st_mode
+        if entry.is_file():
+            return None
+        mode = entry.stat().st_mode
     except OSError:
         return None  # a broken link: reading it reports the error
     return None if stat.S_ISREG(mode) else "pipes, sockets or devices"
@@ -180,9 +216,3 @@ def _begins(file: str) -> bool:
             return begins_like_an_image(opened.read(BEGINNING))
     except OSError:
         return False
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(
-        f"cannot list {error.filename} ({error.strerror}): make it readable, or give another folder"
-    )

@@ -25,6 +25,8 @@ from snscc_ray.data.vectors import ARRAYS, embedding_shards, read_vectors
 __all__ = ["ImageSet", "list_rows", "load_images", "resolve_source"]
 
 
+Listed = Callable[[int], None]  # gets the number of files found so far
+
 # The remedy, in terms of `snscc fit` and of the recipes.
 _NO_LABELS = "do without labels: leave --labels out, or use --set data.folders_are_labels=false"
 
@@ -59,17 +61,17 @@ def resolve_source(data: DataSettings) -> str:
         return _resolve(data)[0]
 
 
-def _resolve(data: DataSettings) -> tuple[str, ImageListing | None]:
+def _resolve(data: DataSettings, progress: Listed | None = None) -> tuple[str, ImageListing | None]:
     """Return the source, and the images of the folder if it was searched."""
     if data.source == "auto":
-        return _recognise(data)
+        return _recognise(data, progress)
     if data.source in ARCHIVES and data.path is not None:
         held = image_shards(shard_files(as_path(data.path)))
         return ("shards" if held else data.source), None
     return data.source, None
 
 
-def _recognise(data: DataSettings) -> tuple[str, ImageListing | None]:
+def _recognise(data: DataSettings, progress: Listed | None) -> tuple[str, ImageListing | None]:
     path = _existing_path(data)
     if path.suffix.lower() in ARRAYS and path.is_file():
         return "embeddings", None
@@ -82,7 +84,7 @@ def _recognise(data: DataSettings) -> tuple[str, ImageListing | None]:
         for source in ARCHIVES:
             if archive_folder(source, path).is_dir():
                 return source, None
-    found = find_images(path) if path.is_dir() else ImageListing()
+    found = find_images(path, progress) if path.is_dir() else ImageListing()
     if named > len(found.files):
         return "embeddings", None
     if shards or found.files:
@@ -105,19 +107,19 @@ def _recognise(data: DataSettings) -> tuple[str, ImageListing | None]:
     )
 
 
-def list_rows(data: DataSettings) -> Rows:
+def list_rows(data: DataSettings, progress: Listed | None = None) -> Rows:
     """List the rows of the source without decoding any image.
+
+    progress: called now and then with the number of image files found so far.
 
     Raises:
         UserError: what is wrong with the source and how to fix it, in one line.
     """
     with _reaching(data.path):
-        return replace(_list(data), reading=Reading.of(data))
-
-
-def _list(data: DataSettings) -> Rows:
-    source, found = _resolve(data)
-    return READERS[source](data, source, found)
+        source, found = _resolve(data, progress)
+        if source == "folder" and found is None:
+            found = find_images(_existing_folder(data, source), progress)
+        return replace(READERS[source](data, source, found), reading=Reading.of(data))
 
 
 def _existing_path(data: DataSettings) -> Path:
@@ -201,7 +203,7 @@ def _embeddings(data: DataSettings, source: str, found: ImageListing | None) -> 
 def _folder(data: DataSettings, source: str, found: ImageListing | None) -> Rows:
     """List every image of a folder by its relative path. The first sub-folder may be its class."""
     path, limit = _existing_folder(data, source), data.limit
-    found = found or find_images(path)
+    assert found is not None
     files = found.files
     if not files:
         raise UserError(f"{no_images(path, found)}: give a folder that holds some")

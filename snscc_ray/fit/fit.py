@@ -138,7 +138,7 @@ def look_at(request: FitRequest, display: Display) -> Start:
                 "replace a run there, or another --out"
             )
         settings = data_settings(request.where(), request.overrides)
-    rows = list_rows(settings)
+    rows = list_rows(settings, display.finding("listing", "images"))
     return Start(begun, rows, inspect_images(rows))
 
 

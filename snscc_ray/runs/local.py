@@ -80,7 +80,8 @@ def _run_here(
     try:
         first = distributed.rank() == 0
         display = Display(console if first else Console(quiet=True))
-        plan = make_plan(recipe, (distributed.world_size(),))
+        listing = display.finding("listing", "images")
+        plan = make_plan(recipe, (distributed.world_size(),), progress=listing)
         recipe = plan.recipe
         catalog, data = load(plan, device, display)
         what = f"images of {recipe.data.image_size} px"

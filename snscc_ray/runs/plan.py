@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from snscc_ray.config.errors import UserError
@@ -24,10 +24,16 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, workers: Sequence[int] = (1,), stages: Sequence[StageName] = STAGES
+    recipe: Recipe,
+    workers: Sequence[int] = (1,),
+    stages: Sequence[StageName] = STAGES,
+    progress: Callable[[int], None] | None = None,
 ) -> Plan:
-    """List the images of a recipe, look at some, and check both (see `check_plan`)."""
-    data, rows = resolve_reading(recipe.data, list_rows(recipe.data))
+    """List the images of a recipe, look at some, and check both (see `check_plan`).
+
+    progress: see `list_rows`.
+    """
+    data, rows = resolve_reading(recipe.data, list_rows(recipe.data, progress))
     return check_plan(recipe.model_copy(update={"data": data}), rows, workers, stages)
 
 
