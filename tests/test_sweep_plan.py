@@ -12,8 +12,8 @@ from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.core import storage
+from snscc_ray.runs.finished import stage_folder
 from snscc_ray.runs.identity import stage_identity
-from snscc_ray.runs.run import stage_folder
 from snscc_ray.sweep.plan import Job, Ledger, check_points, jobs_of, row_of, searched, trials_of
 from snscc_ray.sweep.search import at_once
 from tune_spaces import load

@@ -23,11 +23,12 @@ from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.ray_stream import Shared, share_images
 from snscc_ray.data.loading.resident import Images
+from snscc_ray.runs.finished import final_figures
 from snscc_ray.runs.folder import check_apart, prepare_folder, read_recipe, remove_tree
 from snscc_ray.runs.local import report_skipped
 from snscc_ray.runs.monitor import Journal
 from snscc_ray.runs.plan import Plan, check, make_plan
-from snscc_ray.runs.run import Request, Result, execute, final_figures
+from snscc_ray.runs.run import Request, Result, execute
 from snscc_ray.texts import counted
 
 

@@ -94,7 +94,7 @@ class Display:
 
     def count(self, task: str, done: int, total: int, unit: str = "rows") -> None:
         """Show the progress of a task that has no epochs; `done` grows up to `total`."""
-        if self._stage != task or done < self._done:
+        if (self._stage, self._total) != (task, total) or done < self._done:
             self.start(task, 1, total, 0, unit)
         self.advance(done - self._done)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import struct
 import threading
 import warnings
@@ -174,9 +175,10 @@ def content_of(source: Source) -> bytes | np.ndarray:
     if source is None:
         raise UnreadableImage("the row has no image bytes (a path in it is not followed)")
     if isinstance(source, Path):
-        if source.exists() and not source.is_file():  # reading a pipe would block
+        if not stat.S_ISREG(source.stat().st_mode):  # reading a pipe would block
             raise UnreadableImage("not a regular file")
-        return source.read_bytes()
+        with open(source, "rb", buffering=0) as file:
+            return file.read()
     if not isinstance(source, bytes | np.ndarray):  # a URL, see paths.py
         return _fetch(source)
     return source

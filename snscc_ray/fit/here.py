@@ -12,11 +12,12 @@ from snscc_ray.config.settings import Recipe
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.resident import Images
+from snscc_ray.runs.finished import final_figures
 from snscc_ray.runs.folder import read_recipe
 from snscc_ray.runs.local import device_bytes, load
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.plan import Plan
-from snscc_ray.runs.run import Result, final_figures
+from snscc_ray.runs.run import Result
 from snscc_ray.training.workers import LocalWorker
 
 

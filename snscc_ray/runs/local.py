@@ -26,11 +26,12 @@ from snscc_ray.data.loading.streamed import StreamedData, threads_reader
 from snscc_ray.data.loading.survey import check_streamed, choose_mode, survey
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.vectors import catalog_of_vectors
+from snscc_ray.runs.finished import final_figures
 from snscc_ray.runs.folder import check_apart, prepare_folder
 from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
 from snscc_ray.runs.pace import describe, measure, within
 from snscc_ray.runs.plan import Plan, check, make_plan
-from snscc_ray.runs.run import Request, Result, execute, final_figures
+from snscc_ray.runs.run import Request, Result, execute
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.workers import LocalWorker, Worker, choose_device, join_group, leave_group
 

@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +23,6 @@ from snscc_ray.core.clustering.imbalance import forced_balance, forced_warning
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.metrics import oracle
 from snscc_ray.core.clustering.mining import MinedNeighbors
-from snscc_ray.core.tables import write_table
 from snscc_ray.core.views import Normalize
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.bank import FeatureBank, has_all_shards, identity_of
@@ -40,6 +38,14 @@ from snscc_ray.models.frozen import FrozenNet
 from snscc_ray.models.pretrained import start_encoder
 from snscc_ray.runs.banks import BANK
 from snscc_ray.runs.extraction import compute_features, new_adapter, on_features
+from snscc_ray.runs.finished import (
+    FINAL,
+    NEIGHBORS,
+    RECORD,
+    finished,
+    stage_folder,
+    write_assignments,
+)
 from snscc_ray.runs.folder import (
     check_images,
     note_images,
@@ -204,7 +210,7 @@ class _Run:
             figures["seconds"] = round(time.monotonic() - began, 3)
             if self.worker.rank == 0:
                 record = {"identity": self.identity(name), "figures": figures}
-                storage.write_json(self.stage_folder(name) / "stage.json", record)
+                storage.write_json(self.stage_folder(name) / RECORD, record)
                 (self.stage_folder(name) / "latest.pt").unlink(missing_ok=True)
             distributed.barrier()
         return figures
@@ -219,8 +225,8 @@ class _Run:
         else:
             network, mined, figures = self._trained_encoder()
         if self.worker.rank == 0:
-            mined.save(folder / "neighbors.parquet")
-            self._save_final("pretrain", network, {})
+            mined.save(folder / NEIGHBORS)
+            self._save("pretrain", network, {})
         return figures
 
     def _trained_encoder(self) -> tuple[nn.Module, MinedNeighbors, dict[str, Any]]:
@@ -285,8 +291,8 @@ class _Run:
     def _save_clusters(self, stage: StageName, network: ClusterNet, p_NC: Tensor) -> None:
         in_float32 = self._in_float32(network, p_NC)
         if self.worker.rank == 0:
-            self._save_final(stage, network, in_float32)
-            self._save_assignments(p_NC)
+            self._save(stage, network, in_float32)
+            write_assignments(self.folder, self.catalog, p_NC)
 
     def _in_float32(self, network: ClusterNet, p_NC: Tensor) -> dict[str, float]:
         """Compare predictions in float32 with those in this run's precision, on the first rows.
@@ -305,12 +311,10 @@ class _Run:
             "largest_difference": float((exact_NC - own_NC).abs().max()),
         }
 
-    def _save_final(
-        self, stage: StageName, network: nn.Module, in_float32: dict[str, float]
-    ) -> None:
+    def _save(self, stage: StageName, network: nn.Module, in_float32: dict[str, float]) -> None:
         normalize = self.context.normalize  # saved: prediction has no images to measure it on
         checkpoints.save(
-            self.stage_folder(stage) / "final.pt",
+            self.stage_folder(stage) / FINAL,
             {
                 "identity": self.identity(stage),
                 "network": network.state_dict(),
@@ -321,13 +325,13 @@ class _Run:
         )
 
     def _load_final(self, stage: StageName, wanted_by: StageName, into: nn.Module) -> None:
-        path = self.stage_folder(stage) / "final.pt"
+        path = self.stage_folder(stage) / FINAL
         if distributed.from_first(lambda: self.finished(stage)) is None:
             raise self._unfinished(stage, wanted_by)
         checkpoints.load_weights(into, checkpoints.load(path, self.worker.device)["network"], path)
 
     def _pretext(self) -> nn.Module:
-        path = self.stage_folder("pretrain") / "final.pt"
+        path = self.stage_folder("pretrain") / FINAL
         if self.recipe.encoder.frozen:
             if distributed.from_first(lambda: self.finished("pretrain")) is None:
                 raise self._unfinished("pretrain", "train")
@@ -343,7 +347,7 @@ class _Run:
         return network
 
     def _mined(self) -> MinedNeighbors:
-        return MinedNeighbors.load(self.stage_folder("pretrain") / "neighbors.parquet")
+        return MinedNeighbors.load(self.stage_folder("pretrain") / NEIGHBORS)
 
     def _clusters(self) -> ClusterNet:
         encoder: nn.Module
@@ -358,20 +362,6 @@ class _Run:
         network.to(self.worker.device)
         self._load_final("train", "boost", network)
         return self.context.to_device(network)
-
-    def _save_assignments(self, p_NC: Tensor) -> None:
-        confidence_N, clusters_N = p_NC.max(1)
-        second_confidence_N, second_N = p_NC.scatter(1, clusters_N[:, None], -1).max(1)
-        columns = {
-            "id": self.catalog.ids.column,
-            "cluster": pa.array(clusters_N.int().numpy()),
-            "confidence": pa.array(confidence_N.numpy()),
-            "second": pa.array(second_N.int().numpy()),
-            "second_confidence": pa.array(second_confidence_N.numpy()),
-        }
-        if self.catalog.labels is not None:
-            columns["label"] = pa.array(self.catalog.labels.int().numpy())
-        write_table(self.folder / "assignments.parquet", pa.table(columns))
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """Run k-means on raw pixels, if there are labels and the images are in memory.
@@ -397,27 +387,6 @@ class _Run:
         if self.worker.rank == 0:
             storage.write_json(path, {"kmeans_pixels": figures})
         return {"kmeans_pixels": figures}
-
-
-def stage_folder(store: Path, stage: StageName, identity: str) -> Path:
-    """Return the folder of one stage in a shared store, named by its identity."""
-    return store / f"{stage}-{identity[:16]}"
-
-
-def finished(place: Path, stage: StageName, identity: str) -> dict[str, Any] | None:
-    """Return the figures of the stage in `place` if it is finished with that identity."""
-    path = place / "stage.json"
-    needed = ["final.pt", "neighbors.parquet"] if stage == "pretrain" else ["final.pt"]
-    if not path.exists() or not all((place / name).exists() for name in needed):
-        return None
-    record = storage.read_json(path)
-    return dict(record["figures"]) if record["identity"] == identity else None
-
-
-def final_figures(figures: dict[str, Any]) -> dict[str, float]:
-    """Return the figures of the last stage."""
-    stages = list(figures["stages"].values())
-    return {name: float(value) for name, value in stages[-1].items()} if stages else {}
 
 
 def normalisation(recipe: Recipe, catalog: Catalog) -> Normalize:

@@ -13,7 +13,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.core import storage
-from snscc_ray.runs.run import finished, stage_folder
+from snscc_ray.runs.finished import finished, stage_folder
 from tune_spaces.space import Point, Space
 
 Kind = Literal["stopped", "failed"]

@@ -1,0 +1,44 @@
+"""Lines of progress where no bar can be drawn."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from snscc_ray.core import display
+from snscc_ray.core.display import Display
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> tuple[Display, io.StringIO]:
+    """A display that prints each time it may."""
+    monkeypatch.setattr(display, "_LINE_SECONDS", -1.0)
+    text = io.StringIO()
+    return Display(Console(file=text, width=100)), text
+
+
+def places(text: io.StringIO) -> list[str]:
+    return re.findall(r"\d+/\d+ \w+", text.getvalue())
+
+
+def test_a_task_with_another_total_begins_anew(shown: tuple[Display, io.StringIO]) -> None:
+    """Two tasks may have one name, such as features of images and then of a clean pass."""
+    screen, text = shown
+    screen.start("features", 1, 2, 0)
+    screen.advance()
+    screen.advance()
+    screen.count("features", 1024, 5000)
+    screen.count("features", 5000, 5000)
+    assert places(text) == ["1/2 steps", "2/2 steps", "1024/5000 rows", "5000/5000 rows"]
+
+
+def test_what_has_no_total_is_counted(shown: tuple[Display, io.StringIO]) -> None:
+    screen, text = shown
+    tell = screen.finding("listing", "images")
+    tell(10_000)
+    tell(20_000)
+    lines = text.getvalue().splitlines()
+    assert lines == ["listing: 10,000 images so far", "listing: 20,000 images so far"]
