@@ -101,6 +101,11 @@ def choose(
         )
     if seen.rows < FEWEST:
         raise UserError(f"{seen.rows} images are too few to learn from; give {FEWEST} or more")
+    if wishes.clusters is not None and 2 * wishes.clusters > seen.rows:
+        raise UserError(
+            f"--clusters {wishes.clusters} leaves fewer than two of the {seen.rows:,} images to a "
+            f"cluster; use at most {seen.rows // 2:,}"
+        )
     picks: list[Pick] = []
 
     def pick(what: str, value: object, why: str) -> None:
