@@ -442,7 +442,7 @@ BAD = {
     "no array": (raw("bad.npy", b"no array at all"), "cannot be read as a NumPy array"),
     "no archive": (raw("bad.npz", b"PK\3\4 no archive"), "cannot be read as a NumPy array"),
     "few": (npy(blobs(12)[0]), "12 embeddings are too few"),
-    "fewer than clusters": (npy(blobs(40)[0]), "num_clusters=50 is more than the 40"),
+    "fewer than clusters": (npy(blobs(40)[0]), "--clusters 50: of the 40 there are"),
     "no rows": (npy(np.ones((0, 4), np.float32)), "0 embeddings are too few"),
     "same ids": (parquet(id=["a"] * 40, embedding=lists(blobs(40)[0])), "id 'a' occurs 40 times"),
 }

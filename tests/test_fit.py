@@ -119,7 +119,7 @@ def test_a_stopped_fit_goes_on(scans: Path, snscc: Snscc, tmp_path: Path, stop: 
     [
         (["--clusters", "1"], ["--clusters 1", "2 or more"]),
         (["--clusters", "many"], ["--clusters many", "auto"]),
-        (["--clusters", "200"], ["--clusters 200", "151", "at most 75"]),
+        (["--clusters", "200"], ["--clusters 200", "of the 151", "at most 75"]),
         (["--clusters", "76"], ["--clusters 76", "at most 75"]),
         (["--device", "tpu"], ["--device tpu"]),
         (["--encoder", "resnet19"], ["resnet19", "resnet18"]),

@@ -103,8 +103,8 @@ def choose(
         raise UserError(f"{seen.rows} images are too few to learn from; give {FEWEST} or more")
     if wishes.clusters is not None and 2 * wishes.clusters > seen.rows:
         raise UserError(
-            f"--clusters {wishes.clusters} leaves fewer than two of the {seen.rows:,} images to a "
-            f"cluster; use at most {seen.rows // 2:,}"
+            f"--clusters {wishes.clusters}: of the {seen.rows:,} there are, each cluster would get "
+            f"fewer than two; use at most {seen.rows // 2:,}"
         )
     picks: list[Pick] = []
 
