@@ -13,9 +13,9 @@ STAMP := $(VENV)/.installed
 run: setup
 	$(BIN)/snscc run digits --overwrite
 
-# Two files of tests at a time: those with Ray mostly wait for processes to start. One thread each:
-# two that share a core wait for each other, and a run takes five times as long.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three files of tests at a time, on two cores: those with Ray mostly wait for processes to start. One
+# thread each: two that share a core wait for each other, and a run takes five times as long.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test: setup lint
 	$(PYTEST) -m "not slow"
