@@ -165,9 +165,9 @@ def _about_frozen(recipe: Recipe) -> list[str]:
         f"All methods work on the same features, computed once by the frozen encoder {names}: "
         f"centred, {kept}, of length 1, whitened within neighbours and views{several}. SNSCC and "
         f"SCAN train with the recipe's Train settings (batch size {train.batch_size}, epochs "
-        f"{train.epochs}, {train.optimizer} at {train.learning_rate:g}) and then its Boost settings; "
-        "they also use the features of augmented images. TEMI and TURTLE train with settings of their own. "
-        + _SHARED,
+        f"{train.epochs}, {train.optimizer} at {train.learning_rate:g}) and then its Boost "
+        "settings; they also use the features of augmented images. TEMI and TURTLE train with "
+        "settings of their own. " + _SHARED,
     ]
 
 
