@@ -28,6 +28,7 @@ from snscc_ray.config.paths import arrow_storage, as_path
 from snscc_ray.config.settings import Recipe, StageName
 from snscc_ray.core import checkpoints, distributed
 from snscc_ray.core.display import Screen
+from snscc_ray.core.memory import share_one_pool
 from snscc_ray.data.loading.ray_stream import Load
 from snscc_ray.runs.folder import remove_tree
 from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
@@ -192,6 +193,7 @@ class RayWorker:
 
 def _work(config: dict[str, Any]) -> None:
     """Run the job in one worker, from the start or from where the group was lost."""
+    share_one_pool()
     job: Job = config["job"]
     relay = config["relay"]
     if ray.get(relay.fault.remote()) is not None:
