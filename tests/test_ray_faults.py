@@ -138,25 +138,39 @@ import ray
 from snscc_ray import cli
 from snscc_ray.{package} import {module}
 def full(*_):
-    raise ray.exceptions.OutOfDiskError("Local disk is full")
+    raise ray.exceptions.{error}("from Ray")
 {module}.share_images = lambda *_: ray.get(ray.remote(full).remote())
 cli.main()
 """
 
 
+DISK = ["Ray's object store is full, and so is the disk", "free some space"]
+MEMORY = ["a node ran out of memory", "use fewer --workers"]
+
+
 @pytest.mark.parametrize(
-    ("package", "module", "words"),
-    [("cluster", "run", ["run", "digits", *ONE]), ("sweep", "session", ["sweep", "gamma"])],
-    ids=["run", "sweep"],
+    ("package", "module", "words", "error", "says"),
+    [
+        ("cluster", "run", ["run", "digits", *ONE], "OutOfDiskError", DISK),
+        ("sweep", "session", ["sweep", "gamma"], "OutOfDiskError", DISK),
+        ("cluster", "run", ["run", "digits", *ONE], "OutOfMemoryError", MEMORY),
+    ],
+    ids=["run", "sweep", "memory"],
 )
-def test_a_full_store_over_a_full_disk_is_one_line(
-    package: str, module: str, words: list[object], ray: Ray, tmp_path: Path
+def test_a_full_store_or_memory_is_one_line(
+    package: str,
+    module: str,
+    words: list[object],
+    error: str,
+    says: list[str],
+    ray: Ray,
+    tmp_path: Path,
 ) -> None:
     """As the task of Ray Data that reads images ends where Ray cannot make room in time."""
     asked = [*words, *sets(*FEW_CHECKPOINTS), "--out", tmp_path / "out"]
-    code = FULL.format(package=package, module=module)
+    code = FULL.format(package=package, module=module, error=error)
     running = ray.start(sys.executable, "-c", code, *asked).wait(2)
-    refused(running, "Ray's object store is full, and so is the disk", "free some space")
+    refused(running, *says)
     assert not (tmp_path / "out").exists()
 
 
