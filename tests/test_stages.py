@@ -34,7 +34,6 @@ from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.training import context as context_module
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import fit
-from snscc_ray.training.stages import train
 from snscc_ray.training.stages.boost import Boost
 from snscc_ray.training.stages.pretrain import pretext_features
 from snscc_ray.training.stages.train import Train, probabilities
@@ -112,28 +111,6 @@ def test_prototypes_start_at_kmeans_centres(context: Context) -> None:
         centres_CD, _ = kmeans(features_ND, 10, context.key("kmeans", head))
         torch.testing.assert_close(weight_HCD[head], F.normalize(centres_CD, dim=1))
     assert not torch.equal(weight_HCD[0], weight_HCD[1])
-
-
-def test_with_cuts_each_kmeans_start_comes_from_rows_of_its_own(
-    tiny: Recipe, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Alike starts would end alike, and the best of the heads would be no better than one."""
-    seen: list[Tensor] = []
-
-    def noted(rows_ND: Tensor, *arguments: int) -> tuple[Tensor, Tensor]:
-        seen.append(rows_ND)
-        return kmeans(rows_ND, *arguments)
-
-    monkeypatch.setattr(train, "kmeans", noted)
-    settings = ("train.start=both", "train.num_heads=6")
-    first, again = (train_stage(with_settings(tiny, tiny_images, *settings)) for _ in "12")
-    first.prepare()
-    again.prepare()
-    assert torch.equal(first.network.heads.weight, again.network.heads.weight)
-    all_ND = pretext_features(first.context, first.network)
-    rows = [{int(row) for row in torch.cdist(part, all_ND).argmin(1)} for part in seen[:3]]
-    assert [len(part) for part in seen] == [len(all_ND) // 2] * 6
-    assert rows[0] != rows[1] != rows[2] != rows[0]
 
 
 @pytest.mark.parametrize("best", [0, 1, 2])

@@ -23,9 +23,6 @@ from snscc_ray.training.context import Context
 from snscc_ray.training.stages.objectives import OBJECTIVES, Predictions, neighborhood
 from snscc_ray.training.stages.pretrain import pretext_features
 
-# Rows from which a start is made if the starts should differ: so many, or so many per cluster.
-_START_ROWS, _ROWS_PER_CENTRE = 2048, 64
-
 
 class Train:
     name: StageName = "train"
@@ -80,26 +77,15 @@ class Train:
                 uneven_starts(features_ND, self._health_NK, clusters, uneven, others, key, progress)
             )
         elif others:
-            starts.append(self._kmeans_starts(features_ND, others, differ=cuts > 0))
+            keys = [self.context.key("kmeans", head) for head in range(others)]
+            # One start each where the heads should differ.
+            tries = 1 if cuts else 10
+            found = []
+            for own in keys:
+                found.append(kmeans(features_ND, clusters, own, tries)[0])
+                progress(len(found), others)
+            starts.append(torch.stack(found))
         return torch.cat(starts)
-
-    def _kmeans_starts(self, features_ND: Tensor, count: int, *, differ: bool) -> Tensor:
-        """Return the centres of `count` runs of k-means, (count, C, D).
-
-        differ: one start each on a few rows of its own, so that the results differ. Otherwise each
-        is the best of ten on all rows.
-        """
-        clusters, N = self.context.recipe.data.num_clusters, len(features_ND)
-        few = min(max(_START_ROWS, _ROWS_PER_CENTRE * clusters), max(N // 2, clusters))
-        found = []
-        for head in range(count):
-            key, rows_ND = self.context.key("kmeans", head), features_ND
-            if differ:
-                drawn = torch.randperm(N, generator=rng.generator(key, "rows"))[:few]
-                rows_ND = features_ND[drawn.to(features_ND.device)]
-            found.append(kmeans(rows_ND, clusters, key, 1 if differ else 10)[0])
-            self.context.count("starts", len(found), count, "tried")
-        return torch.stack(found)
 
     def viewer(self, epoch: int) -> Viewer:
         original, augmented, mined = (
