@@ -26,7 +26,7 @@ def read_table(
     """
     try:
         with path.open("rb") as file:  # pyarrow takes UTF-8 names only
-            if columns is not None:
+            if columns is not None and optional:
                 there = pq.read_schema(file).names
                 columns = [*columns, *(name for name in optional if name in there)]
                 file.seek(0)

@@ -39,13 +39,20 @@ def final_figures(figures: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in stages[-1].items()} if stages else {}
 
 
+def second_choice(p_NC: Tensor, clusters_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the likeliest cluster of each row besides its own, and the probability."""
+    others_NC = p_NC.scatter(1, clusters_N[:, None], -1)
+    second_confidence_N, second_N = others_NC.max(1)
+    return second_N, second_confidence_N
+
+
 def write_assignments(folder: Path, catalog: Catalog, p_NC: Tensor) -> None:
     """Write each image's likeliest and second-likeliest cluster with their probabilities.
 
     p_NC: cluster probabilities on the CPU. A known label is written, too.
     """
     confidence_N, clusters_N = p_NC.max(1)
-    second_confidence_N, second_N = p_NC.scatter(1, clusters_N[:, None], -1).max(1)
+    second_N, second_confidence_N = second_choice(p_NC, clusters_N)
     columns = {
         "id": catalog.ids.column,
         "cluster": pa.array(clusters_N.int().numpy()),

@@ -25,6 +25,7 @@ from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.bank import FeatureBank
 from snscc_ray.data.loading.resident import Images
 from snscc_ray.data.vectors import pictures_of
+from snscc_ray.runs.finished import second_choice
 from snscc_ray.runs.folder import read_recipe
 from snscc_ray.training.workers import choose_device
 
@@ -85,8 +86,8 @@ def _with_second(facts: Facts, own: RunImages, display: Display) -> Facts:
         display.line(model.caveat)
     display.line(f"predicting {len(own.catalog):,} images")
     p_NC = model.probabilities(own.inputs)
-    second_N, index_N = p_NC.scatter(1, facts.clusters_N[:, None], -1).max(1)
-    return replace(facts, second_N=index_N, second_confidence_N=second_N.double())
+    second_N, confidence_N = second_choice(p_NC, facts.clusters_N)
+    return replace(facts, second_N=second_N, second_confidence_N=confidence_N.double())
 
 
 def _check_ours(path: Path) -> None:
