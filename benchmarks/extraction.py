@@ -1,9 +1,11 @@
 """Extraction of a frozen encoder's features against the bare network on the same inputs.
 
 `whole` is the product's extraction: images read from the dataset, the augmented views made, the
-features computed, rounded and written. `bare` is the network alone, on as many float views in
-memory, in the faster of two ways: one batch at a time on all threads, or one batch per thread.
-All are measured in turn, in one run; the ratio is bare / whole. The ratio of CPU seconds, against
+features computed, rounded and written. Two networks run alone, on as many float views in memory:
+`bare` is the library's network with its weights, `folded` is the one that extraction runs, with
+its batch norms merged into the convolutions. Each runs in two ways, one batch at a time on all
+threads and one batch per thread; the faster one counts. All are measured in turn, in one run; a
+ratio is the seconds of the network / the seconds of the whole. The ratio of CPU seconds, against
 one batch per thread, hardly depends on what else the machine does.
 
     python -m benchmarks.extraction DATA [--encoder pip:efficientnet_lite0] [--out FILE]
@@ -16,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +31,9 @@ from snscc_ray.data.loading.resident import ResidentData
 from snscc_ray.data.sources import list_rows
 from snscc_ray.fit.choose import Preferences
 from snscc_ray.fit.fit import recipe_for
+from snscc_ray.models.encoders import build_encoder
 from snscc_ray.models.frozen import load_frozen
-from snscc_ray.models.pretrained import encoder_settings
+from snscc_ray.models.pretrained import encoder_settings, start_encoder
 from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.training.context import Context
 from snscc_ray.training.stages.extract import extract
@@ -47,7 +51,7 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
 
 @torch.no_grad()
 def measure(source: str, encoder: str, rows: int, rounds: int) -> dict[str, float]:
-    """Return views per second of the extraction and of the bare network, and their ratio."""
+    """Return views per second of the extraction and of the networks alone, and the ratios."""
     wishes = Preferences(10, encoder=encoder_settings(encoder))
     recipe = recipe_for(source, wishes, ["data.num_clusters=10", f"data.limit={rows}"])
     device = choose_device("auto")
@@ -56,6 +60,9 @@ def measure(source: str, encoder: str, rows: int, rounds: int) -> dict[str, floa
     context = Context(recipe, ResidentData(held.images, device), None, zero_to_one, device)
     frozen, _ = load_frozen(recipe)
     frozen.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    bare = build_encoder(recipe.encoder, recipe.data.channels).eval()
+    start_encoder(recipe.encoder, bare)
+    bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     views = 1 + recipe.encoder.views
     batches = [context.clean(part) for part in context.data.slices(0, len(held), _BATCH)]
 
@@ -63,35 +70,38 @@ def measure(source: str, encoder: str, rows: int, rounds: int) -> dict[str, floa
         with tempfile.TemporaryDirectory() as place:
             extract(context, frozen, Path(place), "none", NullMonitor())
 
-    def alone() -> None:
+    def alone(network: torch.nn.Module) -> None:
         for _ in range(views):
             for batch in batches:
-                frozen(batch)
+                network(batch)
 
-    def per_thread() -> None:
+    def per_thread(network: torch.nn.Module) -> None:
         with mapping(device) as mapped:
             for _ in range(views):
-                list(mapped(frozen, batches))
+                list(mapped(network, batches))
 
-    ways = (whole, alone, per_thread)
-    for way in ways:
-        way()  # warm up
-    both = [[seconds(way) for way in ways] for _ in range(rounds)]
-    took = [[wall for wall, _ in one] for one in both]
-    ratios = [min(bare, threaded) / all_of_it for all_of_it, bare, threaded in took]
-    count = len(held) * views
-    return {
-        "images": len(held),
-        "views per image": views,
-        "side": recipe.data.image_size,
-        "whole, views/s": count / statistics.median(times[0] for times in took),
-        "bare, all threads": count / statistics.median(times[1] for times in took),
-        "bare, one batch each": count / statistics.median(times[2] for times in took),
-        "ratio": statistics.median(ratios),
-        "lowest": min(ratios),
-        "highest": max(ratios),
-        "ratio of CPU": statistics.median(one[2][1] / one[0][1] for one in both),
+    ways = {
+        "whole": whole,
+        "bare": partial(alone, bare),
+        "bare, threads": partial(per_thread, bare),
+        "folded": partial(alone, frozen),
+        "folded, threads": partial(per_thread, frozen),
     }
+    for way in ways.values():
+        way()  # warm up
+    both = [{name: seconds(way) for name, way in ways.items()} for _ in range(rounds)]
+    walls = [{name: wall for name, (wall, _) in one.items()} for one in both]
+    count = len(held) * views
+    figures = {"images": len(held), "views per image": views, "side": recipe.data.image_size}
+    for name in ways:
+        figures[f"{name}, views/s"] = count / statistics.median(took[name] for took in walls)
+    for name in ("bare", "folded"):
+        ratios = [min(took[name], took[f"{name}, threads"]) / took["whole"] for took in walls]
+        cpu = [one[f"{name}, threads"][1] / one["whole"][1] for one in both]
+        figures[f"of {name}"] = statistics.median(ratios)
+        figures |= {f"of {name}, lowest": min(ratios), f"of {name}, highest": max(ratios)}
+        figures[f"of {name}, CPU"] = statistics.median(cpu)
+    return figures
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from snscc_ray.runs.identity import bank_identity
 from snscc_ray.runs.monitor import NullMonitor
 from snscc_ray.runs.run import execute, normalisation
 from snscc_ray.training.context import Context
-from snscc_ray.training.stages.extract import in_steps
+from snscc_ray.training.stages.extract import batches_of, in_steps
 from snscc_ray.training.workers import LocalWorker
 
 # Seconds of each stage: work that is done once, and one epoch.
@@ -185,12 +185,12 @@ def _measure_frozen(
         return _measure_bank(recipe, known, 0.0, views, frozen.out_features, device)
     frozen.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     count = min(len(known), _FROZEN_ROWS * threads_of(device))
-    images_BCHW = torch.cat(list(data.slices(0, count, count)))
+    batches = list(batches_of(data, [(0, count)]))
     with mapping(device) as mapped:
         began = 0.0
         for _ in range(2):  # the first warms up
             began = time.monotonic()
-            list(in_steps(context, frozen, images_BCHW, 0, mapped))
+            list(in_steps(context, frozen, batches, mapped))
     extraction = (time.monotonic() - began) * len(known) / count
     return _measure_bank(recipe, known, extraction, views, frozen.out_features, device)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from snscc_ray.data.loading.bank import (
     shard_path,
     write_shard,
 )
+from snscc_ray.data.loading.resident import Images
 from snscc_ray.models.frozen import FrozenEncoder
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import Monitor
@@ -52,13 +54,14 @@ def extract(
     first, last = distributed.own_share(len(shape.edges()))
     edges = list(enumerate(shape.edges()))[first:last]
     missing = [(number, edge) for number, edge in edges if not shard_path(folder, number).exists()]
-    steps = sum(-(-(end - begin) // _STEP_ROWS) for _, (begin, end) in missing)
-    monitor.start("features", 1, steps, 0)
+    steps = [-(-(end - begin) // _STEP_ROWS) for _, (begin, end) in missing]
+    monitor.start("features", 1, sum(steps), 0)
     with mapping(context.device) as mapped:
-        for number, (begin, end) in missing:
-            images_BCHW = torch.cat(list(context.data.slices(begin, end, end - begin)))
+        batches = batches_of(context.data, [edge for _, edge in missing])
+        computed = in_steps(context, frozen, batches, mapped)
+        for (number, _), count in zip(missing, steps, strict=True):
             parts = []
-            for part in in_steps(context, frozen, images_BCHW, begin, mapped):
+            for part in islice(computed, count):
                 parts.append(part)
                 monitor.advance()
             write_shard(folder, number, np.concatenate(parts))
@@ -110,21 +113,29 @@ def _vectors(bank: FeatureBank, rows_B: Tensor) -> Tensor:
     return bank.take(rows_B)[:, 0].cpu().float()
 
 
+def batches_of(data: Images, edges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first row and the images of each step, for the rows first..end of each edge."""
+    for begin, end in edges:
+        images = data.slices(begin, end, _STEP_ROWS)
+        yield from zip(range(begin, end, _STEP_ROWS), images, strict=True)
+
+
 def in_steps(
     context: Context,
     frozen: FrozenEncoder,
-    images_BCHW: Tensor,
-    first: int,
+    batches: Iterable[tuple[int, Tensor]],
     mapped: Mapping,
 ) -> Iterator[np.ndarray]:
-    """Yield the features of the rows from `first` on, float16 (64, 1 + V, D) at a time.
+    """Yield the features of each batch of images, float16 (B, 1 + V, D).
 
-    mapped: from `threads.mapping`. Raises UserError if a feature is not finite.
+    batches: the number of the first row, and uint8 images (B, C, H, W). mapped: from
+    `threads.mapping`. Raises UserError if a feature is not finite.
     """
 
-    def compute(rows_B: Tensor) -> np.ndarray:
-        own_BCHW = images_BCHW[int(rows_B[0]) : int(rows_B[-1]) + 1]
-        features_BVD = features_of(context, frozen, own_BCHW, first + rows_B).cpu().half()
+    def compute(batch: tuple[int, Tensor]) -> np.ndarray:
+        first, images_BCHW = batch
+        rows_B = torch.arange(first, first + len(images_BCHW))
+        features_BVD = features_of(context, frozen, images_BCHW, rows_B).cpu().half()
         if not features_BVD.isfinite().all():
             raise UserError(
                 "the frozen encoder gives a NaN or an infinity for some images; use other "
@@ -132,7 +143,7 @@ def in_steps(
             )
         return features_BVD.numpy()
 
-    yield from mapped(compute, torch.arange(len(images_BCHW)).split(_STEP_ROWS))
+    yield from mapped(compute, batches)
 
 
 @torch.no_grad()
