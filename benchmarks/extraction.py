@@ -62,7 +62,7 @@ def measure(source: str, encoder: str, rows: int, rounds: int) -> dict[str, floa
     frozen.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     bare = build_encoder(recipe.encoder, recipe.data.channels).eval()
     start_encoder(recipe.encoder, bare)
-    bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    bare.to(memory_format=torch.channels_last)
     views = 1 + recipe.encoder.views
     batches = [context.clean(part) for part in context.data.slices(0, len(held), _BATCH)]
 
@@ -80,7 +80,7 @@ def measure(source: str, encoder: str, rows: int, rounds: int) -> dict[str, floa
             for _ in range(views):
                 list(mapped(network, batches))
 
-    ways = {
+    ways: dict[str, Callable[[], object]] = {
         "whole": whole,
         "bare": partial(alone, bare),
         "bare, threads": partial(per_thread, bare),
@@ -92,7 +92,11 @@ def measure(source: str, encoder: str, rows: int, rounds: int) -> dict[str, floa
     both = [{name: seconds(way) for name, way in ways.items()} for _ in range(rounds)]
     walls = [{name: wall for name, (wall, _) in one.items()} for one in both]
     count = len(held) * views
-    figures = {"images": len(held), "views per image": views, "side": recipe.data.image_size}
+    figures: dict[str, float] = {
+        "images": len(held),
+        "views per image": views,
+        "side": recipe.data.image_size,
+    }
     for name in ways:
         figures[f"{name}, views/s"] = count / statistics.median(took[name] for took in walls)
     for name in ("bare", "folded"):
