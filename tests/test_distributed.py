@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 import torch.multiprocessing as mp
 
 from snscc_ray.core import distributed
+from snscc_ray.core.clustering import mining
 from tests.conftest import TINY
-from tests.two_processes import one_step, process
+from tests.two_processes import miner, one_step, process
 
 UNEVEN = ["data.limit=97"]  # batches of 24 and 25: the last does not divide among 2 or 3
 CASES = [
@@ -69,6 +71,21 @@ def test_several_processes_have_the_gradients_of_one(
             torch.testing.assert_close(two["extra"]["queue"], one["extra"]["queue"])
         for name, value in one["extra"].get("target", {}).items():
             torch.testing.assert_close(two["extra"]["target"][name], value, rtol=0, atol=1e-9)
+
+
+def test_several_processes_mine_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres_CD = torch.randn(9, 16, generator=generator)
+    drawn = torch.randint(9, (3001,), generator=generator)
+    rows_ND = centres_CD[drawn] + torch.randn(3001, 16, generator=generator) / 4
+    monkeypatch.setattr(mining, "_EXACT_ROWS", 100)
+    one = astuple(mining.mine(rows_ND, 5))
+    assert 0.95 < one[3] < 1  # by cells
+    mp.spawn(miner, (3, str(tmp_path), rows_ND), nprocs=3)
+    for rank in range(3):
+        own = torch.load(tmp_path / f"mined-rank{rank}.pt")
+        assert all(torch.equal(a, b) for a, b in zip(own[:3], one[:3], strict=True))
+        assert own[3] == one[3]
 
 
 def test_shares_cover_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from snscc_ray.config import recipes
 from snscc_ray.config.overrides import override
 from snscc_ray.core import distributed
+from snscc_ray.core.clustering import mining
 from snscc_ray.core.clustering.mining import mine
 from snscc_ray.data.sources import load_images
 from snscc_ray.models.encoders import (
@@ -76,6 +81,23 @@ def process(rank: int, world: int, folder: str, cases: dict[int, tuple[str, list
 
     cases: stage and overrides of each, by the number that names its file.
     """
+    with _group(rank, world, folder):
+        for number, (stage, overrides) in cases.items():
+            torch.save(one_step(stage, overrides), Path(folder) / f"case{number}-rank{rank}.pt")
+            distributed.barrier()
+
+
+def miner(rank: int, world: int, folder: str, features_ND: Tensor) -> None:
+    """Entry point of a spawned process: mines, with no row searched exactly."""
+    with _group(rank, world, folder):
+        mining._EXACT_ROWS = 100
+        mined = mine(features_ND, 5)
+        torch.save(astuple(mined), Path(folder) / f"mined-rank{rank}.pt")
+        distributed.barrier()
+
+
+@contextmanager
+def _group(rank: int, world: int, folder: str) -> Iterator[None]:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
@@ -86,8 +108,6 @@ def process(rank: int, world: int, folder: str, cases: dict[int, tuple[str, list
         timeout=timedelta(seconds=120),
     )
     try:
-        for number, (stage, overrides) in cases.items():
-            torch.save(one_step(stage, overrides), Path(folder) / f"case{number}-rank{rank}.pt")
-            distributed.barrier()
+        yield
     finally:
         dist.destroy_process_group()

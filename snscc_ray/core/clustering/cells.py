@@ -1,9 +1,11 @@
 """Approximate nearest neighbours of every row of a large dataset, on a CPU.
 
-The rows are cut into cells of about 256, by a short k-means. A row's neighbours are searched in the
-cells nearest to its own, and nowhere else: an inverted file (Jégou, Douze & Schmid, "Product
-quantization for nearest neighbor search", TPAMI 2011) without the quantisation. All rows of a cell
-search together, by one matrix product. How many cells that takes is measured on a sample of rows.
+The rows are cut into cells of about 256, by a short k-means: an inverted file (Jégou, Douze &
+Schmid, "Product quantization for nearest neighbor search", TPAMI 2011) without the quantisation.
+Each row has a few cells whose centres are nearest to it. Groups of up to 64 rows, of the same cell
+and with the same second cell where possible, search together in the cells of all of them, by one
+matrix product. So a row finds most of its neighbours in cells that another row of its group chose.
+How many cells each row chooses is measured on a sample of rows.
 """
 
 from __future__ import annotations
@@ -23,56 +25,110 @@ from snscc_ray.core.clustering.neighbors import (
     knn,
     nearest_of,
     precise,
+    scores,
     unsure,
 )
 from snscc_ray.core.threads import mapping
 
-_CELL_ROWS = 256
+_CELL_ROWS, _GROUP_ROWS = 256, 64
 # Share of the true neighbours to be found on the sample, and the rows of the sample.
 _RECALL, _SAMPLE = 0.96, 1024
-_MORE = 32
+_MOST_CHOSEN = 64
 # Scores that each thread holds at a time: 16 MB.
 _SCORES = 2**22
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """Cells of a dataset's rows."""
+    """Cells of a dataset's rows. Rows have places: those of a cell, and of a group, are next to
+    one another."""
 
-    count: int  # C
-    cell_N: Tensor  # int64
-    order_CM: Tensor  # int64: for each cell, the M nearest ones, itself first
-    searched: int  # how many of them are searched
-    recall: float  # share of the true neighbours in these, on a sample
+    centres_CD: Tensor
+    row_N: Tensor  # int64: the row at each place
+    cell_edges: list[int]  # first place of each cell, and N
+    group_edges: list[int]
+    chosen: int  # cells that each row chooses
+    share: float  # of all rows that a row is compared with, on a sample
+    recall: float  # share of the true neighbours among these, on a sample
 
-    @property
-    def share(self) -> float:
-        """Share of all cells that are searched for each row."""
-        return self.searched / self.count
+    def groups(self) -> list[tuple[int, int]]:
+        """First place and end of each group."""
+        return list(pairwise(self.group_edges))
 
 
 @torch.no_grad()
 def make_cells(features_ND: Tensor, k: int) -> Cells:
-    """Cut the rows into cells, and measure in how many to search for k neighbours."""
+    """Cut the rows into cells, and measure how many each row must choose for k neighbours."""
     features_ND = features_ND.float()
     N = len(features_ND)
     count = max(1, N // _CELL_ROWS)
     centres_CD, cell_N = partition(features_ND, count, rng.fold("cells"))
+    second_N = _second(features_ND, centres_CD, cell_N)
+    row_N = (cell_N * count + second_N).argsort(stable=True)
+    rows_C = torch.bincount(cell_N, minlength=count)
+    cell_edges = [0, *rows_C.cumsum(0).tolist()]
+    group_edges = [0]
+    for first, last in pairwise(cell_edges):
+        group_edges += [min(last, end + _GROUP_ROWS) for end in range(first, last, _GROUP_ROWS)]
+
     # At random: every n-th row could be of one kind.
     sample_S = torch.randperm(N, generator=rng.generator("cells", "sample"))[:_SAMPLE]
     _, found_SK = knn(features_ND, k + 1, queries=features_ND[sample_S])
     own_SK = found_SK == sample_S[:, None]
     own_SK[~own_SK.any(1), -1] = True  # more duplicates than k: leave out the last in its place
     true_SK = found_SK[~own_SK].view(len(sample_S), k)
-    distance_SC = torch.cdist(centres_CD[cell_N[sample_S]], centres_CD)
-    rank_SC = distance_SC.argsort(dim=1, stable=True).argsort(dim=1)
-    rank_SK = rank_SC.gather(1, cell_N[true_SK])
-    searched = int(rank_SK.flatten().sort().values[int(_RECALL * rank_SK.numel())]) + 1
-    recall = float((rank_SK < searched).double().mean())
-    # Some more than are searched, for cells among small ones.
-    kept = min(count, searched + _MORE)
-    _, order_CM = knn(centres_CD, kept, queries=centres_CD)
-    return Cells(count, cell_N, order_CM, searched, recall)
+    place_N = row_N.argsort()
+    group_S = torch.searchsorted(torch.tensor(group_edges), place_N[sample_S], right=True)
+    most = min(count, _MOST_CHOSEN)
+
+    def depth(group: Tensor, true_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many cells each row must choose, for each neighbour to be found, and how
+        many rows are searched for each number of cells."""
+        own_B = row_N[group_edges[int(group) - 1] : group_edges[int(group)]]
+        rank_C = _ranks(features_ND[own_B], centres_CD, most)
+        rows_M = torch.bincount(rank_C, weights=rows_C.double(), minlength=most + 1)
+        return rank_C[cell_N[true_K]] + 1, rows_M[:most].cumsum(0)
+
+    with mapping(features_ND.device) as mapped:
+        found = list(mapped(depth, group_S, true_SK))
+    depth_SK = torch.stack([d for d, _ in found])
+    chosen = int(depth_SK.flatten().sort().values[int(_RECALL * depth_SK.numel())])
+    if chosen > most:  # neighbours are everywhere
+        return Cells(centres_CD, row_N, cell_edges, group_edges, count, 1.0, 1.0)
+    share = float(torch.stack([rows_M[chosen - 1] for _, rows_M in found]).mean()) / N
+    recall = float((depth_SK <= chosen).double().mean())
+    return Cells(centres_CD, row_N, cell_edges, group_edges, chosen, share, recall)
+
+
+def _second(features_ND: Tensor, centres_CD: Tensor, cell_N: Tensor) -> Tensor:
+    """Return the nearest cell of each row other than its own, (N,); its own if there is none."""
+    if len(centres_CD) == 1:
+        return cell_N
+
+    def second(part_B: Tensor) -> Tensor:
+        score_BC = _to_centres(features_ND[part_B], centres_CD)
+        score_BC.scatter_(1, cell_N[part_B, None], torch.inf)
+        return score_BC.argmin(1)
+
+    parts = torch.arange(len(features_ND)).split(max(1, _SCORES // len(centres_CD)))
+    with mapping(features_ND.device) as mapped:
+        return torch.cat(list(mapped(second, parts)))
+
+
+def _to_centres(z_BD: Tensor, centres_CD: Tensor) -> Tensor:
+    """Return scores (B, C) that order the centres as the distances do."""
+    return scores(z_BD, centres_CD, centres_CD.square().sum(1))
+
+
+def _ranks(z_BD: Tensor, centres_CD: Tensor, most: int) -> Tensor:
+    """Return the best rank (C,) of each centre among the nearest centres of any of the rows.
+
+    It is `most` for centres beyond the `most` nearest ones of all rows.
+    """
+    _, near_BM = _to_centres(z_BD, centres_CD).topk(most, dim=1, largest=False)
+    rank_BM = torch.arange(most).expand_as(near_BM)
+    rank_C = torch.full((len(centres_CD),), most)
+    return rank_C.scatter_reduce_(0, near_BM.flatten(), rank_BM.flatten(), "amin")
 
 
 @torch.no_grad()
@@ -80,39 +136,37 @@ def search_cells(
     features_ND: Tensor,
     cells: Cells,
     k: int,
-    rows: tuple[int, int] | None = None,
+    places: tuple[int, int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Find the k nearest rows of each row (of `rows` first..last) in the nearest cells.
+    """Find the k nearest rows of the row at each place (of `places` first..last) of the cells.
 
-    Returns (d_NK float32, idx_NK int64), nearest first; no row is its own neighbour. The distances
-    are exact. A row gets the same neighbours with any `rows`, up to rounding as in `knn`.
-    progress: called with the number of rows done, and of all rows.
+    Returns (d_NK float32, idx_NK int64), nearest first: row i of the result is for the row
+    `cells.row_N[first + i]`. No row is its own neighbour. The distances are exact. A row gets the
+    same neighbours with any `places`. progress: called with the number of rows done, and of all.
     """
     features_ND = features_ND.float()
-    begin, end = rows or (0, len(features_ND))
-    row_N = cells.cell_N.argsort(stable=True)  # rows by cell
-    edges = [0, *torch.bincount(cells.cell_N, minlength=cells.count).cumsum(0).tolist()]
+    begin, end = places or (0, len(features_ND))
+    row_N, edges, count = cells.row_N, cells.cell_edges, len(cells.centres_CD)
     centre_D = features_ND.mean(0)
     sorted_ND = features_ND[row_N] - centre_D
     square_N = sorted_ND.square().sum(1)
     largest = square_N.amax()
 
-    def places(cell: int) -> Tensor:
-        """Return places in `row_N`: of the cells to search, and of more if these have too few."""
-        order, needed = cells.order_CM[cell].tolist(), k + SPARE + 1
-        parts: list[Tensor] = []
-        found = 0
-        for near in order:
-            if len(parts) >= cells.searched and found >= needed:
-                break
-            parts.append(torch.arange(edges[near], edges[near + 1]))
-            found += len(parts[-1])
-        return torch.cat(parts) if found >= needed else torch.arange(len(row_N))
+    def searched(z_BD: Tensor) -> Tensor:
+        """Return the places to search: of more cells, if those of the rows hold too few rows."""
+        chosen = min(cells.chosen, count)
+        while True:
+            near = (_ranks(z_BD, cells.centres_CD, chosen) < chosen).nonzero()[:, 0].tolist()
+            place_M = torch.cat([torch.arange(edges[cell], edges[cell + 1]) for cell in near])
+            if len(place_M) > k + SPARE or chosen == count:
+                return place_M
+            chosen = min(2 * chosen, count)
 
-    def nearest(own_B: Tensor) -> tuple[Tensor, Tensor]:
-        place_M = places(int(cells.cell_N[own_B[0]]))
-        ref_MD, square_M = sorted_ND[place_M], square_N[place_M]
+    def nearest(group: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        own_B = row_N[group[0] : group[1]]
+        place_M = searched(features_ND[own_B])
+        ref_MD, square_M = (held.index_select(0, place_M) for held in (sorted_ND, square_N))
         R = min(k + SPARE + 1, len(place_M))
         parts = []
         for part_B in own_B.split(max(1, _SCORES // len(place_M))):
@@ -130,14 +184,12 @@ def search_cells(
 
     d_NK = features_ND.new_empty(end - begin, k)
     idx_NK = torch.empty(end - begin, k, dtype=torch.long)
-    groups = [row_N[first:last] for first, last in pairwise(edges)]
-    groups = [own_B[(own_B >= begin) & (own_B < end)] for own_B in groups]
-    groups = [own_B for own_B in groups if len(own_B)]
-    done = 0
+    groups = [(a, b) for a, b in cells.groups() if a < end and b > begin]
     with mapping(features_ND.device) as mapped:
-        for own_B, (d_BK, idx_BK) in zip(groups, mapped(nearest, groups), strict=True):
-            d_NK[own_B - begin], idx_NK[own_B - begin] = d_BK, idx_BK
-            done += len(own_B)
+        for (a, b), found in zip(groups, mapped(nearest, groups), strict=True):
+            own = slice(max(a, begin) - a, min(b, end) - a)  # a group may be partly another's
+            first, last = own.start + a - begin, own.stop + a - begin
+            d_NK[first:last], idx_NK[first:last] = (part[own] for part in found)
             if progress is not None:
-                progress(done, end - begin)
+                progress(last, end - begin)
     return d_NK, idx_NK

@@ -87,14 +87,18 @@ def mine(
     Raises ValueError if k < 1 or there are at most k rows.
     """
     N = len(features_ND)
-    rows, cells = distributed.own_share(N), None
+    share, cells = distributed.own_share(N), None
     if N > _EXACT_ROWS and not features_ND.is_cuda:
         check_k(k)
         cells = distributed.from_first(lambda: make_cells(features_ND, k))
-    if cells is None or cells.share > _LARGEST_SHARE:
-        found, recall = knn(features_ND, k, rows=rows, progress=progress), 1.0
+        cells = None if cells.share > _LARGEST_SHARE else cells
+    if cells is None:
+        found, recall = knn(features_ND, k, rows=share, progress=progress), 1.0
     else:
-        found, recall = search_cells(features_ND, cells, k, rows, progress), cells.recall
+        found, recall = search_cells(features_ND, cells, k, share, progress), cells.recall
     d_NK, idx_NK = (distributed.gather(part, N) for part in found)
+    if cells is not None:  # back from places to rows
+        place_N = cells.row_N.argsort()
+        d_NK, idx_NK = d_NK[place_N], idx_NK[place_N]
     s_NK = soft_confidence(d_NK, local_radius(d_NK))
     return MinedNeighbors(idx_NK.int().cpu(), d_NK.cpu(), s_NK.cpu(), recall)
