@@ -15,7 +15,7 @@ from snscc_ray.cluster.group import RAY_FOLDER, Job, train_group
 from snscc_ray.cluster.nodes import check_visible, connected, reserved
 from snscc_ray.cluster.scale import Probe, Scale, check_alike, free_object_store
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.paths import is_url
+from snscc_ray.config.paths import absolute
 from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.core import storage
 from snscc_ray.core.claim import claimed
@@ -90,7 +90,7 @@ class RayWorkers:
 
         folder: of the run; every node must see it.
         """
-        check_visible(_absolute(folder), plan.rows.some_files)
+        check_visible(absolute(folder), plan.rows.some_files)
         free = free_object_store(self._probes)
         self._shared = shared = share_images(plan.recipe, plan.rows, free, self._display)
         if shared.catalog.skipped:  # fewer images than were checked
@@ -117,7 +117,7 @@ class RayWorkers:
         Raises UserError, TrainingError or Interrupted.
         """
         assert self._shared is not None
-        where, catalog = _absolute(folder), ray.put(self._shared.catalog)
+        where, catalog = absolute(folder), ray.put(self._shared.catalog)
         load = self._shared.load
         job = Job(recipe, str(where), stages, overwrite, catalog, load, work=work)
         if overwrite:
@@ -128,10 +128,6 @@ class RayWorkers:
         journal.hyperparameters(read_recipe(where).model_dump(mode="json"), final_figures(figures))
         journal.finish()
         return Result(folder, figures)
-
-
-def _absolute(folder: Path) -> Path:
-    return folder if is_url(folder) else folder.absolute()
 
 
 def _headline(recipe: Recipe, catalog: Catalog, scale: Scale) -> str:

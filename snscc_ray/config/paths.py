@@ -53,6 +53,11 @@ def expanded(text: str | Path) -> Path:
         raise UserError(f"{text}: the home folder is unknown; give the full path") from error
 
 
+def absolute(path: Path) -> Path:
+    """Return a local path from the root on, for another process; a URL stays as it is."""
+    return path if is_url(path) else path.absolute()
+
+
 def as_text(name: str) -> str:
     """Escape the parts of a name that are not UTF-8, for files that hold UTF-8 only."""
     return name.encode("utf-8", "backslashreplace").decode()

@@ -40,7 +40,7 @@ from snscc_ray.cluster.scale import (
     probe_node,
 )
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.paths import arrow_storage, is_url
+from snscc_ray.config.paths import absolute, arrow_storage
 from snscc_ray.config.settings import Recipe, StageName
 from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display, NullScreen
@@ -112,7 +112,7 @@ class Session:
 
     def __init__(self, recipe: Recipe, folder: Path, options: Options, console: Console) -> None:
         self.options, self.display = options, Display(console)
-        self.folder = folder if is_url(folder) else folder.absolute()
+        self.folder = absolute(folder)
         # Beside the sweep's folder, so that other sweeps can reuse the stages.
         self.ledger = Ledger(self.folder.parent / "stages", self.folder)
         plan = make_plan(recipe, (options.workers_per_trial,))

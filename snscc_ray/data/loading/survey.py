@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.paths import is_url
+from snscc_ray.config.paths import absolute
 from snscc_ray.config.settings import DataSettings, Recipe
 from snscc_ray.data.decode import (
     OWN_RANGE,
@@ -200,7 +200,7 @@ def cut(rows: Rows, slice_rows: int) -> list[Slice]:
             parts = -(-held // slice_rows)
             edges = [held * part // parts for part in range(parts + 1)] if held else []
             for begin, end in pairwise(edges):
-                place = (_address(shard.file),)
+                place = (absolute(shard.file),)
                 slices.append(Slice(row, end - begin, place, group, begin, reading=rows.reading))
                 row += end - begin
             left -= held
@@ -210,12 +210,8 @@ def cut(rows: Rows, slice_rows: int) -> list[Slice]:
 def _absolute(files: Sequence[Path]) -> Sequence[Path]:
     """Return paths or URLs that are valid on any machine and in any working directory."""
     if isinstance(files, Files):
-        return replace(files, root=_address(files.root))
-    return tuple(map(_address, files))
-
-
-def _address(file: Path) -> Path:
-    return file if is_url(file) else file.absolute()
+        return replace(files, root=absolute(files.root))
+    return tuple(map(absolute, files))
 
 
 def read_slice(piece: Slice, channels: int, size: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
