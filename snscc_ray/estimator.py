@@ -289,8 +289,7 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
         if isinstance(X, list | tuple) and X and all(isinstance(path, str | Path) for path in X):
             return _Images(rows_of_paths(X), None)
         if isinstance(X, Tensor):
-            X = X.detach().cpu()
-            X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
+            X = _numpy(X)
         fewest = 2 if reset else 1
         shape = tuple(X.shape) if hasattr(X, "shape") else np.asarray(X).shape
         axes = len(shape)
@@ -305,7 +304,9 @@ class SNSCC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Bas
 
     def _vectors(self, X: Any, *, reset: bool) -> Rows:
         if isinstance(X, Tensor):
-            X = X.detach().cpu().float().numpy()
+            X = _numpy(X)
+        if self.image_shape is not None:
+            raise ValueError("image_shape is for images, and these are embeddings; leave it out")
         table = validate_data(
             self,
             X,
@@ -378,6 +379,13 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
         )
 
 
+def _numpy(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as an array; NumPy has no bfloat16."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+# Terms of the command line, and what stands for them here.
 _HERE = (
     (r"repair or remove it, or leave out such images with --set data\.skip_corrupt=true",
      "repair or remove it"),
@@ -392,6 +400,8 @@ _HERE = (
     (r"with --data PATH", "as X"),
     (r"give --data PATH", "give it as X"),
     (r"--image-size is", "image_size is"),
+    (r"--encoder is", "encoder is"),
+    (r"--clusters (\d+)", r"n_clusters=\1"),
     (r"--column NAME \(data\.column of a recipe\)", "settings=['data.column=NAME']"),
     (r"--set ([\w.]+=[^\s,;]+)", r"settings=['\1']"),
 )  # fmt: skip

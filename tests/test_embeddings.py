@@ -221,7 +221,7 @@ def test_a_recipe_runs_and_continues(given: Path, snscc: Snscc, tmp_path: Path) 
     assert pq.read_table(whole / name).equals(pq.read_table(parts / name))
     one_line(
         snscc("run", "images", "--data", given, "--out", tmp_path / "x"),
-        "holds embeddings, which need no encoder; set encoder.name=none and encoder.frozen=true",
+        "holds embeddings, which need no encoder; use .snscc fit., or",
     )
 
 
@@ -471,6 +471,48 @@ def test_wishes_about_images_are_refused(given: Path, snscc: Snscc, tmp_path: Pa
     for option in (["--from-scratch"], ["--image-size", 32], ["--encoder", "torchvision:resnet18"]):
         done = snscc("fit", given, "--out", tmp_path / "run", *option)
         one_line(done, f"{option[0]} is for images, and these are embeddings")
+    one_line(snscc("fit", given, "--out", tmp_path / "run", "--labels"), "--labels takes the names")
+    np.save(tmp_path / "a.npy", blobs(40)[0])
+    one_line(snscc("fit", tmp_path / "a.npy", "--column", "b"), "is one array, so it has no column")
+    one_line(snscc("fit", given, "--clusters", "²"), "give a number of 2 or more")
+
+
+def test_an_array_with_a_negative_shape_is_refused(snscc: Snscc, tmp_path: Path) -> None:
+    np.save(file := tmp_path / "a.npy", blobs(40)[0])
+    file.write_bytes(file.read_bytes().replace(b"(40, 12), }", b"(-40, 12),}"))
+    one_line(snscc("fit", file), "cannot be read as a NumPy array")
+
+
+def test_arrays_beside_parquet_files_are_named(given: Path, tmp_path: Path) -> None:
+    shutil.copy(given, tmp_path / "a.parquet")
+    np.save(tmp_path / "b.npy", blobs(40)[0])
+    found = load(tmp_path)
+    assert len(found.ids) == ROWS and any("b.npy" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"asked": 3, "recipe": {}}'])
+def test_a_damaged_note_of_fit_is_one_line(
+    content: str, run: Path, given: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    shutil.copytree(run, folder := tmp_path / "run")
+    (folder / "fit.json").write_text(content)
+    one_line(snscc("fit", given, "--out", folder, "--clusters", 4), "fit.json is damaged")
+
+
+def test_embeddings_that_changed_since_are_refused(snscc: Snscc, tmp_path: Path) -> None:
+    vectors, _ = blobs()
+    np.save(file := tmp_path / "a.npy", vectors)
+    folder = tmp_path / "run"
+    assert snscc("fit", file, "--out", folder, "--clusters", 4, *QUICK).status == 0
+    for kept in folder.glob("*/features.pt"):
+        kept.unlink()
+    np.save(file, np.roll(vectors, 1, axis=0))
+    one_line(snscc("report", folder), "does not hold the images of the run .*the same names")
+    done = snscc("predict", folder, file, "-o", tmp_path / "p.parquet")
+    assert "no nearest images" in done.out and "the same names" in done.out.replace("\n", " ")
+    assert not list(folder.glob("*/features.pt"))
+    np.save(file, vectors)
+    assert snscc("report", folder).status == 0
 
 
 @pytest.mark.parametrize(

@@ -482,6 +482,18 @@ def test_damaged_features_are_refused_and_computed_anew(
     assert assigned(one) == before
 
 
+def test_predict_does_not_leave_out_the_nearest_for_a_damaged_bank(
+    one: Path, photos: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    for kept in one.glob("*/features.pt"):
+        kept.unlink()
+    shard = shard_path(bank_of(one), 0)
+    flip(shard)
+    done = snscc("predict", one, photos, "-o", tmp_path / "p.parquet")
+    refused(done, f"{shard} is missing or damaged")
+    assert not (tmp_path / "p.parquet").exists()
+
+
 def test_another_encoder_in_its_place_leaves_nothing_behind(
     one: Path, photos: Path, snscc: Snscc
 ) -> None:
@@ -621,7 +633,9 @@ def test_an_adapter_starts_as_the_identity(kind: str) -> None:
         assert any(float(w.grad.abs().max()) > 0 for w in trained if w.grad is not None)
 
 
-@pytest.mark.parametrize(("rows", "width", "count"), [(300, 20, 20), (300, 20, 6), (15, 40, 10)])
+@pytest.mark.parametrize(
+    ("rows", "width", "count"), [(300, 20, 20), (300, 20, 6), (15, 40, 10), (15, 40, 14)]
+)
 def test_principal_components_are_those_of_numpy(rows: int, width: int, count: int) -> None:
     """The features are close to one another, as those of networks are."""
     drawing = np.random.default_rng(0)
@@ -818,6 +832,12 @@ def test_an_encoder_that_gives_maps_is_refused(
         (["--encoder", "pip:efficientnet_lite0", "--set", "data.channels=1"], "data.channels=3"),
         (["--encoder", "pip:efficientnet_lite0=/nowhere/w.pth"], "no such file"),
         (["--encoder", "timm:resnet18=/nowhere/w.pth"], "no such file"),
+        (["--encoder", "timm:resnet18="], "no file after the `=`"),
+        (["--encoder", ""], "an empty name"),
+        (
+            ["--encoder", "pip:efficientnet_lite0", "--encoder", "pip:efficientnet_lite0"],
+            "is given twice",
+        ),
         (["--set", "encoder.frozen=true"], "needs trained weights"),
         (["--from-scratch", "--set", "encoder.weights=default"], "--from-scratch"),
     ],

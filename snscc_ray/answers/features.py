@@ -27,7 +27,7 @@ from snscc_ray.data.sources import list_rows
 from snscc_ray.models.encoders import build_encoder
 from snscc_ray.models.frozen import Adapter, WholeEncoder, build_frozen
 from snscc_ray.runs.banks import BANK
-from snscc_ray.runs.folder import read_recipe
+from snscc_ray.runs.folder import images_differ, read_recipe
 from snscc_ray.runs.local import bring
 from snscc_ray.training.context import Context
 
@@ -61,11 +61,10 @@ def own_images(folder: Path, device: torch.device, display: Display) -> RunImage
         )
     rows = list_rows(recipe.data, display.finding("listing", "images"))
     catalog, data = bring(recipe.data, rows, device, display)
-    known = own_ids(folder)
-    if catalog.ids != known:
+    if difference := images_differ(folder, catalog):
         raise UserError(
-            f"{rows.place} does not hold the images of the run {folder} ({len(catalog):,} now, "
-            f"{len(known):,} then); put them back, or run the recipe again"
+            f"{rows.place} does not hold the images of the run {folder} ({difference}); put them "
+            "back, or run the recipe again"
         )
     return RunImages(folder, recipe, catalog, data, device)
 

@@ -289,12 +289,13 @@ def _known(question: PredictRequest, model: Model, display: Display) -> KnownIma
         display.line("computing the features of the run's own images once, to find the nearest")
         with claimed(run, display.line):
             try:
-                features_MD = stage_features(own_images(run, model.device, display), stage)
+                own = own_images(run, model.device, display)
             except (UserError, OSError) as error:
                 display.line(
                     f"no nearest images, because the images of the run cannot be read: {error}"
                 )
                 return None
+            features_MD = stage_features(own, stage)
     # Cached in half precision, they no longer have unit length.
     features_MD = F.normalize(features_MD, dim=1).to(model.device)
     return KnownImages(ids.column, features_MD, question.nearest)

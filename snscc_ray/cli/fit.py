@@ -195,7 +195,7 @@ def fit(
 def _count(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 2:
+    if not text.isdecimal() or int(text) < 2:
         raise UserError(f"--clusters {text}: give a number of 2 or more, or auto")
     return int(text)
 

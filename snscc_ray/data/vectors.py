@@ -120,6 +120,10 @@ def _shards_of(
         raise UserError(f"{path} holds no rows: give a file that holds some")
     left = [file.name for file in files if file not in held]
     notes = [f"ignored for lack of a column `{name}`: {', '.join(left[:8])}"] if left else []
+    arrays = [file.name for file in path.glob("*") if file.suffix.lower() in ARRAYS]
+    if arrays:
+        named = ", ".join(sorted(arrays)[:8])
+        notes.append(f"ignored beside Parquet files: {named} (give an array by its own path)")
     return name, used, notes
 
 
@@ -203,10 +207,15 @@ def _array(path: Path, name: str | None) -> np.ndarray:
         else:
             held = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(held, np.ndarray):
+            if name is not None:
+                raise UserError(
+                    f"{path} is one array, so it has no column {name!r}; leave --column "
+                    "(data.column of a recipe) out"
+                )
             return held
         with held:
             return np.asarray(held[_only(held.files, name, str(path), "array")])
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, OverflowError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:120]
         if "pickle" in reason or "Python objects" in reason:  # NumPy advises to load it unsafely
             reason = "it holds pickled objects, or is no NumPy file"

@@ -267,13 +267,19 @@ def _begun(request: FitRequest) -> Recipe | None:
     if not path.exists():
         return None
     held = storage.read_json(path)
-    earlier = {"from_scratch": False} | held["asked"]  # older versions do not note it
+    try:
+        asked, recipe = held["asked"], held["recipe"]
+        earlier = {"from_scratch": False} | asked  # older versions do not note it
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} is damaged; use --overwrite to replace the run, or another --out"
+        ) from None
     if difference := _difference(earlier, request.asked()):
         raise UserError(
             f"{request.folder} holds a fit with other options ({difference}); use --overwrite to "
             "replace it, or another --out"
         )
-    return validate(held["recipe"])
+    return validate(recipe)
 
 
 # The names of FitRequest.asked on the command line.

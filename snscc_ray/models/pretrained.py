@@ -33,10 +33,17 @@ def encoder_settings(text: str) -> EncoderSettings:
     which built-in encoder it belongs to. An encoder with weights is frozen. Raises UserError; for
     an unknown name it lists similar ones.
     """
+    if not text:
+        raise UserError("--encoder has an empty name; give one, or leave --encoder out")
     if text in BUILT_IN:
         return EncoderSettings(name=text)
     if text.partition(":")[0] in LIBRARIES:
-        name, _, file = text.partition("=")
+        name, equals, file = text.partition("=")
+        if equals and not file:
+            raise UserError(
+                f"--encoder {text}: no file after the `=`; name one, or leave the `=` out for the "
+                "weights of the library"
+            )
         if not file:
             libraries.default_name(name)
         libraries.split(name)
@@ -76,7 +83,9 @@ def together(encoders: Sequence[EncoderSettings]) -> EncoderSettings | None:
     first, *others = encoders
     if not others:
         return first
-    for encoder in encoders:
+    for number, encoder in enumerate(encoders):
+        if encoder in encoders[:number]:
+            raise UserError(f"the encoder {encoder.name} is given twice; leave one out")
         if encoder.weights is None:
             raise UserError(
                 f"several encoders must be trained ones, and {encoder.name} has no weights; leave "

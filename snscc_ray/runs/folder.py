@@ -144,6 +144,18 @@ def check_images(folder: Path, catalog: Catalog) -> None:
 
     A disk may be only partly mounted. Raises UserError saying how many images came and went.
     """
+    if difference := images_differ(folder, catalog):
+        raise UserError(
+            f"{folder} was made from other images ({difference}): restore them, or use another "
+            "--out, or --overwrite to replace it"
+        )
+
+
+def images_differ(folder: Path, catalog: Catalog) -> str | None:
+    """Return how the images differ from those that a run was made from; None: they do not.
+
+    The content is compared, too. A run that has not recorded its images differs from none.
+    """
     path = folder / IMAGES_FILE
     if path.exists():
         table = read_table(path)
@@ -152,16 +164,13 @@ def check_images(folder: Path, catalog: Catalog) -> None:
         table = read_table(folder / "assignments.parquet", ["id"])
         same = Names(table["id"]) == catalog.ids
     else:
-        return
+        return None
     if same:
-        return
+        return None
     then, now = set(table["id"].to_pylist()), set(catalog.ids)
     came, went = len(now - then), len(then - now)
     what = f"{came:,} came and {went:,} went" if came or went else "with the same names"
-    raise UserError(
-        f"{folder} was made from other images ({what}; {len(then):,} then, {len(now):,} now): "
-        "restore them, or use another --out, or --overwrite to replace it"
-    )
+    return f"{what}; {len(then):,} then, {len(now):,} now"
 
 
 def note_images(folder: Path, catalog: Catalog) -> None:

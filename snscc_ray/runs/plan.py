@@ -61,8 +61,8 @@ def check_kind(recipe: Recipe, rows: Rows) -> None:
     without = recipe.encoder.name == NO_ENCODER
     if rows.vectors is not None and not without:
         raise UserError(
-            f"{rows.place} holds embeddings, which need no encoder; set encoder.name=none and "
-            "encoder.frozen=true"
+            f"{rows.place} holds embeddings, which need no encoder; use `snscc fit`, or for "
+            "`snscc run` set encoder.name=none and encoder.frozen=true"
         )
     if rows.vectors is None and without:
         raise UserError(

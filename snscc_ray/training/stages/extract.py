@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.linalg import eigh
 from torch import Tensor
 
 from snscc_ray.config.errors import UserError
@@ -183,9 +184,18 @@ def projection(bank: FeatureBank, count: int) -> tuple[Tensor, Tensor]:
 
 
 def principal_components(rows_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the mean (D,) and the first principal components (D, count) of the rows."""
+    """Return the mean (D,) and the first principal components (D, count) of the rows (N, D).
+
+    count: at most N and D.
+    """
+    N, D = rows_ND.shape
     mean_D = rows_ND.double().mean(0)
     centred_ND = rows_ND - mean_D.float()
-    _, vectors_DD = torch.linalg.eigh((centred_ND.T @ centred_ND).double())
-    basis_Dd = vectors_DD.flip(1)[:, :count]  # eigenvalues ascend
-    return mean_D.float(), basis_Dd.float()
+    if N < D:
+        _, _, basis_ND = torch.linalg.svd(centred_ND.double(), full_matrices=False)
+        return mean_D.float(), basis_ND[:count].T.float().contiguous()
+    products_DD = (centred_ND.T @ centred_ND).double().numpy()
+    # All D of them would take D³: a minute for 4,096 numbers.
+    _, basis_Dd = eigh(products_DD, subset_by_index=[D - count, D - 1], check_finite=False)
+    basis_Dd = basis_Dd[:, ::-1].copy()  # eigenvalues ascend
+    return mean_D.float(), torch.from_numpy(basis_Dd).float()
