@@ -125,7 +125,8 @@ def measured(name: str, case: Case, work: Path) -> dict[str, Any]:
     done = fit_images(request, Console())
     taken = time.monotonic() - began
     stages = done.result.figures["stages"]
-    told = done.told_seconds  # None: resumed, so the measured time is not the whole
+    # None: resumed, so the measured time is not the whole.
+    told = None if done.expected_end is None else done.expected_end - began
     path = request.folder / "clusters.json"
     count = json.loads(path.read_text()) if path.exists() else {}
     return {

@@ -63,6 +63,7 @@ def compare(
         snscc compare runs/photos --methods kmeans,temi,turtle,snscc
     """
     chosen(methods)  # refuse a misspelt one at once
+    say(f"snscc compare {recipe}")  # the imports take seconds
     wanted = recipe_of("compare", recipe, encoder, overrides_of(settings, seed, data), data)
     frozen = wanted.encoder.frozen
     names = chosen(methods, frozen=frozen)

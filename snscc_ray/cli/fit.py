@@ -182,12 +182,12 @@ def fit(
         _show(fitted, folder)
         report(folder, page, out, device=device, loaded=fitted.images)
     out.print()
-    told = ""
-    if fitted.told_seconds is not None:
-        told = f" (predicted: {fitted.told_seconds / 60:.1f})"
+    given, told = isinstance(fitted.images[1], FeatureBank), ""
+    if fitted.expected_end is not None:
+        told = f" (predicted: {(fitted.expected_end - began) / 60:.1f})"
     say(f"It took {(time.monotonic() - began) / 60:.1f} minutes{told}.")
+    say(f"Which {'rows' if given else 'images'} are together: {folder / 'assignments.parquet'}")
     say(f"Report: {page}")
-    given = isinstance(fitted.images[1], FeatureBank)
     new, where = ("embeddings", "FILE") if given else ("images", "FOLDER")
     say(f"New {new}: snscc predict {shlex.quote(str(folder))} {where}")
 

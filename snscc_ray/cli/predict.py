@@ -62,6 +62,7 @@ def predict(
         raise UserError(
             "--device applies only without --workers; leave it out with --workers, or add --gpu"
         )
+    say(f"snscc predict {run} {data}")  # the imports take seconds
     # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.answers.predict import PredictRequest
     from snscc_ray.answers.predict import predict as predict_here

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ class FitRequest:
 class FitResult:
     result: Result
     images: tuple[Catalog, Images]  # for the report
-    told_seconds: float | None  # the estimate before the run, with the report
+    expected_end: float | None  # when the report was expected, by `time.monotonic`
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,11 @@ def fit_on(machine: Machine, request: FitRequest, start: Start, display: Display
     report_skipped(catalog, display)
     for pick in picks:
         display.line(f"  {pick.what}: {pick.value} ({pick.why})")
-    told = None
+    expected_end = None
     try:
         if picks:
             chosen = recipe
-            recipe, told = _paced(request, recipe, catalog, machine, display)
+            recipe, expected_end = _paced(request, recipe, catalog, machine, display)
             picks = as_paced(picks, chosen, recipe)
             if request.overwrite:
                 remove_run(request.folder)
@@ -200,15 +201,15 @@ def fit_on(machine: Machine, request: FitRequest, start: Start, display: Display
         result = machine.run(recipe, folder, work=execute_counted if counting else execute)
     except KeyboardInterrupt as stop:
         raise Interrupted from stop
-    return FitResult(result, (catalog, machine.images()), told)
+    return FitResult(result, (catalog, machine.images()), expected_end)
 
 
 def _paced(
     request: FitRequest, recipe: Recipe, catalog: Catalog, machine: Machine, display: Display
 ) -> tuple[Recipe, float | None]:
-    """Fit the epochs into the time, and print and return the expected seconds with the report.
+    """Fit the epochs into the time, and print and return when the report is expected.
 
-    Only this process is measured: elsewhere the recipe stays, and the seconds are None. Raises
+    Only this process is measured: elsewhere the recipe stays, and the time is None. Raises
     UserError.
     """
     if not isinstance(machine, Here):
@@ -228,8 +229,8 @@ def _paced(
             width = feature_width(recipe, len(catalog))
         seconds += expected_seconds(len(catalog), width)
     seconds += content.expected_seconds(recipe, len(catalog))
-    display.line(f"with {counting}the report about {seconds / 60:.1f} minutes in all")
-    return recipe, seconds
+    display.line(f"with {counting}the report about {seconds / 60:.1f} minutes from now")
+    return recipe, time.monotonic() + seconds
 
 
 def recipe_for(source: str, wishes: Preferences, overrides: Sequence[str]) -> Recipe:
