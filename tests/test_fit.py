@@ -56,7 +56,7 @@ def test_a_folder_becomes_clusters_and_a_report(scans: Path, snscc: Snscc, tmp_p
     for said in ("image size: 8 px", "encoder: convnet", "left out torn.png", "report"):
         assert said in done.out, said
     assert re.search(r"with the report about \d+\.\d minutes from now", done.out)
-    assert re.search(r"It took \d+\.\d minutes \(predicted: \d+\.\d\)\.\s+Report:", done.out)
+    assert re.search(r"It took \d+\.\d minutes \(predicted: \d+\.\d\)\.\s+Which images", done.out)
     found = pq.read_table(out / "assignments.parquet")
     assert found.num_rows == ROWS and set(found["cluster"].to_pylist()) <= set(range(4))
     assert "label" not in found.column_names
