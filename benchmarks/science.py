@@ -170,7 +170,7 @@ def draw(
     figure, panels = pyplot.subplots(
         1, len(heads), figsize=(2.6 * len(heads), 2.8), squeeze=False, layout="constrained"
     )
-    short = [point if len(point) < 12 else str(place + 1) for place, point in enumerate(points)]
+    short = [point.replace(" + ", "\n+ ").replace(" / ", "\n") for point in points]
     for panel, head, column in zip(panels[0], heads, columns, strict=True):
         for place, values in enumerate(column):
             panel.plot([place] * len(values), values, "o", color="C0", alpha=0.6, markersize=4)
