@@ -114,6 +114,14 @@ def test_a_stopped_fit_goes_on(scans: Path, snscc: Snscc, tmp_path: Path, stop: 
     assert one.equals(two)
 
 
+def test_a_new_encoder_of_a_named_kind(scans: Path, snscc: Snscc, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    wanted = ["--clusters", 4, "--encoder", "convnet", "--from-scratch"]
+    assert snscc("fit", scans, *wanted, "--out", out, *QUICK).status == 0
+    encoder = held(out, "recipe.json")["recipe"]["encoder"]
+    assert encoder["name"] == "convnet" and not encoder["frozen"] and not encoder["weights"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -832,6 +832,8 @@ def test_an_encoder_that_gives_maps_is_refused(
         (["--encoder", "pip:efficientnet_lite0", "--set", "data.channels=1"], "data.channels=3"),
         (["--encoder", "pip:efficientnet_lite0=/nowhere/w.pth"], "no such file"),
         (["--encoder", "timm:resnet18=/nowhere/w.pth"], "no such file"),
+        (["--encoder", "resnet18"], "torchvision:resnet18 is, and --from-scratch trains a new"),
+        (["--encoder", "convnet"], "convnet is not trained: --from-scratch trains a new convnet"),
         (["--encoder", "timm:resnet18="], "no file after the `=`"),
         (["--encoder", ""], "an empty name"),
         (

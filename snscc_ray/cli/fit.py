@@ -35,6 +35,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.texts import counted
 
 if TYPE_CHECKING:
+    from snscc_ray.config.settings import EncoderSettings
     from snscc_ray.fit.fit import FitResult
 
 
@@ -54,7 +55,8 @@ def fit(
         list[str] | None,
         typer.Option(
             help="a trained one, which stays frozen: timm:NAME, torchvision:NAME, timm:NAME=FILE "
-            "or a checkpoint; give it again to use several  [default: pip:efficientnet_lite0 for "
+            "or a checkpoint; give it again to use several. With --from-scratch, convnet, resnet18 "
+            "and others name the kind of the new one  [default: pip:efficientnet_lite0 for "
             "photographs if it is installed, else a new one]"
         ),
     ] = None,
@@ -139,9 +141,9 @@ def fit(
     from snscc_ray.training.engine import Interrupted
     from snscc_ray.training.workers import choose_device
 
-    if encoder and from_scratch:
-        raise UserError("--encoder and --from-scratch exclude each other; use one of them")
     chosen = together([encoder_settings(text) for text in encoder or ()])
+    if chosen is not None:
+        _check_chosen(chosen, from_scratch)
     folder = folder_in(storage, out_folder, name_of(place))
     counts = counts_of(workers)
     if counts is None:
@@ -190,6 +192,22 @@ def fit(
     say(f"Report: {page}")
     new, where = ("embeddings", "FILE") if given else ("images", "FOLDER")
     say(f"New {new}: snscc predict {shlex.quote(str(folder))} {where}")
+
+
+def _check_chosen(encoder: EncoderSettings, from_scratch: bool) -> None:
+    """Refuse a trained encoder with --from-scratch, and a new one without it. Raises UserError."""
+    name, trained = encoder.name, encoder.weights is not None
+    if trained and from_scratch:
+        raise UserError(
+            f"--encoder {name} is a trained one, and it and --from-scratch exclude each other; use "
+            "one of them"
+        )
+    if not trained and not from_scratch:
+        known = "" if name == "convnet" else f"torchvision:{name} is, and "
+        raise UserError(
+            f"--encoder {name} is not trained: {known}--from-scratch trains a new {name} on these "
+            "images alone, which takes hours without a GPU"
+        )
 
 
 def _count(text: str) -> int | None:
