@@ -303,7 +303,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     refused(snscc(*arguments(photos, folder, "--encoder", "none.pt")), "none.pt")
     none = tmp_path / "none"
     none.mkdir()
-    refused(snscc("compare", str(none)), "holds no run")
+    refused(snscc("compare", str(none)), "holds no run", f"auto in its place, with --data {none}")
     assert not folder.exists()
 
 

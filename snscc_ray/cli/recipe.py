@@ -50,7 +50,14 @@ def _of_run(name: str) -> Recipe:
     from snscc_ray.runs.folder import read_recipe
 
     folder = as_path(name)
-    return read_recipe(folder) if folder.is_dir() else recipes.get(name)
+    if not folder.is_dir():
+        return recipes.get(name)
+    if not (folder / "recipe.json").exists():
+        raise UserError(
+            f"{folder} holds no run (it has no recipe.json); if it holds images, give auto in its "
+            f"place, with --data {name} and --set data.num_clusters=N"
+        )
+    return read_recipe(folder)
 
 
 def _chosen_for(
