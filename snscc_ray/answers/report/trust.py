@@ -43,7 +43,7 @@ class Trust:
 
 _SUMMARIES = {
     "likely good": "No metric gives a warning. None of them knows which kinds you have in mind, "
-    "and confidence is not accuracy: look at the random and the doubtful images of each cluster.",
+    "and confidence is not accuracy: look at the random and the least sure images of each cluster.",
     "mixed": "Some metrics are good, and some give a warning. "
     "Look at the images of each cluster before you rely on it.",
     "doubtful": "At least one metric says that these clusters are not useful. "
