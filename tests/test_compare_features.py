@@ -24,7 +24,9 @@ from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.config.settings import STAGES
 from snscc_ray.core import storage
 from snscc_ray.data.loading.bank import FeatureBank
+from snscc_ray.models.encoders import build_encoder
 from snscc_ray.models.libraries import DEFAULT, default_is_installed
+from snscc_ray.models.pretrained import encoder_settings, start_encoder
 from snscc_ray.training.stages import extract
 from tests.conftest import TINY
 from tests.test_cli import Snscc, refused, sets
@@ -245,7 +247,10 @@ def test_a_comparison_that_was_stopped_in_the_extraction_goes_on(
 def test_several_encoders_are_several_spaces(
     photos: Path, tmp_path: Path, snscc: Snscc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second is the first again, so that all spaces are one."""
+    """The second has the weights of the first, from their file, so that all spaces are one."""
+    settings = encoder_settings(DEFAULT)
+    start_encoder(settings, encoder := build_encoder(settings, 3))
+    torch.save(encoder.state_dict(), weights := tmp_path / "weights.pth")
     spaces: list[Any] = []
     plain = turtle.features_of
 
@@ -255,7 +260,7 @@ def test_several_encoders_are_several_spaces(
 
     monkeypatch.setattr(turtle, "features_of", watched)
     folder = tmp_path / "c"
-    call = arguments(photos, folder, "--encoder", DEFAULT, "--methods", "turtle")
+    call = arguments(photos, folder, "--encoder", f"{DEFAULT}={weights}", "--methods", "turtle")
     done = snscc(*call)
     assert done.status == 0, done
     assert table(folder)["turtle"]["note"] == "100 steps in 2 feature spaces"
