@@ -46,14 +46,13 @@ class Cells:
     centres_CD: Tensor
     row_N: Tensor  # int64: the row at each place
     cell_edges: list[int]  # first place of each cell, and N
-    group_edges: list[int]
     chosen: int  # cells that each row chooses
     share: float  # of all rows that a row is compared with, on a sample
     recall: float  # share of the true neighbours among these, on a sample
 
     def groups(self) -> list[tuple[int, int]]:
         """First place and end of each group."""
-        return list(pairwise(self.group_edges))
+        return _groups(self.cell_edges)
 
 
 @torch.no_grad()
@@ -67,9 +66,7 @@ def make_cells(features_ND: Tensor, k: int) -> Cells:
     row_N = (cell_N * count + second_N).argsort(stable=True)
     rows_C = torch.bincount(cell_N, minlength=count)
     cell_edges = [0, *rows_C.cumsum(0).tolist()]
-    group_edges = [0]
-    for first, last in pairwise(cell_edges):
-        group_edges += [min(last, end + _GROUP_ROWS) for end in range(first, last, _GROUP_ROWS)]
+    groups = _groups(cell_edges)
 
     # At random: every n-th row could be of one kind.
     sample_S = torch.randperm(N, generator=rng.generator("cells", "sample"))[:_SAMPLE]
@@ -78,13 +75,14 @@ def make_cells(features_ND: Tensor, k: int) -> Cells:
     own_SK[~own_SK.any(1), -1] = True  # more duplicates than k: leave out the last in its place
     true_SK = found_SK[~own_SK].view(len(sample_S), k)
     place_N = row_N.argsort()
-    group_S = torch.searchsorted(torch.tensor(group_edges), place_N[sample_S], right=True)
+    firsts_G = torch.tensor([first for first, _ in groups])
+    group_S = torch.searchsorted(firsts_G, place_N[sample_S], right=True) - 1
     most = min(count, _MOST_CHOSEN)
 
     def depth(group: Tensor, true_K: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many cells each row must choose, for each neighbour to be found, and how
         many rows are searched for each number of cells."""
-        own_B = row_N[group_edges[int(group) - 1] : group_edges[int(group)]]
+        own_B = row_N[slice(*groups[int(group)])]
         rank_C = _ranks(features_ND[own_B], centres_CD, most)
         rows_M = torch.bincount(rank_C, weights=rows_C.double(), minlength=most + 1)
         return rank_C[cell_N[true_K]] + 1, rows_M[:most].cumsum(0)
@@ -94,10 +92,18 @@ def make_cells(features_ND: Tensor, k: int) -> Cells:
     depth_SK = torch.stack([d for d, _ in found])
     chosen = int(depth_SK.flatten().sort().values[int(_RECALL * depth_SK.numel())])
     if chosen > most:  # neighbours are everywhere
-        return Cells(centres_CD, row_N, cell_edges, group_edges, count, 1.0, 1.0)
+        return Cells(centres_CD, row_N, cell_edges, count, 1.0, 1.0)
     share = float(torch.stack([rows_M[chosen - 1] for _, rows_M in found]).mean()) / N
     recall = float((depth_SK <= chosen).double().mean())
-    return Cells(centres_CD, row_N, cell_edges, group_edges, chosen, share, recall)
+    return Cells(centres_CD, row_N, cell_edges, chosen, share, recall)
+
+
+def _groups(cell_edges: list[int]) -> list[tuple[int, int]]:
+    return [
+        (place, min(place + _GROUP_ROWS, last))
+        for first, last in pairwise(cell_edges)
+        for place in range(first, last, _GROUP_ROWS)
+    ]
 
 
 def _second(features_ND: Tensor, centres_CD: Tensor, cell_N: Tensor) -> Tensor:
