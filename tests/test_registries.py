@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from snscc_ray.answers.export import _FORMATS as FORMATS
 from snscc_ray.answers.export import Format
-from snscc_ray.cli.export import export
+from snscc_ray.cli.answers.export import export
 from snscc_ray.compare import methods
 from snscc_ray.config.recipes import RECIPES
 from snscc_ray.config.settings import (

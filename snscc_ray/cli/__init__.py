@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 import typer
 
 from snscc_ray.cli.about import doctor, list_recipes
+from snscc_ray.cli.answers.export import export
+from snscc_ray.cli.answers.predict import predict
+from snscc_ray.cli.answers.report import report
 from snscc_ray.cli.compare import compare
-from snscc_ray.cli.export import export
 from snscc_ray.cli.fit import fit
 from snscc_ray.cli.options import fail
 from snscc_ray.cli.pack import pack_folder
-from snscc_ray.cli.predict import predict
-from snscc_ray.cli.report import report
 from snscc_ray.cli.run import run
 from snscc_ray.cli.sweep import sweep
 from snscc_ray.config.errors import TrainingError, UserError
