@@ -27,8 +27,8 @@ from torch import Tensor
 
 from benchmarks.epoch import noise, now
 from benchmarks.report import describe_machine, print_table, save
+from snscc_ray.answers.nearest import KnownImages
 from snscc_ray.answers.predict import PredictRequest, conclude, predict, prepare
-from snscc_ray.answers.table import KnownImages
 from snscc_ray.config import recipes
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import Recipe

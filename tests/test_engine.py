@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from snscc_ray.cli.run import _print_result
 from snscc_ray.config import recipes
 from snscc_ray.config.errors import TrainingError
 from snscc_ray.config.overrides import override
@@ -21,6 +22,7 @@ from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.core import checkpoints
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import ImageSet
+from snscc_ray.runs import run
 from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
 from snscc_ray.training import engine
 from snscc_ray.training.engine import Interrupted, fit
@@ -302,7 +304,24 @@ def test_the_baseline_is_there_before_the_first_stage(
 
     with pytest.raises(KeyboardInterrupt):
         execute_on(tiny, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), Killed())
-    assert "kmeans_pixels" in json.loads((tmp_path / "baselines.json").read_text())
+    found = json.loads((tmp_path / "baselines.json").read_text())["kmeans_pixels"]
+    assert found["images"] == len(tiny_images.catalog)
+
+
+def test_of_many_images_the_baseline_takes_a_sample_and_says_so(
+    tiny: Recipe,
+    tiny_images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run, "_BASELINE_NUMBERS", 100 * tiny_images.images.flatten(1).shape[1])
+    result = execute_on(tiny, tiny_images, tmp_path, LocalWorker(tmp_path, CPU), NullMonitor())
+    found = result.figures["baselines"]["kmeans_pixels"]
+    assert found["images"] == 100 < len(tiny_images.catalog)
+    assert 0 < found["oracle/acc"] <= 1
+    _print_result(result.figures, tmp_path)
+    assert "k-means, 100 images" in capsys.readouterr().out
 
 
 def test_a_bfloat16_run_keeps_its_precision_and_how_far_float32_is(

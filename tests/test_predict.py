@@ -18,10 +18,12 @@ from rich.console import Console
 from torch import Tensor
 
 from snscc_ray import cli
+from snscc_ray.answers import nearest
 from snscc_ray.answers.features import own_images
 from snscc_ray.answers.predict import PredictRequest, prepare
 from snscc_ray.cli import options
 from snscc_ray.core import checkpoints
+from snscc_ray.core.clustering import index as index_module
 from snscc_ray.core.display import Display
 from snscc_ray.models.encoders import ClusterNet
 from tests.conftest import TINY, digits_table
@@ -100,6 +102,46 @@ def test_one_image_and_broken_ones(trained: Path, snscc: Snscc, tmp_path: Path) 
     assert done.status == 0, done
     assert "left out broken.png" in done.out and "1 unreadable" in done.out
     assert pq.read_table(tmp_path / "out.parquet")["id"].to_pylist() == ["000.png"]
+
+
+def test_a_large_run_keeps_an_index_and_says_how_much_it_finds(
+    trained: Path, snscc: Snscc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    index = run / "boost" / "index.pt"
+    exact, found = tmp_path / "exact.parquet", tmp_path / "found.parquet"
+
+    def predicted(data: Path) -> str:
+        done = snscc("predict", run, data, "-o", found, "--overwrite")
+        assert done.status == 0
+        return " ".join(done.out.split())
+
+    snscc("predict", run, trained / "shards", "-o", exact)
+    monkeypatch.setattr(nearest, "_EXACT_ROWS", ROWS - 1)
+    monkeypatch.setattr(index_module, "_CELL_ROWS", 20)
+    assert "index" not in predicted(images(tmp_path / "few", digits_table(3)))
+    assert not index.exists()  # for three images it would not pay
+
+    monkeypatch.setattr(nearest, "_MEASURED", 0)
+    told = predicted(trained / "shards")
+    assert "making an index" in told and "% of the nearest are found there" in told
+    pairs = zip(*(pq.read_table(file).to_pylist() for file in (exact, found)), strict=True)
+    same = [len(set(a["nearest"]) & set(b["nearest"])) / 3 for a, b in pairs]
+    assert sum(same) / ROWS > 0.9
+    for row in pq.read_table(found).to_pylist():
+        assert row["nearest_similarity"][0] == pytest.approx(1, abs=1e-5)  # itself, or a copy
+
+    first = pq.read_table(found)
+    told = predicted(trained / "shards")
+    assert "making an index" not in told and "are found there" in told
+    assert pq.read_table(found).equals(first)
+
+    index.write_bytes(index.read_bytes()[:-100])
+    assert "making an index" in predicted(trained / "shards")
+    assert pq.read_table(found).equals(first)
+    held = checkpoints.load(index)
+    checkpoints.save(index, held | {"identity": "another network's"})
+    assert "making an index" in predicted(trained / "shards")
 
 
 def test_a_run_without_boost_predicts_by_train(trained: Path, snscc: Snscc, tmp_path: Path) -> None:

@@ -151,11 +151,15 @@ def stage_features(own: RunImages, stage: StageName) -> Tensor:
     recipe = answering(own.recipe, held, own.device)[0]
     context = Context(recipe, own.inputs, None, normalize, own.device)
     features_ND = F.normalize(context.clean_pass(encoder, encoder), dim=1).cpu().half()
-    writable = is_url(own.folder) or os.access(path.parent, os.W_OK)
-    if writable and distributed.rank() == 0:
+    if may_keep(own.folder, stage) and distributed.rank() == 0:
         kept = {"identity": held["identity"], "features": features_ND}
         checkpoints.save(path.with_name("features.pt"), kept)
     return features_ND.float()
+
+
+def may_keep(folder: Path, stage: StageName) -> bool:
+    """Whether this process may write beside a stage, such as what it computed from it."""
+    return is_url(folder) or os.access(folder / stage, os.W_OK)
 
 
 def kept_features(folder: Path, stage: StageName, rows: int) -> Tensor | None:

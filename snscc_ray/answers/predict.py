@@ -13,23 +13,15 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from snscc_ray.answers.features import (
-    answering,
-    kept_features,
-    own_ids,
-    own_images,
-    stage_features,
-    trained_encoder,
-)
-from snscc_ray.answers.table import KnownImages, answers, write
+from snscc_ray.answers.features import answering, trained_encoder
+from snscc_ray.answers.nearest import KnownImages, known_images
+from snscc_ray.answers.table import answers, write
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import NO_ENCODER, DataSettings, Recipe, StageName
 from snscc_ray.core import checkpoints
-from snscc_ray.core.claim import claimed
 from snscc_ray.core.display import Display
 from snscc_ray.core.memory import keeping_freed_memory
 from snscc_ray.core.views import Normalize
@@ -135,9 +127,7 @@ class Predictor:
         return ResidentData(part, self.model.device)
 
     def on(self, device: torch.device) -> Predictor:
-        known = self.known
-        if known is not None:
-            known = replace(known, features_MD=known.features_MD.to(device))
+        known = self.known.on(device) if self.known is not None else None
         return replace(self, model=self.model.on(device), known=known)
 
 
@@ -221,7 +211,11 @@ def prepare(
     check_inputs(model, rows)
     for note in rows.notes:
         display.line(note)
-    known = _known(question, model, display) if question.nearest else None
+    known = None
+    if question.nearest:
+        run, stage = question.run, _last_stage(question.run)
+        asked = len(rows.ids)
+        known = known_images(run, stage, question.nearest, asked, model.device, display)
     return Predictor(model, question.top, known), settings, rows
 
 
@@ -275,27 +269,3 @@ def _settings(recipe: Recipe, question: PredictRequest) -> DataSettings:
             "limit": None,
         }
     )
-
-
-def _known(question: PredictRequest, model: Model, display: Display) -> KnownImages | None:
-    """Return the run's own images with their last-stage features.
-
-    Without the images, says why and returns None.
-    """
-    run, stage = question.run, _last_stage(question.run)
-    ids = own_ids(run)
-    features_MD = kept_features(run, stage, len(ids))
-    if features_MD is None:
-        display.line("computing the features of the run's own images once, to find the nearest")
-        with claimed(run, display.line):
-            try:
-                own = own_images(run, model.device, display)
-            except (UserError, OSError) as error:
-                display.line(
-                    f"no nearest images, because the images of the run cannot be read: {error}"
-                )
-                return None
-            features_MD = stage_features(own, stage)
-    # Cached in half precision, they no longer have unit length.
-    features_MD = F.normalize(features_MD, dim=1).to(model.device)
-    return KnownImages(ids.column, features_MD, question.nearest)

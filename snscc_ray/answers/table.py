@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,22 +10,13 @@ import pyarrow.csv
 import torch
 from torch import Tensor
 
+from snscc_ray.answers.nearest import KnownImages
 from snscc_ray.config.errors import UserError
-from snscc_ray.core.clustering.neighbors import knn
 from snscc_ray.core.storage import write_whole
 from snscc_ray.core.tables import write_table
 
 # Separates the values of a list in a CSV: no spreadsheet splits cells at it.
 _BETWEEN = "|"
-
-
-@dataclass(frozen=True)
-class KnownImages:
-    """A run's own images, searched for nearest neighbours."""
-
-    ids: pa.Array
-    features_MD: Tensor  # L2-normalised
-    count: int  # neighbours to list
 
 
 def answers(z_BD: Tensor, p_BC: Tensor, top: int, known: KnownImages | None) -> pa.Table:
@@ -45,8 +35,7 @@ def answers(z_BD: Tensor, p_BC: Tensor, top: int, known: KnownImages | None) -> 
         "top_confidences": _lists(sorted_BC),
     }
     if known is not None:
-        count = min(known.count, len(known.ids))
-        d_BK, idx_BK = (found.cpu() for found in knn(known.features_MD, count, queries=z_BD))
+        d_BK, idx_BK = known.nearest(z_BD)
         columns["nearest"] = _lists(idx_BK, known.ids.take)
         columns["nearest_similarity"] = _lists(1 - d_BK.square() / 2)  # cosine of unit vectors
     return pa.table(columns)

@@ -140,7 +140,10 @@ def _print_result(figures: dict[str, object], folder: Path) -> None:
     stages: dict[str, dict[str, float]] = figures["stages"]  # type: ignore[assignment]
     baselines: dict[str, dict[str, float]] = figures["baselines"]  # type: ignore[assignment]
     if "kmeans_pixels" in baselines:
-        table.add_row("k-means on pixels", *_cells(baselines["kmeans_pixels"]), style="dim")
+        row, images = baselines["kmeans_pixels"], int(str(figures["rows"]))
+        taken = row.get("images", images)
+        what = "k-means on pixels" if taken == images else f"k-means, {taken:,} images"
+        table.add_row(what, *_cells(row), style="dim")
     names = {
         "pretrain": "Pretrain + k-means",
         "train": "Train",

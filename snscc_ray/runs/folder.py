@@ -34,7 +34,10 @@ FIT_FILE, COUNT_FILE = "fit.json", "clusters.json"
 IMAGES_FILE = "images.parquet"
 _FINGERPRINT = b"fingerprint"
 SEEN = ".seen-"
-_STAGE_FILES = ("final.pt", "latest.pt", "stage.json", "neighbors.parquet", "features.pt")
+_STAGE_FILES = (
+    "final.pt", "latest.pt", "stage.json", "neighbors.parquet", "features.pt",
+    "index.pt",
+)  # fmt: skip
 _PACKAGES = ("snscc_ray", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pyarrow")
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import NO_ENCODER, STAGES, Recipe, StageName
-from snscc_ray.core import checkpoints, distributed, storage
+from snscc_ray.core import checkpoints, distributed, rng, storage
 from snscc_ray.core.clustering.imbalance import forced_balance, forced_warning
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.metrics import oracle
@@ -65,6 +65,8 @@ from snscc_ray.training.workers import Worker
 
 # Rows on which a bfloat16 run is compared with float32.
 _COMPARED = 2048
+# Most numbers that the baseline takes: 128 MB of pixels.
+_BASELINE_NUMBERS = 2**25
 
 
 @dataclass(frozen=True)
@@ -366,7 +368,8 @@ class _Run:
     def baselines(self) -> dict[str, dict[str, float]]:
         """Run k-means on raw pixels, if there are labels and the images are in memory.
 
-        A frozen encoder's images are large, and its features are the better baseline.
+        Of many images a random sample is taken: the baseline must not cost as much as an epoch. A
+        frozen encoder's images are large, and its features are the better baseline.
         """
         data = self.context.data
         if self.recipe.encoder.frozen:
@@ -377,12 +380,17 @@ class _Run:
         if path.exists():
             return dict(storage.read_json(path))
         began = time.monotonic()
-        _, clusters_N = kmeans(
-            data.images_NCHW.flatten(1).float(),
-            self.recipe.data.num_clusters,
-            self.context.key("kmeans", "pixels"),
-        )
-        figures = oracle(self.catalog.labels, clusters_N)
+        key, clusters = self.context.key("kmeans", "pixels"), self.recipe.data.num_clusters
+        images_NP, labels_N = data.images_NCHW.flatten(1), self.catalog.labels
+        most = max(_BASELINE_NUMBERS // images_NP.shape[1], clusters)
+        starts = 10
+        if len(images_NP) > most:
+            drawn = torch.randperm(len(images_NP), generator=rng.generator(key, "sample"))[:most]
+            images_NP, labels_N = images_NP[drawn.to(images_NP.device)], labels_N[drawn]
+            starts = 1
+        told = partial(self.context.count, "k-means on pixels", unit="iterations")
+        _, clusters_N = kmeans(images_NP.float(), clusters, key, starts, told)
+        figures = oracle(labels_N, clusters_N) | {"images": len(images_NP)}
         figures["seconds"] = round(time.monotonic() - began, 3)
         if self.worker.rank == 0:
             storage.write_json(path, {"kmeans_pixels": figures})
