@@ -32,8 +32,9 @@ from snscc_ray.config.settings import DataSettings, SimclrView
 from snscc_ray.core import distributed
 from snscc_ray.core.views import Normalize, make_view
 from snscc_ray.data.loading.resident import Images
+from snscc_ray.data.loading.slices import decode_slice
 from snscc_ray.data.loading.streamed import StreamedData, threads_reader
-from snscc_ray.data.loading.survey import StreamedSet, decode_slice, survey
+from snscc_ray.data.loading.survey import StreamedSet, survey
 from snscc_ray.data.sources import list_rows
 
 WORKERS = 2

@@ -30,8 +30,9 @@ from snscc_ray.data.imageset import ImageSet
 from snscc_ray.data.loading import streamed as streamed_module
 from snscc_ray.data.loading.order import LANES, batch_edges, streamed_order
 from snscc_ray.data.loading.resident import Batch, ResidentData
+from snscc_ray.data.loading.slices import Sizes, Slice, cut
 from snscc_ray.data.loading.streamed import Decoded, StreamedData, threads_reader
-from snscc_ray.data.loading.survey import Sizes, Slice, StreamedSet, choose_mode, cut, survey
+from snscc_ray.data.loading.survey import StreamedSet, choose_mode, survey
 from snscc_ray.data.sources import list_rows, load_images
 from tests.conftest import shards
 

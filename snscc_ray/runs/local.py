@@ -189,7 +189,7 @@ def bring(
             check_streamed(training)
     progress = display.counting("reading", "images")
     if mode == "stream":
-        streamed = survey(rows, data, workers=workers, progress=progress)
+        streamed = survey(rows, data, workers=workers, progress=progress, say=display.line)
         display.finish()
         reader = threads_reader(streamed, data.memory_mb, workers)
         return streamed.catalog, StreamedData(streamed, device, reader)

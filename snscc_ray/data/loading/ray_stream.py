@@ -30,21 +30,18 @@ from snscc_ray.config.settings import DataSettings, Recipe
 from snscc_ray.core import distributed
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog, assemble
+from snscc_ray.data.loading.kept_survey import kept_or
 from snscc_ray.data.loading.resident import Images, ResidentData, Viewer
-from snscc_ray.data.loading.streamed import Decoded, Reader, StreamedData, decoded
-from snscc_ray.data.loading.survey import (
+from snscc_ray.data.loading.slices import (
     VIEWS_BYTES,
     Findings,
     Slice,
-    StreamedSet,
-    check_streamed,
-    choose_mode,
-    conclude,
     examine,
     image_bytes,
-    plan,
     read_slice,
 )
+from snscc_ray.data.loading.streamed import Decoded, Reader, StreamedData, decoded
+from snscc_ray.data.loading.survey import StreamedSet, check_streamed, choose_mode, conclude, plan
 from snscc_ray.data.rows import Rows
 
 # For an error it prints pages, in addition to the exception that it raises.
@@ -80,7 +77,7 @@ def share_images(recipe: Recipe, rows: Rows, free_bytes: int, display: Display) 
     progress = display.counting("reading", "images")
     if mode == "stream":
         check_streamed(recipe)
-        streamed = ray_survey(rows, data, progress=progress)
+        streamed = ray_survey(rows, data, progress=progress, say=display.line)
         catalog = streamed.catalog
         load: Callable[[torch.device], Images] = partial(
             _streamed, ray.put(streamed), data.memory_mb
@@ -113,7 +110,11 @@ def _array(images: Any, device: torch.device) -> Images:
 
 
 def ray_survey(
-    rows: Rows, data: DataSettings, *, progress: Callable[[int, int], None] | None = None
+    rows: Rows,
+    data: DataSettings,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> StreamedSet:
     """Run `survey` on the whole cluster. Tasks return only digests and counts.
 
@@ -121,10 +122,15 @@ def ray_survey(
         UserError: as `survey` does.
     """
     slices = plan(rows, data)
-    work = partial(_survey, data=data)
-    dataset = _dataset(slices, image_bytes(data), work, _cpus(), _STORE_BYTES)
-    with closing(_rows_of(dataset)) as found:
-        return conclude(rows, data, slices, _findings(found), progress)
+
+    def fresh() -> Generator[Findings]:
+        work = partial(_survey, data=data)
+        dataset = _dataset(slices, image_bytes(data), work, _cpus(), _STORE_BYTES)
+        with closing(_rows_of(dataset)) as found:
+            yield from _findings(found)
+
+    with closing(kept_or(rows, data, slices, fresh, say)) as findings:
+        return conclude(rows, data, slices, findings, progress)
 
 
 def ray_resident(

@@ -20,13 +20,8 @@ from snscc_ray.core.transfer import send
 from snscc_ray.data.decode import available_cores
 from snscc_ray.data.loading.order import batch_edges, steps_of, streamed_order
 from snscc_ray.data.loading.resident import Batch, Viewer
-from snscc_ray.data.loading.survey import (
-    VIEWS_BYTES,
-    Slice,
-    StreamedSet,
-    decode_slice,
-    in_threads,
-)
+from snscc_ray.data.loading.slices import VIEWS_BYTES, Slice, decode_slice
+from snscc_ray.data.loading.survey import StreamedSet, in_threads
 
 T = TypeVar("T")
 
