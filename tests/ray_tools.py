@@ -220,7 +220,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 def _timeless(figures: Any) -> Any:
     if not isinstance(figures, dict):
         return figures
-    of_time = ("seconds", "seconds_in_all", "images_per_second")
+    of_time = ("seconds", "seconds_in_all", "images_per_second", "wait_share")
     return {name: _timeless(value) for name, value in figures.items() if name not in of_time}
 
 

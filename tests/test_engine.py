@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.core import checkpoints
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import ImageSet
+from snscc_ray.data.loading.resident import Batch, ResidentData
 from snscc_ray.runs import run
 from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
 from snscc_ray.training import engine
@@ -142,7 +144,7 @@ def test_metrics_lines_are_one_per_epoch_also_after_a_stop(
         "loss/local", "loss/global", "loss/cluster", "loss/entropy", "loss/mined", "loss/total",
         "learning_rate", "health/score", "health/confidence", "health/confident_share",
         "health/balance", "health/clusters_in_use", "health/neighbor_agreement", "oracle/acc",
-        "oracle/nmi", "oracle/ari", "images_per_second",
+        "oracle/nmi", "oracle/ari", "images_per_second", "wait_share",
     } <= train.keys()  # fmt: skip
 
 
@@ -293,6 +295,32 @@ def test_the_speed_counts_until_the_device_has_finished(
     monitor.finish()
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert line["images_per_second"] < len(tiny_images.catalog) / 0.5
+
+
+def test_an_epoch_that_waits_for_its_images_says_so(
+    tiny: Recipe, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = ResidentData.epoch
+
+    def slowly(self: ResidentData, *arguments: object) -> Iterator[Batch]:
+        for batch in at_once(self, *arguments):  # type: ignore[arg-type]
+            time.sleep(0.2)
+            yield batch
+
+    recipe = override(tiny, ["pretrain.epochs=2"])
+    for name, waits in (("quick", False), ("slow", True)):
+        if waits:
+            monkeypatch.setattr(ResidentData, "epoch", slowly)
+            monkeypatch.setattr(engine, "_LEAST_SECONDS", 1.0)
+        folder = tmp_path / name
+        monitor = RunMonitor(Journal(folder), Display(Console(quiet=True)))
+        execute_on(recipe, tiny_images, folder, LocalWorker(folder, CPU), monitor, ("pretrain",))
+        monitor.finish()
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        shares = [line["wait_share"] for line in lines if "wait_share" in line]
+        warned = [line["warning"] for line in lines if "warning" in line]
+        assert len(shares) == 2 and all((share > 0.5) == waits for share in shares), shares
+        assert [text.startswith("waits-for-images: ") for text in warned] == [True] * waits
 
 
 def test_the_baseline_is_there_before_the_first_stage(

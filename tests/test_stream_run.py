@@ -49,7 +49,7 @@ def recipe(digits_shards: Path) -> Recipe:
 def losses(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in line.items() if name != "images_per_second"}
+        {name: value for name, value in line.items() if name not in ("images_per_second", "wait_share")}
         for line in lines
         if "warning" not in line
     ]

@@ -34,7 +34,7 @@ def broken(recipe):
     return Space("broken", "Broken", points, "rate", ("train",))
 '''
 # What depends on the moment it was measured in.
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "images_per_second", "wait_share")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from snscc_ray.config.errors import TrainingError
 from snscc_ray.core import checkpoints, distributed
 from snscc_ray.core.clustering.metrics import warnings
+from snscc_ray.data.loading.resident import Batch
 from snscc_ray.training.context import Context, Stage
 from snscc_ray.training.schedules import build_optimizer, learning_rate
 from snscc_ray.training.workers import Worker
 
 # Several processes compare clocks only every so many steps, as each time they wait for one another.
 _AGREE_STEPS = 10
+# A larger share of an epoch spent waiting for images is worth a warning, unless the epoch is short.
+_LONG_WAIT, _LEAST_SECONDS = 0.5, 10.0
 
 
 class Monitor(Protocol):
@@ -78,6 +81,7 @@ class _Loop:
         self.step = 0
         # Sums over the epoch's steps, kept on the device so that no step waits for it.
         self.totals: dict[str, Tensor] = {}
+        self.waited = 0.0  # seconds of the epoch, for batches
         self.warned: set[str] = set()
         self.saved_at = time.monotonic()
 
@@ -103,7 +107,7 @@ class _Loop:
         self.monitor.start(name, last_epoch, self.steps, done)
         self.stage.network.train()
         while self.epoch < last_epoch:
-            began, first = time.monotonic(), self.step
+            began, first, self.waited = time.monotonic(), self.step, 0.0
             if self.step == 0:
                 self.stage.begin_epoch(self.epoch)
             self._train_epoch(stopped)
@@ -115,17 +119,24 @@ class _Loop:
             figures["images_per_second"] = (
                 len(self.context.data) * (1 - first / self.steps) / seconds
             )
+            figures["wait_share"] = self.waited / seconds
             self.monitor.epoch(name, self.epoch, figures)
-            self._warn(figures)
+            self._warn(figures, seconds)
             self.epoch, self.step, self.totals = self.epoch + 1, 0, {}
             # No process may stop alone, so they agree at the end of an epoch.
             stop = distributed.any_process(stopped.is_set())
             # Always save after the last epoch, as what follows (mining, for example) may take long.
             self._checkpoint(figures, due=self.epoch == last_epoch, stop=stop)
 
-    def _warn(self, figures: dict[str, float]) -> None:
+    def _warn(self, figures: dict[str, float], seconds: float) -> None:
         """Report each warning once per stage, not once per epoch."""
-        for name, message in warnings(figures, self.context.recipe.data.num_clusters).items():
+        found = warnings(figures, self.context.recipe.data.num_clusters)
+        if figures["wait_share"] > _LONG_WAIT and seconds > _LEAST_SECONDS:
+            found["waits-for-images"] = (
+                f"{figures['wait_share']:.0%} of the epoch was spent waiting for images; pack them "
+                "with `snscc pack`, or hold them in memory with data.mode=resident"
+            )
+        for name, message in found.items():
             if name not in self.warned:
                 self.monitor.warn(self.stage.name, self.epoch, f"{name}: {message}")
                 self.warned.add(name)
@@ -139,7 +150,7 @@ class _Loop:
             self.step,
             viewer if self.context.recipe.data.augment_in == "data" else None,
         )
-        for batch in batches:
+        for batch in self._timed(batches):
             rate = learning_rate(self.settings, self.epoch + self.step / self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -161,6 +172,17 @@ class _Loop:
             if self.step < self.steps:
                 alone = self.worker.world_size == 1
                 self._checkpoint({}, due=False, stop=alone and stopped.is_set())
+
+    def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches, and count the seconds that this process waits for them."""
+        left = iter(batches)
+        while True:
+            began = time.monotonic()
+            batch = next(left, None)
+            self.waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
 
     def _add(self, terms: dict[str, Tensor]) -> None:
         for name, term in terms.items():
