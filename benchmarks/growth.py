@@ -40,6 +40,7 @@ from snscc_ray.config.settings import STAGES, DataSettings, Recipe
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.mining import mine
 from snscc_ray.core.display import NullScreen
+from snscc_ray.core.memory import share_one_pool
 from snscc_ray.data import pack
 from snscc_ray.data.imageset import assemble
 from snscc_ray.data.loading.resident import ResidentData
@@ -214,6 +215,7 @@ PHASES = {
 
 def measure(name: str, work: Path, rows: int) -> dict[str, Any]:
     """Run a phase in this process; return its seconds and peak memory above the present one."""
+    share_one_pool()  # as the command line does
     before = psutil.Process().memory_info().rss
     seconds = PHASES[name](work, rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
