@@ -48,8 +48,9 @@ def recipe(digits_shards: Path) -> Recipe:
 
 def losses(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    of_time = ("images_per_second", "wait_share")
     return [
-        {name: value for name, value in line.items() if name not in ("images_per_second", "wait_share")}
+        {name: value for name, value in line.items() if name not in of_time}
         for line in lines
         if "warning" not in line
     ]
