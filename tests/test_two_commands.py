@@ -35,6 +35,7 @@ with (claimed if kind == "folder" else claimed_file)(pathlib.Path(place), print)
 WRITES = {
     "fit": "RUN", "run": "RUN", "run --resume": "RUN", "pack": "RUN", "sweep": "RUN",
     "compare": "RUN", "report": "RUN", "predict": "OUT.csv", "export": "OUT.pt2",
+    "similar": "OUT.html",
 }  # fmt: skip
 WORDS = {
     "fit": "fit SCANS --out RUN --overwrite",
@@ -46,6 +47,7 @@ WORDS = {
     "report": "report RUN",
     "predict": "predict RUN SCANS --out OUT.csv",
     "export": "export RUN --torch OUT.pt2",
+    "similar": "similar RUN 000.png --out OUT.html",
 }
 
 

@@ -23,6 +23,7 @@ from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.bank import FeatureBank, open_bank
 from snscc_ray.data.loading.resident import Images
 from snscc_ray.data.names import Names
+from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.models.encoders import build_encoder
 from snscc_ray.models.frozen import Adapter, WholeEncoder, build_frozen
@@ -53,13 +54,7 @@ class RunImages:
 def own_images(folder: Path, device: torch.device, display: Display) -> RunImages:
     """Read a run's images again. Raises UserError if they are gone or have changed."""
     recipe = read_recipe(folder)
-    place = recipe.data.path
-    if place is not None and not is_url(place) and not Path(place).exists():
-        raise UserError(
-            f"the images of the run {folder} are no longer at {place}: put them back there, or run "
-            "the recipe again"
-        )
-    rows = list_rows(recipe.data, display.finding("listing", "images"))
+    rows = own_rows(folder, recipe, display)
     catalog, data = bring(recipe.data, rows, device, display)
     if difference := images_differ(folder, catalog):
         raise UserError(
@@ -67,6 +62,17 @@ def own_images(folder: Path, device: torch.device, display: Display) -> RunImage
             "back, or run the recipe again"
         )
     return RunImages(folder, recipe, catalog, data, device)
+
+
+def own_rows(folder: Path, recipe: Recipe, display: Display) -> Rows:
+    """List the images of a run again, without reading them. Raises UserError if they are gone."""
+    place = recipe.data.path
+    if place is not None and not is_url(place) and not Path(place).exists():
+        raise UserError(
+            f"the images of the run {folder} are no longer at {place}: put them back there, or run "
+            "the recipe again"
+        )
+    return list_rows(recipe.data, display.finding("listing", "images"))
 
 
 def own_ids(folder: Path) -> Names:

@@ -58,12 +58,16 @@ class KnownImages:
         return replace(self, features_MD=self.features_MD.to(device))
 
 
+class UnreadableRun(UserError):
+    """The features of a run's own images are not at hand, and the images cannot be read."""
+
+
 def known_images(
     run: Path, stage: StageName, count: int, asked: int, device: torch.device, display: Display
-) -> KnownImages | None:
+) -> KnownImages:
     """Return the run's own images with their features after a stage, for `asked` new images.
 
-    Without the images, says why and returns None. Raises UserError.
+    Features that are not at hand are computed. Raises UnreadableRun, and other UserErrors.
     """
     ids = own_ids(run)
     features_MD = kept_features(run, stage, len(ids))
@@ -73,10 +77,7 @@ def known_images(
             try:
                 own = own_images(run, device, display)
             except (UserError, OSError) as error:
-                display.line(
-                    f"no nearest images, because the images of the run cannot be read: {error}"
-                )
-                return None
+                raise UnreadableRun(f"the images of the run cannot be read: {error}") from error
             features_MD = stage_features(own, stage)
     # Cached in half precision, they no longer have unit length.
     features_MD = F.normalize(features_MD, dim=1).to(device)

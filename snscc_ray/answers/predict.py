@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from snscc_ray.answers.features import answering, trained_encoder
-from snscc_ray.answers.nearest import KnownImages, known_images
+from snscc_ray.answers.nearest import KnownImages, UnreadableRun, known_images
 from snscc_ray.answers.table import answers, write
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import NO_ENCODER, DataSettings, Recipe, StageName
@@ -215,7 +215,10 @@ def prepare(
     if question.nearest:
         run, stage = question.run, _last_stage(question.run)
         asked = len(rows.ids)
-        known = known_images(run, stage, question.nearest, asked, model.device, display)
+        try:
+            known = known_images(run, stage, question.nearest, asked, model.device, display)
+        except UnreadableRun as error:
+            display.line(f"no nearest images, because {error}")
     return Predictor(model, question.top, known), settings, rows
 
 

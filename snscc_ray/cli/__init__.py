@@ -15,6 +15,7 @@ from snscc_ray.cli.about import doctor, list_recipes
 from snscc_ray.cli.answers.export import export
 from snscc_ray.cli.answers.predict import predict
 from snscc_ray.cli.answers.report import report
+from snscc_ray.cli.answers.similar import similar
 from snscc_ray.cli.compare import compare
 from snscc_ray.cli.fit import fit
 from snscc_ray.cli.options import fail
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.command("fit")(fit)
 app.command("run")(run)
 app.command("predict")(predict)
+app.command("similar")(similar)
 app.command("export")(export)
 app.command("report")(report)
 app.command("sweep")(sweep)

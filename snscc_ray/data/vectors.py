@@ -106,6 +106,11 @@ def read_vectors(path: Path, column: str | None, limit: int | None) -> Rows:
     )
 
 
+def read_queries(path: Path) -> Rows:
+    """Read one embedding (D,), or several (N, D), of a .npy file. Raises UserError."""
+    return rows_of_vectors(np.atleast_2d(_array(path, None)), str(path), path.name)
+
+
 def _shards_of(
     path: Path, column: str | None, limit: int | None
 ) -> tuple[str, list[Shard], list[str]]:
