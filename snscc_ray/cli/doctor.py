@@ -8,8 +8,10 @@ import platform
 
 import psutil
 import torch
+from PIL import features
 
 from snscc_ray.core.clustering.neighbors import describe_faiss
+from snscc_ray.data.formats import PACKAGES, installed
 
 
 def examine() -> list[tuple[str, str]]:
@@ -29,6 +31,16 @@ def examine() -> list[tuple[str, str]]:
         rows.append(("GPU", "none that torch sees"))
     rows.append(("ray", _version("ray")))
     rows.append(("faiss", describe_faiss()))
+    rows.append(("AVIF images", "read" if features.check("avif") else "not read by this Pillow"))
+    for kind, package in PACKAGES.items():
+        rows.append(
+            (
+                f"{kind} images",
+                f"read with {package} {_version(package)}"
+                if installed(kind)
+                else f"not read; pip install {package}",
+            )
+        )
     device = "cuda, bfloat16 autocast" if gpus else "cpu, float32"
     rows.append(("a run would use", device))
     return rows

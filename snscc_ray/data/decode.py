@@ -6,17 +6,16 @@ converted. The image is rotated by its EXIF orientation, its shorter side is res
 size (bilinear, antialiased) and its centre is cropped. An image of the target size is not
 resampled. Only the first of several frames or pages is used.
 
-Pillow does this for all formats. A JPEG that has the target size and needs only decoding goes to
-torchvision's decoder. It gives the same pixels several times faster and, unlike Pillow on small
-images, gains from a second thread. If it fails, Pillow decodes the image. (torchvision's PNG
-decoder is not used: a corrupt file can crash the process.)
+Pillow does this for all formats, with pillow-heif for HEIC and rawpy for camera RAW. A JPEG of
+the target size that needs only decoding goes to torchvision's decoder. It gives the same pixels
+several times faster and, unlike Pillow on small images, gains from a second thread. If it fails,
+Pillow decodes the image. (torchvision's PNG decoder is not used: a corrupt file can crash the
+process.)
 """
 
 from __future__ import annotations
 
-import io
 import os
-import re
 import stat
 import struct
 import threading
@@ -35,16 +34,11 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import DataSettings
+from snscc_ray.data.formats import PACKAGES, installed, kind_of, open_kind
 
 # The bytes of a file, its path, an (H, W) or (H, W, 3) uint8 array, or None for an empty row.
 Source = bytes | Path | np.ndarray | None
 
-# Only these: other formats (such as EPS) would pass untrusted bytes to an external program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
-# The first bytes of such files, whatever their names.
-_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*",
-               b"II+\0", b"MM\0+", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")  # fmt: skip
-BEGINNING = 32  # bytes that `begins_like_an_image` needs
 # Pillow reads the upper 8 of 16 bits per channel. Below this maximum the image is almost empty.
 _DARKEST = 16
 # Pillow warns about metadata that is not used here. Unreadable images raise an error.
@@ -112,17 +106,6 @@ class Reading:
 
 
 OWN_RANGE = Reading()  # for a single image
-
-
-def begins_like_an_image(content: bytes) -> bool:
-    """Whether a file that starts with `content` has one of the FORMATS. A whole file is fine."""
-    return (
-        content.startswith(_BEGINNINGS)
-        or (content.startswith(b"RIFF") and content[8:12] == b"WEBP")
-        or (content.startswith(b"BM") and content[6:10] == b"\0\0\0\0")
-        or re.match(rb"P[1-6]\s+[\d#]", content) is not None
-        or (content[4:8] == b"ftyp" and content[8:12] in (b"avif", b"avis"))
-    )
 
 
 def decode_into(source: Source, out: np.ndarray, reading: Reading = OWN_RANGE) -> None:
@@ -251,8 +234,8 @@ def _decode_batch(
 
 def _open(encoded: bytes, size: int, reading: Reading) -> Image.Image:
     image = open_image(encoded, reading)
-    # Decode a much larger JPEG at 1/2, 1/4 or 1/8: several times faster. Keep at least twice the
-    # target size, so that the resize below still antialiases.
+    # Decode a much larger JPEG at 1/2, 1/4 or 1/8, or a RAW file at 1/2: several times faster. Keep
+    # at least twice the target size, so that the resize below still antialiases.
     image.draft(None, (2 * size, 2 * size))
     halved = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
     image.load()
@@ -265,8 +248,14 @@ def _open(encoded: bytes, size: int, reading: Reading) -> Image.Image:
 
 
 def open_image(encoded: bytes, reading: Reading) -> Image.Image:
-    """Open an image and read its header. Raises UnreadableImage if it is far too large."""
-    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    """Open an image and read its header.
+
+    Raises UnreadableImage if it is far too large, or of a kind that needs another package.
+    """
+    kind = kind_of(encoded)
+    if not installed(kind):
+        raise UnreadableImage(f"it is {kind}; to read it, pip install {PACKAGES[kind]}")
+    image = open_kind(kind, encoded)
     if image.width * image.height > reading.max_pixels:
         raise UnreadableImage(
             f"{image.width:,} × {image.height:,} pixels are more than "

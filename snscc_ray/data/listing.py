@@ -14,9 +14,11 @@ from typing import Any
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
-from snscc_ray.data.decode import BEGINNING, begins_like_an_image
+from snscc_ray.data.formats import BEGINNING, PACKAGES, installed, kind_at_beginning
+from snscc_ray.texts import counted
 
-# In lower case. A file with such an extension counts as an image, readable or not.
+# In lower case. A file with such an extension counts as an image, readable or not. The first bytes
+# of all others say whether they are images.
 EXTENSIONS = frozenset([
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif",
     ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k",
@@ -39,16 +41,34 @@ class ImageListing:
 
     files: list[str] = field(default_factory=list)  # relative POSIX paths of images, sorted
     aside: Counter[str] = field(default_factory=Counter)  # number of other files, by kind
+    # Relative paths of the images that need a package that is not installed, by kind.
+    without: dict[str, list[str]] = field(default_factory=dict)
 
     def notes(self) -> tuple[str, ...]:
         """Say in a sentence what is left out."""
+        needing = tuple(
+            f"left out: {counted(len(files), f'{kind} file')}, the first of them {min(files)!r}; "
+            f"to read them, pip install {PACKAGES[kind]}"
+            for kind, files in sorted(self.without.items())
+        )
         kinds = [(kind, count) for kind, count in self.aside.most_common() if count]
         if not kinds:
-            return ()
+            return needing
         named = ", ".join(f"{kind} ({count:,})" for kind, count in kinds[:_ENDINGS])
         more = sum(count for _, count in kinds[_ENDINGS:])
         rest = f" and others ({more:,})" if more else ""
-        return (f"ignored, because they are not readable images: {named}{rest}",)
+        return (*needing, f"ignored, because they are not readable images: {named}{rest}")
+
+    def holds_image(self, file: str, begin: bytes) -> bool:
+        """Whether a file is an image that can be read here, by its first bytes; else count it."""
+        kind = kind_at_beginning(begin, os.path.splitext(file)[1].lower())
+        if kind is None:
+            self.aside[_ending(file)] += 1
+        elif not installed(kind):
+            self.without.setdefault(kind, []).append(file)
+        else:
+            return True
+        return False
 
 
 def find_images(root: Path, progress: Callable[[int], None] | None = None) -> ImageListing:
@@ -92,12 +112,10 @@ def _walk(root: Path, found: ImageListing) -> Iterator[str]:
         for entry in files:
             name = entry.name
             kind = _kind_left_aside(name) or _special(entry)
-            if kind is None and not _ends_like_an_image(name) and not _begins(entry.path):
-                kind = _ending(name)
-            if kind is None:
-                yield above + name
-            else:
+            if kind is not None:
                 found.aside[kind] += 1
+            elif _ends_like_an_image(name) or found.holds_image(above + name, _begin(entry.path)):
+                yield above + name
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -143,10 +161,8 @@ def _find_remote(root: Path, found: ImageListing) -> None:
     # All at once: an object store takes as long for one request as for many.
     begins = url.fs.cat_ranges(unsure, [0] * len(unsure), [BEGINNING] * len(unsure))
     for name, begin in zip(unsure, begins, strict=True):
-        if isinstance(begin, bytes) and begins_like_an_image(begin):
+        if found.holds_image(name.removeprefix(above), begin if isinstance(begin, bytes) else b""):
             found.files.append(name.removeprefix(above))
-        else:
-            found.aside[_ending(name)] += 1
 
 
 def _remote_ours(url: Any, above: str, names: list[str]) -> list[str]:
@@ -210,9 +226,9 @@ def _special(entry: os.DirEntry[str]) -> str | None:
     return None if stat.S_ISREG(mode) else "pipes, sockets or devices"
 
 
-def _begins(file: str) -> bool:
+def _begin(file: str) -> bytes:
     try:
         with open(file, "rb", buffering=0) as opened:
-            return begins_like_an_image(opened.read(BEGINNING))
+            return opened.read(BEGINNING)
     except OSError:
-        return False
+        return b""

@@ -22,6 +22,7 @@ from snscc_ray.data.decode import (
     why_unreadable,
     without_limits,
 )
+from snscc_ray.data.formats import RAW
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.shards import sample_images
 
@@ -30,6 +31,8 @@ _SAMPLE = 200
 _GREY_WITHIN = 8
 # An image that differs less than this, on average, from the grey behind it is hardly visible.
 _VANISHES = 24
+# Pixels that are enough to see whether an image is grey.
+_ENOUGH = 64
 _WHITE, _BLACK, _BETWEEN = 255, 0, 128
 
 
@@ -124,8 +127,11 @@ def _one(source: Source, reading: Reading) -> _Seen:
         image = open_image(content, reading)
     side, mode = min(image.size), image.mode
     frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "TIFF", "WEBP") else 1
+    if image.format == RAW:  # developing it takes long, and says no more
+        return _Seen(side, False, None, frozenset(), 1)
     if is_deep(image):
         return _Seen(side, True, deep_range(image), frozenset(), frames)
+    image.draft(None, (_ENOUGH, _ENOUGH))  # of a JPEG a part, of HEIC the thumbnail in it
     see_through = image.has_transparency_data
     grey = mode in ("L", "LA", "1")
     if not grey:

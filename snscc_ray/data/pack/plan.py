@@ -76,7 +76,7 @@ def make_plan(
 
 def _reduced_bytes(names: list[str], size: int) -> np.ndarray:
     """Estimate the bytes of squares of that size, int64 (N,), as measured on photographs."""
-    lossy = [name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in names]
+    lossy = [name.lower().endswith((".jpg", ".jpeg", ".webp", ".avif", ".heic")) for name in names]
     return np.where(lossy, size * size, 2 * size * size)
 
 

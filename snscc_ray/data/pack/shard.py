@@ -19,7 +19,14 @@ from PIL import Image
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.core.storage import is_disk_full, write_whole
-from snscc_ray.data.decode import FORMATS, UnreadableImage, decode_into, is_deep, without_limits
+from snscc_ray.data.decode import (
+    OWN_RANGE,
+    UnreadableImage,
+    decode_into,
+    is_deep,
+    open_image,
+    without_limits,
+)
 from snscc_ray.data.sources import image_id
 
 # Bytes of images in a row group, which a reader holds at once.
@@ -198,7 +205,7 @@ def _reduced(encoded: bytes, pixels: np.ndarray) -> tuple[bytes, bool]:
     A run always resizes the shorter side and crops the centre, so nothing that a run at size S or
     below would see is lost. Also returns whether all frames are kept.
     """
-    with without_limits(), Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+    with without_limits(), open_image(encoded, OWN_RANGE) as image:
         size, lossless = image.size, image.format in _LOSSLESS
         alone = getattr(image, "n_frames", 1) == 1
         # The value range and background of such images are chosen for the whole dataset.
