@@ -471,7 +471,9 @@ def test_wishes_about_images_are_refused(given: Path, snscc: Snscc, tmp_path: Pa
     for option in (["--from-scratch"], ["--image-size", 32], ["--encoder", "torchvision:resnet18"]):
         done = snscc("fit", given, "--out", tmp_path / "run", *option)
         one_line(done, f"{option[0]} is for images, and these are embeddings")
-    one_line(snscc("fit", given, "--out", tmp_path / "run", "--labels"), "--labels takes the names")
+    one_line(
+        snscc("fit", given, "--out", tmp_path / "run", "--labels"), "--labels and --labels-deepest"
+    )
     np.save(tmp_path / "a.npy", blobs(40)[0])
     one_line(snscc("fit", tmp_path / "a.npy", "--column", "b"), "is one array, so it has no column")
     one_line(snscc("fit", given, "--clusters", "²"), "give a number of 2 or more")

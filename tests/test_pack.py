@@ -456,6 +456,24 @@ def test_bad_folders_are_refused(snscc: Snscc, tmp_path: Path) -> None:
     assert not out.exists() and not list(empty.iterdir()) and note.read_text() == "mine"
 
 
+def test_labels_below_the_parts_of_a_dataset(snscc: Snscc, tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for part in ("train", "val"):
+        write_photos(photos / part)
+    words = ("pack", photos, out, "--jobs", 1, "--folders-are-labels")
+    done = snscc(*words)
+    assert done.status == 0 and "labels: the names of the folders in train, val" in done.out, done
+    folder, shards = load(photos, folders_are_labels=True), load(out)
+    assert shards.catalog.class_names == folder.catalog.class_names == ("cat", "dog")
+    assert shards.catalog.labels is not None and folder.catalog.labels is not None
+    assert shards.catalog.labels.equal(folder.catalog.labels)
+    # As an older version left it, with the parts as labels: not to be continued with others.
+    held = json.loads((out / "pack.json").read_text())
+    assert held["options"].pop("label_level") == 1
+    (out / "pack.json").write_text(json.dumps(held))
+    refused(snscc(*words), "label_level", "--overwrite")
+
+
 def test_files_of_others_are_refused_and_left_alone(snscc: Snscc, tmp_path: Path) -> None:
     photos, out = write_photos(tmp_path / "photos"), tmp_path / "out"
     out.mkdir()

@@ -135,6 +135,40 @@ def test_folders_are_labels(tmp_path: Path) -> None:
     assert "loose.png" in refusal("folder", tmp_path, folders_are_labels=True)
 
 
+@pytest.mark.parametrize("tops", [("train", "val"), ("Training", "test", "validation"), ("test",)])
+def test_parts_of_a_dataset_are_no_labels(tmp_path: Path, tops: tuple[str, ...]) -> None:
+    write_images(tmp_path, *(f"{top}/{kind}/x/1.png" for top in tops for kind in ("dog", "cat")))
+    found = load("folder", tmp_path, folders_are_labels=True).catalog
+    assert found.class_names == ("cat", "dog")
+    assert found.labels is not None and found.labels.tolist() == [0, 1] * len(tops)
+    named = ", ".join(sorted(tops))
+    assert found.notes == (f"labels: the names of the folders in {named}, which are no labels",)
+    write_images(tmp_path, "cat/2.png")  # now the others are kinds, too
+    found = load("folder", tmp_path, folders_are_labels=True).catalog
+    assert found.class_names == tuple(sorted((*tops, "cat")))
+    assert found.notes[0].startswith(f"labels: the names of the folders directly in {tmp_path}; ")
+    assert "--labels-deepest" in found.notes[0]
+
+
+def test_a_file_directly_in_a_part_has_no_label(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/cat/1.png", "test/2.png")
+    told = refusal("folder", tmp_path, folders_are_labels=True)
+    assert "test/2.png has no label" in told and "leave --labels out" in told
+    found = load("folder", tmp_path, folders_are_labels=False).catalog
+    assert found.labels is None and found.notes == ()
+
+
+def test_the_deepest_folders_are_labels(tmp_path: Path) -> None:
+    write_images(tmp_path, "a/birds/owls/1.png", "a/birds/2.png", "b/owls/3.png", "train/4.png")
+    found = load("folder", tmp_path, folders_are_labels="deepest").catalog
+    assert found.ids == ["a/birds/2.png", "a/birds/owls/1.png", "b/owls/3.png", "train/4.png"]
+    assert found.class_names == ("birds", "owls", "train")
+    assert found.labels is not None and found.labels.tolist() == [0, 1, 1, 2]
+    assert found.notes == ("labels: the names of the folders that hold the files",)
+    write_images(tmp_path, "loose.png")
+    assert "loose.png" in refusal("folder", tmp_path, folders_are_labels="deepest")
+
+
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     write_images(tmp_path / "elsewhere", "1.png")
     root = write_images(tmp_path / "root", "own/2.png")

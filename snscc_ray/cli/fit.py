@@ -80,7 +80,15 @@ def fit(
     ] = None,
     labels: Annotated[
         bool,
-        typer.Option("--labels", help="sub-folder names are labels, used only to measure"),
+        typer.Option(
+            "--labels",
+            help="names of sub-folders are labels, used only to measure: the first ones, or those "
+            "below train, val, test and the like",
+        ),
+    ] = False,
+    labels_deepest: Annotated[
+        bool,
+        typer.Option("--labels-deepest", help="as --labels, but the folder that holds the file"),
     ] = False,
     seed: Annotated[int | None, typer.Option(help="random seed")] = None,
     settings: Settings = None,
@@ -156,7 +164,7 @@ def fit(
         source=place,
         folder=folder,
         wishes=Preferences(count, image_size, max_cluster_imbalance, chosen, from_scratch),
-        folders_are_labels=labels,
+        folders_are_labels="deepest" if labels_deepest else labels,
         overrides=(
             *(settings or ()),
             *([] if seed is None else [f"seed={seed}"]),

@@ -62,7 +62,11 @@ class DataSettings(Settings):
     channels: Literal[1, 3] = 3
     mean: tuple[float, ...] | None = Field(None, description="per channel, of [0, 1] values")
     std: tuple[float, ...] | None = Field(None, description="None: measured on the images")
-    folders_are_labels: bool = Field(False, description="sub-folder names become labels")
+    folders_are_labels: bool | Literal["deepest"] = Field(
+        False,
+        description="sub-folder names become labels: the first (below train, val and so on), or "
+        "the deepest",
+    )
     value_range: tuple[float, float] | None = Field(
         None, description="black and white values of 16- and 32-bit images; None: measured"
     )

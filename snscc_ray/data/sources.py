@@ -27,6 +27,8 @@ __all__ = ["ImageSet", "list_rows", "load_images", "resolve_source"]
 
 Listed = Callable[[int], None]  # gets the number of files found so far
 
+# Names of folders that are parts of a dataset and no labels.
+_PARTS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 # The remedy, in terms of `snscc fit` and of the recipes.
 _NO_LABELS = "do without labels: leave --labels out, or use --set data.folders_are_labels=false"
 
@@ -201,7 +203,7 @@ def _embeddings(data: DataSettings, source: str, found: ImageListing | None) -> 
 
 
 def _folder(data: DataSettings, source: str, found: ImageListing | None) -> Rows:
-    """List every image of a folder by its relative path. The first sub-folder may be its class."""
+    """List every image of a folder by its relative path. Names of sub-folders may be labels."""
     path, limit = _existing_folder(data, source), data.limit
     assert found is not None
     files = found.files
@@ -209,9 +211,15 @@ def _folder(data: DataSettings, source: str, found: ImageListing | None) -> Rows
         raise UserError(f"{no_images(path, found)}: give a folder that holds some")
     if not data.folders_are_labels:
         return _file_rows(path, files[:limit], None, None, found.notes())
-    classes = folder_classes(path, files, _NO_LABELS)
-    labels = np.array([classes[file.split("/", 1)[0]] for file in files[:limit]], np.int64)
-    return _file_rows(path, files[:limit], labels, tuple(classes), found.notes())
+    deepest = data.folders_are_labels == "deepest"
+    level, note = label_level(path, files, _NO_LABELS, deepest=deepest)
+    if level == 0 and any(file.count("/") > 1 for file in files):
+        note += (
+            "; --labels-deepest (data.folders_are_labels=deepest) takes those that hold the files"
+        )
+    classes = folder_classes(files, level)
+    labels = np.array([classes[file.split("/")[level]] for file in files[:limit]], np.int64)
+    return _file_rows(path, files[:limit], labels, tuple(classes), (*found.notes(), note))
 
 
 def no_images(path: Path, found: ImageListing) -> str:
@@ -219,15 +227,37 @@ def no_images(path: Path, found: ImageListing) -> str:
     return f"no images found below {path} (looked for {' '.join(sorted(EXTENSIONS))}{aside})"
 
 
-def folder_classes(root: Path, files: list[str], remedy: str) -> dict[str, int]:
-    """Return the label of each sub-folder of `root`. Raises UserError for a file outside of one."""
+def label_level(
+    root: Path, files: list[str], remedy: str, *, deepest: bool = False
+) -> tuple[int, str]:
+    """Return which part of a path below `root`, split at `/`, is its label, and a note on it.
+
+    It is the first, or the second where the first are only parts of a dataset, such as train and
+    val. deepest: it is the folder that holds the file. Raises UserError for a file without it.
+    """
     loose = next((file for file in files if "/" not in file), None)
     if loose is not None:
         raise UserError(
             f"{root / loose} is not in a sub-folder, which would be its label: move it into one, "
             f"or {remedy}"
         )
-    return {name: label for label, name in enumerate(sorted({f.split("/", 1)[0] for f in files}))}
+    if deepest:
+        return -2, "labels: the names of the folders that hold the files"
+    tops = sorted({file.split("/", 1)[0] for file in files})
+    if not all(top.lower() in _PARTS for top in tops):
+        return 0, f"labels: the names of the folders directly in {root}"
+    loose = next((file for file in files if file.count("/") < 2), None)
+    if loose is not None:
+        raise UserError(
+            f"{root / loose} has no label: {loose.split('/')[0]!r} is a part of a dataset, and the "
+            f"file is in no folder below it: move it into one, or {remedy}"
+        )
+    return 1, f"labels: the names of the folders in {', '.join(tops)}, which are no labels"
+
+
+def folder_classes(files: list[str], level: int) -> dict[str, int]:
+    """Return the label of each name at this level, see `label_level`."""
+    return {name: label for label, name in enumerate(sorted({f.split("/")[level] for f in files}))}
 
 
 def _imagenet(data: DataSettings, source: str, found: ImageListing | None) -> Rows:

@@ -44,8 +44,8 @@ def choose_for_embeddings(
             raise UserError(f"{option} is for images, and these are embeddings; leave it out")
     if data.get("folders_are_labels"):
         raise UserError(
-            "--labels takes the names of folders of images, and these are embeddings; leave it out "
-            "(a column `label` of a Parquet file is used anyway)"
+            "--labels and --labels-deepest take names of folders, and these are embeddings; leave "
+            "them out (a column `label` of a Parquet file is used anyway)"
         )
     as_if = EncoderSettings(name=DEFAULT, weights="default", frozen=True)
     recipe, picks = choose(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -62,7 +62,7 @@ class FitRequest:
     source: str
     folder: Path
     wishes: Preferences
-    folders_are_labels: bool = False
+    folders_are_labels: bool | Literal["deepest"] = False
     overrides: tuple[str, ...] = ()
     budget: float | None = None  # seconds; None: see `paced`
     device: str = "auto"
@@ -291,7 +291,7 @@ _OPTIONS = {
     "max_imbalance": "--max-cluster-imbalance",
     "encoder": "--encoder",
     "from_scratch": "--from-scratch",
-    "folders_are_labels": "--labels",
+    "folders_are_labels": "--labels or --labels-deepest",
     "overrides": "--set, --seed or --column",
     "budget": "--budget",
 }

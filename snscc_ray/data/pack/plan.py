@@ -15,7 +15,7 @@ import numpy as np
 from snscc_ray.config.errors import UserError
 from snscc_ray.data.listing import find_images
 from snscc_ray.data.pack.shard import Shard, file_state
-from snscc_ray.data.sources import folder_classes, image_id, no_images
+from snscc_ray.data.sources import folder_classes, image_id, label_level, no_images
 
 FORMAT = 1
 
@@ -34,7 +34,7 @@ def make_plan(
 ) -> tuple[list[Shard], tuple[str, ...]]:
     """Split the images, in order of their names, into shards of similar size.
 
-    Also returns notes on the files left out.
+    Also returns notes on the files left out and on the labels.
 
     Raises:
         UserError: there are no images, or one is in no sub-folder to take its label from.
@@ -43,9 +43,10 @@ def make_plan(
     names = found.files
     if not names:
         raise UserError(f"{no_images(folder, found)}: give a folder that holds some")
-    classes = None
+    classes, level, notes = None, 0, found.notes()
     if options.folders_are_labels:
-        classes = folder_classes(folder, names, "leave --folders-are-labels out")
+        level, note = label_level(folder, names, "leave --folders-are-labels out")
+        classes, notes = folder_classes(names, level), (*notes, note)
     states = np.empty((len(names), 2), np.int64)
     for row, name in enumerate(names):
         states[row] = file_state(os.path.join(folder, name))
@@ -66,12 +67,13 @@ def make_plan(
             names=names[start:end],
             states=states[start:end],
             classes=classes,
+            label_level=level,
             image_size=options.image_size,
             skip_corrupt=skip_corrupt,
         )
         for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(names)], strict=True))
     ]
-    return shards, found.notes()
+    return shards, notes
 
 
 def _reduced_bytes(names: list[str], size: int) -> np.ndarray:
@@ -83,7 +85,10 @@ def _reduced_bytes(names: list[str], size: int) -> np.ndarray:
 def as_manifest(shards: list[Shard], options: Options) -> dict[str, Any]:
     entries = [_entry(shard) for shard in shards]
     files = sum(len(shard.names) for shard in shards)
-    return {"format": FORMAT, "options": asdict(options), "files": files, "shards": entries}
+    described, level = asdict(options), shards[0].label_level
+    if level:  # of former packs it was always 0
+        described["label_level"] = level
+    return {"format": FORMAT, "options": described, "files": files, "shards": entries}
 
 
 def _entry(shard: Shard) -> dict[str, Any]:

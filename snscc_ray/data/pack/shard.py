@@ -48,6 +48,7 @@ class Shard:
     names: list[str]  # paths of its images below `root`
     states: np.ndarray  # int64 (N, 2): their `file_state` when the plan was made
     classes: dict[str, int] | None  # label of each sub-folder
+    label_level: int  # see `sources.label_level`
     image_size: int | None
     skip_corrupt: bool
 
@@ -159,7 +160,8 @@ def _row_groups(
             cut += [] if alone else [identifier]
             row: _Row = (identifier, image)
             if shard.classes is not None:
-                row += (shard.classes[name.split("/", 1)[0]], identifier.split("/", 1)[0])
+                folder = name.split("/")[shard.label_level]
+                row += (shard.classes[folder], image_id(folder))
             group.append(row)
         if number % _REPORT == 0:
             advance(_REPORT)
