@@ -68,6 +68,38 @@ def test_a_folder_becomes_clusters_and_a_report(scans: Path, snscc: Snscc, tmp_p
     assert pq.read_table(out / "assignments.parquet").equals(found)
 
 
+def test_a_script_gets_one_object_or_only_the_end(
+    scans: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = ("fit", scans, "--clusters", 4, "--out", out, *QUICK)
+    done = snscc(*words, "--json")
+    assert done.status == 0, done
+    found = json.loads(done.out)
+    page = held(out, "report.json")
+    assert found == {
+        "run": str(out), "images": ROWS, "left_out": 1, "notes": page["summary"]["notes"],
+        "clusters": 4, "verdict": page["trust"]["verdict"],
+        "assignments": str(out / "assignments.parquet"), "report": str(out / "report.html"),
+    }  # fmt: skip
+    assert "image size: 8 px" in done.err and "left out torn.png" in done.err
+    silent = snscc(*words, "--json", "--quiet")
+    assert json.loads(silent.out) == found and silent.err == ""
+    # As a person reads it: the end, of the same run.
+    end = snscc(*words, "--quiet")
+    assert end.status == 0 and end.err == ""
+    groups, sure, first, *_ = end.out.strip().splitlines()
+    sizes = [line["size"] for line in page["clusters"] if line["size"]]
+    assert groups == (
+        f"Groups: {len(sizes)}, of {min(sizes)} to {max(sizes)} each; {ROWS} in all (1 left out)."
+    )
+    assert sure.startswith(f"How sure: {found['verdict']}. ") and first.startswith("Look first at:")
+    assert "image size" not in end.out and f"Report: {out / 'report.html'}" in end.out
+    # What goes wrong is told as ever, and the next command is not silent.
+    refused(snscc(*words, "--quiet", "--json", "--set", "train.epoch=3"), "train.epoch")
+    assert "torch" in snscc("doctor").out
+
+
 def test_the_number_of_clusters_is_estimated(scans: Path, snscc: Snscc, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = snscc("fit", scans, "--out", out, *QUICK)

@@ -7,7 +7,7 @@ import shlex
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -23,6 +23,7 @@ from snscc_ray.cli.options import (
     counts_of,
     fail,
     folder_in,
+    for_scripts,
     launcher,
     out,
     place_of,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 
 def fit(
+    context: typer.Context,
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="folder of images, shards, or embeddings")
     ],
@@ -96,6 +98,17 @@ def fit(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace the run in --out")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="print only the end: what was found, and where it is")
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="for scripts: print one JSON object at the end, and all else to stderr (with "
+            "--quiet: nothing else)",
+        ),
+    ] = False,
     workers: Workers = "0",
     gpu: Gpu = False,
     cpus_per_worker: Cpus = None,
@@ -128,10 +141,13 @@ def fit(
 
         snscc fit embeddings.npy --clusters 20
 
+        snscc fit ~/photos --json > found.json
+
         snscc fit s3://bucket/shards --workers 8 --gpu --address auto --storage s3://bucket/runs
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: use auto, cpu or cuda")
+    context.with_resource(for_scripts(quiet=quiet, aside=as_json))
     began, count = time.monotonic(), _count(clusters)
     seconds = None if budget is None else seconds_of(budget)
     place = place_of(data)
@@ -140,6 +156,7 @@ def fit(
     from snscc_ray.answers.report import report
     from snscc_ray.core.claim import claimed
     from snscc_ray.core.display import Display
+    from snscc_ray.core.storage import read_json
     from snscc_ray.data.loading.bank import FeatureBank
     from snscc_ray.fit.choose import Preferences
     from snscc_ray.fit.fit import FitRequest, fit_on, look_at, name_of
@@ -190,8 +207,13 @@ def fit(
         except (Interrupted, KeyboardInterrupt):
             fail(f"stopped; run the same command again to continue {shlex.quote(str(folder))}", 130)
         _show(fitted, folder)
-        report(folder, page, out, device=device, loaded=fitted.images)
+        found = read_json(report(folder, page, out, device=device, loaded=fitted.images))
+    if as_json:
+        print(json.dumps(_as_values(found, folder, page)))
+    out.quiet = quiet and as_json
     out.print()
+    for line in _in_short(found):
+        say(line)
     given, told = isinstance(fitted.images[1], FeatureBank), ""
     if fitted.expected_end is not None:
         told = f" (predicted: {(fitted.expected_end - began) / 60:.1f})"
@@ -200,6 +222,41 @@ def fit(
     say(f"Report: {page}")
     new, where = ("embeddings", "FILE") if given else ("images", "FOLDER")
     say(f"New {new}: snscc predict {shlex.quote(str(folder))} {where}")
+
+
+def _as_values(found: dict[str, Any], folder: Path, page: Path) -> dict[str, Any]:
+    """Return what a script needs. found: the report's values."""
+    summary = found["summary"]
+    return {
+        "run": str(folder),
+        "images": summary["images"],
+        "left_out": summary["skipped_total"],
+        "notes": summary["notes"],
+        "clusters": summary["clusters"],
+        "verdict": found["trust"]["verdict"],
+        "assignments": str(folder / "assignments.parquet"),
+        "report": str(page),
+    }
+
+
+def _in_short(found: dict[str, Any]) -> list[str]:
+    """Say how many groups there are, how sure that is, and what to look at first."""
+    summary, trust = found["summary"], found["trust"]
+    used = [line for line in found["clusters"] if line["size"]]
+    sizes = [line["size"] for line in used]
+    left_out = f" ({summary['skipped_total']:,} left out)" if summary["skipped_total"] else ""
+    worst = [s for level in ("bad", "caution") for s in trust["sentences"] if s["level"] == level]
+    if worst:
+        first = f"{worst[0]['text']} {worst[0]['todo']}".strip()
+    else:
+        least = min(used, key=lambda line: float(line["confidence"]))
+        first = f"cluster {least['cluster']} in the report, the least sure one"
+    return [
+        f"Groups: {len(used)}, of {min(sizes):,} to {max(sizes):,} each; {summary['images']:,} in "
+        f"all{left_out}.",
+        f"How sure: {trust['verdict']}. {trust['summary'].partition('. ')[0].rstrip('.')}.",
+        f"Look first at: {first}",
+    ]
 
 
 def _check_chosen(encoder: EncoderSettings, from_scratch: bool) -> None:

@@ -8,6 +8,8 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -147,6 +149,17 @@ def refuse_alone(**given: object) -> None:
 def say(text: str) -> None:
     """Print one line, unformatted."""
     texts.say(out, text)
+
+
+@contextmanager
+def for_scripts(*, quiet: bool, aside: bool) -> Iterator[None]:
+    """Print nothing to `out`, or to stderr: stdout then has only what `print` writes."""
+    former = out.quiet, out.stderr
+    out.quiet, out.stderr = quiet, aside
+    try:
+        yield
+    finally:
+        out.quiet, out.stderr = former
 
 
 def fail(message: str, status: int) -> NoReturn:
