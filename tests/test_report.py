@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,7 +18,9 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from snscc_ray.answers.names import Naming, save
 from snscc_ray.answers.report import charts, embed, facts, page, pick, sprites
+from snscc_ray.answers.report.moved import Common, moved
 from snscc_ray.answers.report.trust import judge
 from snscc_ray.answers.report.words import in_words
 from snscc_ray.cli import options
@@ -188,9 +191,10 @@ def test_close_pairs_are_each_given_once_without_the_identical() -> None:
         [[1, 2], [0, 2], [3, 0], [2, 0], [2, 3]],
         [[0.0, 0.3], [0.0, 0.3], [0.05, 0.3], [0.05, 0.4], [0.8, 0.9]],
     )
-    digests = [b"a", b"a", b"c", b"d", b"e"]
-    assert pick.identical(digests) == [[0, 1]]
-    pairs, near = pick.close_pairs(found, digests)
+    images_N = pick.numbered(np.array([[7, 7], [7, 7], [9, 1], [9, 2], [0, 0]], np.uint8))
+    assert len(set(images_N.tolist())) == 4
+    assert pick.identical(images_N) == [[0, 1]]
+    pairs, near = pick.close_pairs(found, images_N)
     assert near == 1
     assert [(pair.a, pair.b) for pair in pairs[:2]] == [(2, 3), (0, 2)]
     assert pairs[0].cosine == pytest.approx(1 - 0.05**2 / 2)
@@ -203,9 +207,73 @@ def test_near_duplicates_are_counted_and_fifty_are_listed() -> None:
     rows = 200
     neighbors = [[(row + 1) % rows] for row in range(rows)]
     found = mined(neighbors, [[0.01 + row / 1e5] for row in range(rows)])
-    pairs, near = pick.close_pairs(found, [bytes([row]) for row in range(rows)])
+    pairs, near = pick.close_pairs(found, np.arange(rows))
     assert (len(pairs), near) == (50, rows)
     assert (pairs[0].a, pairs[0].b) == (0, 1)
+
+
+def test_groups_of_equal_images_come_by_size() -> None:
+    images_N = np.array([3, 1, 0, 1, 3, 2, 1])
+    assert pick.identical(images_N) == [[1, 3, 6], [0, 4]]
+    assert pick.identical(np.arange(4)) == []
+
+
+def test_a_border_goes_from_surely_one_to_surely_the_other() -> None:
+    rows = 900
+    share = torch.linspace(0, 0.5, rows).double()  # of the second choice, up to a tie
+    clusters_N, second_N = torch.arange(rows) % 2, 1 - torch.arange(rows) % 2
+    clusters_N[:5], second_N[:5] = 2, 0
+    borders, pairs = pick.borders(clusters_N, second_N, 1 - share, share)
+    assert pairs == 2 and [border.clusters for border in borders] == [(0, 1), (0, 2)]
+    first = borders[0]
+    assert first.images == rows - 5 and first.doubt == pytest.approx(float(share[5:].sum()))
+    assert len(first.rows) == len(set(first.rows)) == len(first.shares) == 17
+    assert first.shares == sorted(first.shares)
+    for row, shown in zip(first.rows, first.shares, strict=True):
+        own = float(share[row])
+        assert shown == pytest.approx(own if clusters_N[row] == 0 else 1 - own, abs=1e-4)
+    assert np.allclose(first.shares, np.linspace(0, 1, 17), atol=0.01), "evenly spaced"
+    assert borders[1].rows == [4, 3, 2, 1, 0], "cluster 0, the second choice, comes first"
+
+
+def test_borders_are_bounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clusters_N = torch.randint(0, 100, (5000,), generator=generator)
+    second_N = (clusters_N + torch.randint(1, 100, (5000,), generator=generator)) % 100
+    half = torch.full((5000,), 0.5).double()
+    borders, pairs = pick.borders(clusters_N, second_N, half, half)
+    assert len(borders) == 30 and pairs > 1000
+    assert borders[0].doubt == max(border.doubt for border in borders)
+
+
+# --------------------------------------------------------------------------- between two runs
+
+
+def common(there: list[int], here: list[int]) -> Common:
+    unnamed = Naming((None,) * 9)
+    rows_M = torch.arange(len(here)) + 100
+    return Common("b", unnamed, rows_M, torch.tensor(here), torch.tensor(there), 0, 0)
+
+
+def test_renumbered_clusters_have_not_moved() -> None:
+    told = moved(common([0, 0, 1, 1, 2], [2, 2, 0, 0, 1]), 0, 40)
+    assert told["share"] == 1 and told["stayed"] == 5
+    assert told["moves"] == told["splits"] == told["merges"] == []
+
+
+def test_splits_merges_and_moves_are_told() -> None:
+    # Cluster 0 there is split into 0 and 1; clusters 1 and 2 there are merged into 2.
+    there = [0] * 10 + [1] * 6 + [2] * 5
+    here = [0] * 7 + [1] * 3 + [2] * 11
+    told = moved(common(there, here), 0, 40)
+    assert told["stayed"] == 7 + 6 and told["share"] == pytest.approx(13 / 21)
+    assert told["counts"] == [[7, 3, 0], [0, 0, 6], [0, 0, 5]]
+    split, merge = told["splits"][0], told["merges"][0]
+    assert split["cluster"] == 0 and [part["cluster"] for part in split["parts"]] == [0, 1]
+    assert merge["cluster"] == 2 and [part["images"] for part in merge["parts"]] == [6, 5]
+    assert [(m["there"], m["here"], m["images"]) for m in told["moves"]] == [(2, 2, 5), (0, 1, 3)]
+    assert sorted(told["moves"][0]["rows"]) == [116, 117, 118, 119, 120]
+    assert moved(common(there, here), 0, 2)["counts"] is None, "too large to read"
 
 
 # ------------------------------------------------------------------------------ sprites, map
@@ -216,7 +284,10 @@ def test_small_sprites_are_the_images_themselves() -> None:
     images = torch.randint(0, 256, (20_000, 1, 8, 8), generator=generator, dtype=torch.uint8)
     rows = sorted(torch.randperm(20_000, generator=generator)[:17_000].tolist())
     data = ResidentData(images, CPU)
-    packed = sprites.pack(rows, sprites.take(data, rows))
+    steps: list[tuple[int, int]] = []
+    taken = sprites.take(data, rows, lambda *step: steps.append(step))
+    assert steps[-1] == (20_000, 20_000)
+    packed = sprites.pack(rows, taken, set(rows))
     assert len(packed.sheets) == 2 and set(packed.places) == set(rows)
     opened = [np.asarray(Image.open(io.BytesIO(sheet.webp))) for sheet in packed.sheets]
     for row in (rows[0], rows[500], rows[-1]):
@@ -228,12 +299,18 @@ def test_small_sprites_are_the_images_themselves() -> None:
         assert pixels.shape == (sheet.lines * 8, sheet.columns * 8, 3)
 
 
+def quiet(done: int, total: int) -> None: ...
+
+
 def test_large_images_become_small_thumbnails() -> None:
     data = ResidentData(torch.full((5, 3, 200, 200), 77, dtype=torch.uint8), CPU)
-    taken = sprites.take(data, [1, 4])
+    taken = sprites.take(data, [1, 4], quiet)
     assert taken.shape == (2, 3, 96, 96) and set(taken.unique().tolist()) == {77}
-    assert sprites.pack([1, 4], taken).size == 96
-    assert len(set(sprites.row_digests(data))) == 1
+    packed = sprites.pack([1, 4], taken, {4})
+    assert packed.size == 96
+    sizes = [Image.open(io.BytesIO(sheet.webp)).width // sheet.columns for sheet in packed.sheets]
+    assert [sizes[packed.places[row].sheet] for row in (1, 4)] == [48, 96], "a map needs less"
+    assert len(np.unique(sprites.row_digests(data, quiet), axis=0)) == 1
 
 
 @pytest.mark.parametrize(("rows", "dimensions"), [(2, 8), (4, 8), (60, 80)])
@@ -310,8 +387,13 @@ def test_a_report_is_one_file_that_needs_no_other(snscc: Snscc, finished: Path) 
     assert not re.search(r"url\((?!\"data:)", text) and "@import" not in text
     assert "digits <b>" not in text and "digits &lt;b&gt;" in text
     assert "most &lt;stable&gt;" in text and "convnet, width 32" in text
-    for heading in ("Can I trust this?", "How many clusters?", "Against the labels", "Outliers"):
-        assert f">{heading}</h2>" in text
+    headings = re.findall(r"<h2 [^>]*>([^<]+)</h2>", text)
+    assert headings[:5] == [
+        "Verdict", "The clusters", "Between two clusters", "A map of the images",
+        "Can I trust this?",
+    ]  # fmt: skip
+    assert headings[-1] == "Settings"
+    assert {"How many clusters?", "Against the labels", "Outliers"} <= set(headings)
 
 
 def test_the_numbers_shown_are_kept_as_data(snscc: Snscc, finished: Path) -> None:
@@ -346,9 +428,60 @@ def test_the_numbers_shown_are_kept_as_data(snscc: Snscc, finished: Path) -> Non
         line["counts"][order.index(line["cluster"])] for line in lines if line["cluster"] in order
     ]
     assert sum(hits) / 200 == pytest.approx(metrics["stages"]["boost"]["oracle/acc"])
+    for border in data["borders"]:
+        a, b = border["clusters"]
+        both = [row for row in assigned if {row["cluster"], row["second"]} == {a, b}]
+        assert border["images"] == len(both)
+        in_doubt = sum(row["second_confidence"] for row in both)
+        assert border["doubt"] == pytest.approx(in_doubt, rel=1e-5)
+    assert data["moved"] is None
     before = (finished / "report.html").read_bytes()
     assert snscc("report", finished).status == 0
     assert (finished / "report.html").read_bytes() == before, "the same run, the same page"
+
+
+def test_names_take_the_place_of_numbers(snscc: Snscc, finished: Path) -> None:
+    save(Naming(("ze<ro>", *(None,) * 8, "nine")), finished)
+    assert snscc("report", finished).status == 0
+    assert read(finished / "report.json")["names"][:2] == ["ze<ro> (0)", "cluster 1"]
+    text = (finished / "report.html").read_text()
+    assert "ze<ro>" not in text and '<th scope="row">ze&lt;ro&gt; (0)</th>' in text
+    assert ">Nine (9) <small>" in text and ">Cluster 1 <small>" in text
+
+
+def test_two_runs_are_compared_on_the_images_of_both(
+    snscc: Snscc, finished: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(finished, tmp_path / "before"))
+    table = pq.read_table(other / "assignments.parquet")
+    cluster = table["cluster"].to_numpy().copy()
+    cluster[cluster == 1] = 0  # what is cluster 1 here was in cluster 0
+    table = table.set_column(1, "cluster", pa.array(cluster)).slice(20)
+    pq.write_table(table, other / "assignments.parquet")
+    done = snscc("report", finished, "--against", other)
+    assert done.status == 0, done.err
+    told = read(finished / "report.json")["moved"]
+    now = pq.read_table(finished / "assignments.parquet").slice(20)["cluster"].to_numpy()
+    assert (told["common"], told["only_here"], told["only_there"]) == (180, 20, 0)
+    gone = min((now == 0).sum(), (now == 1).sum())
+    assert told["stayed"] == 180 - gone and [m["images"] for m in told["moves"]] == [gone]
+    assert np.sum(told["counts"]) == 180
+    text = (finished / "report.html").read_text()
+    assert "What moved since before" in text and "20 are only here" in text
+
+
+def test_runs_without_a_common_image_are_not_compared(
+    snscc: Snscc, finished: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(finished, tmp_path / "before"))
+    table = pq.read_table(other / "assignments.parquet")
+    ids = pa.array([f"other {number}" for number in range(len(table))])
+    pq.write_table(table.set_column(0, "id", ids), other / "assignments.parquet")
+    refused(snscc("report", finished, "--against", other), "--against", "none of its 200 images")
+    (other / "metrics.json").unlink()
+    refused(snscc("report", finished, "--against", other), "before", "not finished")
+    refused(snscc("report", finished, "--against", tmp_path / "no"), "holds no run")
+    assert not (finished / "report.html").exists()
 
 
 def test_without_labels_and_without_boost(

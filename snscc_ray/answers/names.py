@@ -24,6 +24,11 @@ class Naming:
         """Return the name of a cluster, or `cluster N`."""
         return self.names[cluster] or f"cluster {cluster}"
 
+    def title(self, cluster: int) -> str:
+        """Return the name of a cluster and its number, or `cluster N`."""
+        name = self.names[cluster]
+        return self.label(cluster) if name is None else f"{name} ({cluster})"
+
     def groups(self) -> dict[str, list[int]]:
         """Return the clusters of each label, in the order of the first one."""
         found: dict[str, list[int]] = {}

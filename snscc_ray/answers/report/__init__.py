@@ -10,11 +10,13 @@ from typing import IO
 from rich.console import Console
 from torch import Tensor
 
-from snscc_ray.answers.features import RunImages, own_images, stage_features
+from snscc_ray.answers.features import RunImages, own_ids, own_images, stage_features
+from snscc_ray.answers.names import read_naming
 from snscc_ray.answers.predict import check_finished, load_model
 from snscc_ray.answers.report import sprites
-from snscc_ray.answers.report.content import GENERATOR, build, shown_rows
+from snscc_ray.answers.report.content import GENERATOR, build, large_rows, shown_rows
 from snscc_ray.answers.report.facts import Facts, read_facts
+from snscc_ray.answers.report.moved import common_images
 from snscc_ray.answers.report.page import render
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import StageName
@@ -38,12 +40,15 @@ def report(
     console: Console,
     *,
     device: str = "auto",
+    against: Path | None = None,
     loaded: tuple[Catalog, Images] | None = None,
 ) -> Path:
     """Write the page, and its numbers as a .json file beside it; return the path of the latter.
 
+    against: another run, whose clusters are compared with those of this one.
     loaded: the run's images, if they are at hand; None: they are read again.
-    Raises UserError if the run is not finished, its images are gone, or `out` is some other file.
+    Raises UserError if a run is not finished, the runs have no image in common, the images are
+    gone, or `out` is some other file.
     Nothing is written then, except features, which are cached for the next call.
     """
     data_file = out.with_suffix(".json")
@@ -52,6 +57,10 @@ def report(
     display, chosen = Display(console), choose_device(device)
     check_finished(run)
     facts = read_facts(run)
+    naming = read_naming(run, read_recipe(run).data.num_clusters)
+    common = None
+    if against is not None:
+        common = common_images(against, own_ids(run), facts.clusters_N)
     mined = MinedNeighbors.load(run / "pretrain" / "neighbors.parquet")
     if loaded is None:
         own = own_images(run, chosen, display)
@@ -59,21 +68,24 @@ def report(
         own = RunImages(run, read_recipe(run), *loaded, chosen)
     if facts.second_N is None:
         facts = _with_second(facts, own, display)
-    digests = sprites.row_digests(own.data)
+    digests = sprites.row_digests(own.data, display.counting("compare", "images"))
+    display.finish()
 
     # The last stage's features are used twice in a row; all stages' may not fit in memory.
     @lru_cache(maxsize=1)
     def features(stage: StageName) -> Tensor:
         return stage_features(own, stage)
 
-    content = build(own, facts, features, mined, digests, display.line)
+    content = build(own, facts, features, mined, digests, naming, common, display.line)
     display.line("thumbnails")
     rows = shown_rows(content)
     if isinstance(own.data, FeatureBank):
         pictures = pictures_of(own.recipe.data, rows)
     else:
-        pictures = sprites.take(own.data, rows)
-    page = render(content, sprites.pack(rows, pictures) if pictures is not None else None)
+        pictures = sprites.take(own.data, rows, display.counting("thumbnails", "images"))
+        display.finish()
+    large = large_rows(content)
+    page = render(content, None if pictures is None else sprites.pack(rows, pictures, large))
     storage.write_json(data_file, content)
     storage.write_whole(out, partial(_write, page.encode("utf-8", "backslashreplace")))
     return data_file

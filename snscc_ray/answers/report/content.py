@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from snscc_ray.answers.features import RunImages
+from snscc_ray.answers.names import Naming
 from snscc_ray.answers.report import pick
 from snscc_ray.answers.report.embed import embed, seconds_of_maps
 from snscc_ray.answers.report.facts import Facts
+from snscc_ray.answers.report.moved import Common, moved
 from snscc_ray.answers.report.trust import TOLD_BY_FIGURES, judge
 from snscc_ray.answers.report.words import FIGURES, in_words
 from snscc_ray.config.settings import STAGES, Recipe, StageName
@@ -31,12 +33,15 @@ def build(
     facts: Facts,
     features: Callable[[StageName], Tensor],
     mined: MinedNeighbors,
-    digests: Sequence[bytes],
+    digests: np.ndarray,
+    naming: Naming,
+    common: Common | None,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Build the content.
 
-    features: returns a stage's features, (N, D). tell: receives a message before each slow step.
+    features: returns a stage's features, (N, D). digests: bytes (N, B), equal for equal images.
+    common: the images in common with another run. tell: receives a message before each slow step.
     """
     seed, recipe = own.recipe.seed, own.recipe
     stages = _mapped_stages(recipe, list(facts.stages))
@@ -46,18 +51,26 @@ def build(
     for stage in stages:
         tell(f"features and t-SNE of {len(sampled):,} images after {stage}")
         points[stage] = embed(features(stage)[sampled], seed)
-    assert facts.second_confidence_N is not None
+    assert facts.second_N is not None and facts.second_confidence_N is not None
     margin_N = facts.confidence_N - facts.second_confidence_N
     clusters = recipe.data.num_clusters
+    tell("images of each cluster, borders and duplicates")
     galleries = pick.galleries(features(stages[-1]), margin_N, clusters_N, clusters, seed)
+    borders, pairs = pick.borders(
+        clusters_N, facts.second_N, facts.confidence_N, facts.second_confidence_N
+    )
     content: dict[str, Any] = {
         "generator": GENERATOR,
         "run": own.folder.name or own.folder.resolve().name,
         "summary": _summary(own, facts),
         "trust": _trust(facts, recipe),
         "stages": facts.stages,
+        "names": [naming.title(cluster) for cluster in range(clusters)],
         "clusters": _clusters(facts, clusters),
         "galleries": [vars(gallery) for gallery in galleries],
+        "borders": [vars(border) for border in borders],
+        "borders_total": pairs,
+        "moved": common and moved(common, seed, _CONFUSION),
         "neighbors": _neighbors(mined, galleries, recipe.train.num_neighbors),
         "health": _health(facts),
         "warnings": facts.warnings,
@@ -91,7 +104,14 @@ def _is_fixed(recipe: Recipe) -> bool:
 
 def shown_rows(content: dict[str, Any]) -> list[int]:
     """Return every row whose image the page shows, ascending."""
-    rows = set(content["scatter"]["rows"])
+    return sorted(large_rows(content) | set(content["scatter"]["rows"]))
+
+
+def large_rows(content: dict[str, Any]) -> set[int]:
+    """Return every row whose image the page shows outside the maps."""
+    rows: set[int] = set()
+    for part in (*content["borders"], *(content["moved"] or {"moves": []})["moves"]):
+        rows |= set(part["rows"])
     for gallery in content["galleries"]:
         rows |= {*gallery["typical"], *gallery["doubtful"], *gallery["random"]}
     for line in content["neighbors"]:
@@ -100,8 +120,7 @@ def shown_rows(content: dict[str, Any]) -> list[int]:
         rows |= set(group["rows"])
     for pair in content["duplicates"]["pairs"]:
         rows |= {pair["a"], pair["b"]}
-    rows |= {line["row"] for line in content["outliers"]}
-    return sorted(rows)
+    return rows | {line["row"] for line in content["outliers"]}
 
 
 def class_names(catalog: Catalog) -> list[str] | None:
@@ -187,9 +206,10 @@ def _health(facts: Facts) -> dict[str, dict[str, list[tuple[int, float | None]]]
     }
 
 
-def _duplicates(mined: MinedNeighbors, digests: Sequence[bytes]) -> dict[str, Any]:
-    groups = pick.identical(digests)
-    pairs, near = pick.close_pairs(mined, digests)
+def _duplicates(mined: MinedNeighbors, digests: np.ndarray) -> dict[str, Any]:
+    images_N = pick.numbered(digests)
+    groups = pick.identical(images_N)
+    pairs, near = pick.close_pairs(mined, images_N)
     return {
         "identical": [
             {"rows": group[:_IDENTICAL_EACH], "images": len(group)}

@@ -27,6 +27,7 @@ def render(content: dict[str, Any], sprites: Sprites | None) -> str:
 
     sprites: the thumbnails; None: there are no pictures, and ids take their place.
     """
+    exact = {row: image["id"] for row, image in content["images"].items()}
     content = _shown(content)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -36,8 +37,9 @@ def render(content: dict[str, Any], sprites: Sprites | None) -> str:
         "fraction": fraction,
         "number": number,
         "duration": duration,
+        "starting": lambda text: text[:1].upper() + text[1:],
     }
-    script = _text("page.js")
+    script = _text("page.js") + _text("page.map.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     clusters, encoder = content["summary"]["clusters"], content["summary"]["recipe"]["encoder"]
     return environment.from_string(_text("page.html.j2")).render(
@@ -57,7 +59,7 @@ def render(content: dict[str, Any], sprites: Sprites | None) -> str:
         script=Markup(script),
         script_hash=digest,
         recipe_text=json.dumps(content["summary"]["recipe"], indent=2),
-        data=_data(content, sprites, clusters),
+        data=_data(content, exact, sprites, clusters),
         draw=draw,
         zip=zip,
         chart_size=(WIDTH, HEIGHT),
@@ -77,10 +79,17 @@ def _shown(value: Any) -> Any:
     return [_shown(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _data(content: dict[str, Any], sprites: Sprites | None, clusters: int) -> dict[str, Any]:
-    """Return the data for the page's script."""
+def _data(
+    content: dict[str, Any], exact: dict[int, str], sprites: Sprites | None, clusters: int
+) -> dict[str, Any]:
+    """Return the data for the page's script. exact: the ids before anything was escaped."""
     return {
-        "images": content["images"],
+        "images": {
+            row: image if image["id"] == exact[row] else image | {"exact": exact[row]}
+            for row, image in content["images"].items()
+        },
+        "names": content["names"],
+        "total": content["summary"]["images"],
         "places": {
             row: [place.sheet, place.column, place.line]
             for row, place in (sprites.places.items() if sprites else ())

@@ -18,6 +18,7 @@ _IMAGES = 1200  # in all galleries together
 _EACH = 12  # most images of a kind (typical, doubtful, random) per cluster
 _NEIGHBOR_ROWS, _NEIGHBOR_ROWS_EACH = 40, 2
 _NEIGHBORS = 20  # at most, per row
+BORDERS, _BORDER_IMAGES = 30, 17  # most borders between two clusters, and images of each
 LISTED = 50  # near-duplicates and outliers, at most
 _CLOSEST = 10  # pairs shown even if none is a near-duplicate
 NEAR = 0.995  # least cosine of near-duplicates
@@ -87,32 +88,118 @@ def sample(rows: int, seed: int) -> list[int]:
     return sorted(order[:SAMPLED].tolist())
 
 
-def identical(digests: Sequence[bytes]) -> list[list[int]]:
-    """Group rows with the same digest, the largest group first."""
-    groups: dict[bytes, list[int]] = {}
-    for row, digest in enumerate(digests):
-        groups.setdefault(digest, []).append(row)
-    return sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)
+def numbered(digests: np.ndarray) -> np.ndarray:
+    """Number the different images, int64 (N,). digests: (N, B) bytes, equal for equal images."""
+    whole = np.ascontiguousarray(digests).view(f"V{digests.shape[1]}")[:, 0]
+    return np.unique(whole, return_inverse=True)[1]
 
 
-def close_pairs(mined: MinedNeighbors, digests: Sequence[bytes]) -> tuple[list[Pair], int]:
+def identical(images_N: np.ndarray) -> list[list[int]]:
+    """Group the rows that hold the same image, the largest group first.
+
+    images_N: the number of each row's image.
+    """
+    repeated = np.bincount(images_N) > 1
+    rows = np.flatnonzero(repeated[images_N])
+    if not len(rows):
+        return []
+    rows = rows[np.argsort(images_N[rows], kind="stable")]
+    edges = np.flatnonzero(np.diff(images_N[rows])) + 1
+    groups = sorted(np.split(rows, edges), key=lambda group: (-len(group), group[0]))
+    return [group.tolist() for group in groups]
+
+
+def close_pairs(mined: MinedNeighbors, images_N: np.ndarray) -> tuple[list[Pair], int]:
     """Return the closest pairs that are not identical, and the number with cosine ≥ `NEAR`.
 
     Up to ten pairs are returned even if none is that close. Distances are Euclidean, of unit
-    features.
+    features. images_N: the number of each row's image.
     """
+    distances = mined.distances_NK.numpy().reshape(-1)
+    limit = np.sqrt(2 * (1 - NEAR))
+    low, high, d = _pairs(mined, images_N, np.flatnonzero(distances <= limit))
+    near, looked = len(low), 0
+    while len(low) < _CLOSEST and looked < len(distances):
+        # A million rows have tens of millions of entries: look only at the closest.
+        looked = min(max(looked, _CLOSEST) * 32, len(distances))
+        last = np.partition(distances, looked - 1)[looked - 1]
+        low, high, d = _pairs(mined, images_N, np.flatnonzero(distances <= max(last, limit)))
+    closest = np.argsort(d, kind="stable")[: min(max(near, _CLOSEST), LISTED)]
+    pairs = [Pair(int(low[i]), int(high[i]), float(1 - d[i] ** 2 / 2)) for i in closest]
+    return pairs, near
+
+
+def _pairs(
+    mined: MinedNeighbors, images_N: np.ndarray, entries: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the pairs of different images among these entries, each once: rows and distances."""
     N, K = mined.neighbors_NK.shape
-    numbers: dict[bytes, int] = {}
-    images = np.array([numbers.setdefault(digest, len(numbers)) for digest in digests])
-    a = np.repeat(np.arange(N), K)
-    b = mined.neighbors_NK.numpy().astype(np.int64).reshape(-1)
-    cosines = 1 - mined.distances_NK.numpy().astype(np.float64).reshape(-1) ** 2 / 2
+    a = entries // K
+    b = mined.neighbors_NK.numpy().reshape(-1)[entries].astype(np.int64)
     low, high = np.minimum(a, b), np.maximum(a, b)
     _, once = np.unique(low * N + high, return_index=True)
-    once = once[images[low[once]] != images[high[once]]]
-    near = int((cosines[once] >= NEAR).sum())
-    closest = once[np.argsort(-cosines[once], kind="stable")][: min(max(near, _CLOSEST), LISTED)]
-    return [Pair(int(low[i]), int(high[i]), float(cosines[i])) for i in closest], near
+    once = once[images_N[low[once]] != images_N[high[once]]]
+    d = mined.distances_NK.numpy().reshape(-1)[entries[once]].astype(np.float64)
+    return low[once], high[once], d
+
+
+@dataclass(frozen=True)
+class Border:
+    """Rows between two clusters, from surely the first to surely the second.
+
+    Each row has one of the two as its cluster and the other as its second choice.
+    """
+
+    clusters: tuple[int, int]
+    images: int  # that have these two as first and second choice
+    doubt: float  # sum of their second-choice probabilities: images expected on the other side
+    rows: list[int]
+    shares: list[float]  # of the second cluster in the probability of both, for each row
+
+
+def borders(
+    clusters_N: Tensor, second_N: Tensor, confidence_N: Tensor, second_confidence_N: Tensor
+) -> tuple[list[Border], int]:
+    """Return the borders of the most confused pairs of clusters first, and the number of all.
+
+    The rows of a border are spread evenly over the shares, as far as there are such rows.
+    """
+    first, second = clusters_N.numpy(), second_N.numpy()
+    a, b = np.minimum(first, second), np.maximum(first, second)
+    # Rows of equal pairs, one pair after the other.
+    keys, pair_N, images = np.unique(a * (b.max() + 1) + b, return_inverse=True, return_counts=True)
+    doubt = np.bincount(pair_N, second_confidence_N.numpy())
+    order, ends = np.argsort(pair_N, kind="stable"), np.cumsum(images)
+    own, other = confidence_N.numpy(), second_confidence_N.numpy()
+    found = []
+    for pair in np.argsort(-doubt, kind="stable")[:BORDERS]:
+        rows = order[ends[pair] - images[pair] : ends[pair]]
+        share = other[rows] / (own[rows] + other[rows])
+        share = np.where(first[rows] == a[rows], share, 1 - share)
+        rows, share = rows[by := np.argsort(share, kind="stable")], share[by]
+        chosen = _spread(share, _BORDER_IMAGES)
+        found.append(
+            Border(
+                (int(a[rows[0]]), int(b[rows[0]])),
+                int(images[pair]),
+                float(doubt[pair]),
+                rows[chosen].tolist(),
+                [round(float(value), 4) for value in share[chosen]],
+            )
+        )
+    return found, len(keys)
+
+
+def _spread(ascending: np.ndarray, count: int) -> np.ndarray:
+    """Choose so many places of ascending values in [0, 1], nearest to evenly spaced ones."""
+    if len(ascending) <= count:
+        return np.arange(len(ascending))
+    left, chosen = np.ones(len(ascending), bool), []
+    for value in np.linspace(0, 1, count):
+        distances = np.where(left, np.abs(ascending - value), np.inf)
+        chosen.append(int(distances.argmin()))
+        left[chosen[-1]] = False
+    return np.sort(chosen)
 
 
 def outliers(mined: MinedNeighbors) -> tuple[list[int], Tensor]:

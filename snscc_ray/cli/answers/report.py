@@ -18,21 +18,33 @@ def report(
         str | None,
         typer.Option("--out", "-o", help="HTML file to write  [default: RUN/report.html]"),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="another run on the same images: show what moved from it to this one",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     open_it: Annotated[bool, typer.Option("--open", help="open it in the browser")] = False,
 ) -> None:
     """Make one web page of a finished run, to view and to share.
 
-    It shows typical and doubtful images of each cluster; whether the run can be trusted, and why;
-    the features as a map; near-duplicates and outliers; and every setting. It is one file that
-    opens without a network, with small copies of your images. Its numbers are in a .json file
-    beside it.
+    It shows whether the run can be trusted; typical and doubtful images of each cluster; the images
+    between two clusters; a map of the images; near-duplicates and outliers; and every setting. It
+    is one file that opens without a network, with small copies of your images. Its numbers are in a
+    .json file beside it.
+
+    With --against it also shows what differs from another run, such as one with more clusters:
+    which clusters stayed, split or merged, and images that moved. Images are matched by their ids.
 
     Examples:
 
         snscc report runs/digits --open
 
         snscc report runs/images --out ~/photos.html
+
+        snscc report runs/photos-12 --against runs/photos-10 --out ~/moved.html
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: use auto, cpu or cuda")
@@ -52,7 +64,8 @@ def report(
     read_recipe(folder)  # fails before a missing folder could be created
     check_writable(target)
     with claimed(folder, say), claimed_file(target, say):
-        data_file = make_report(folder, target, out, device=device)
+        other = as_path(against) if against is not None else None
+        data_file = make_report(folder, target, out, device=device, against=other)
     out.print()
     say(f"Report: {target} (its numbers: {data_file})")
     if open_it:
