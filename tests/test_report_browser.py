@@ -21,6 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
+from snscc_ray import Report
 from snscc_ray.answers.names import Naming, save
 from snscc_ray.answers.report import report
 from snscc_ray.runs.finished import ASSIGNMENTS
@@ -360,6 +361,28 @@ def test_what_moved_is_shown(browser: webdriver.Chrome) -> None:
     part = find(browser, "#moved")[0]
     assert "200 images in both runs" in part.text and "The largest moves" in part.text
     assert len(displayed(browser, "#moved .thumb")) > 5
+
+
+def test_a_notebook_shows_the_page(
+    chromium: webdriver.Chrome, page: str, run: Path, tmp_path: Path
+) -> None:
+    inline = Report(run / "report.html")._repr_html_()
+    (tmp_path / "cell.html").write_text(f"<!DOCTYPE html><meta charset=utf-8>{inline}")
+    screen(chromium, 1280)
+    chromium.get((tmp_path / "cell.html").as_uri())
+    chromium.switch_to.frame(find(chromium, "iframe")[0])
+    assert find(chromium, "h1")[0].text == run.name
+    assert find(chromium, "#shown")[0].text == "200 of 200 points shown", "the script runs"
+    assert chromium.execute_script("return window.hacked") is None
+    chromium.switch_to.default_content()
+    assert chromium.get_log("browser") == []
+
+
+def test_a_page_too_large_for_a_notebook_is_named(tmp_path: Path) -> None:
+    large = tmp_path / "<large>.html"
+    large.write_bytes(b" " * 20_000_001)
+    told = Report(large)._repr_html_()
+    assert "&lt;large&gt;.html has 20 MB" in told and "<iframe" not in told
 
 
 def test_thumbnails_are_reached_and_opened_by_keys(browser: webdriver.Chrome) -> None:
