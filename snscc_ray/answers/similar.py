@@ -297,7 +297,9 @@ def _page(
     notes: Sequence[str],
 ) -> str:
     """Return one HTML page. Names and ids may be any text; all is escaped."""
-    packed = sprites.pack([*pictures], torch.stack([*pictures.values()])) if pictures else None
+    packed = None
+    if pictures:
+        packed = sprites.pack([*pictures], torch.stack([*pictures.values()]), large=pictures)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
