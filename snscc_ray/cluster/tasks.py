@@ -165,6 +165,8 @@ class _Crew(Generic[T]):
 
     def _show(self) -> None:
         for name, event in ray.get(self._relay.drain.remote()):
+            if name not in self._running.values():
+                continue  # late, from a worker that was lost
             if name not in self._screens:
                 self._screens[name] = Display(self._display.console, name, self._display)
                 if not self._lost[name]:
