@@ -156,6 +156,7 @@ class _Shared:
         self.drawn -= 1
         if self.drawn:
             self.bars.remove_task(bar)
+            self.bars.refresh()
         else:
             self.bars.stop()
 
