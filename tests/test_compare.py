@@ -15,20 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from snscc_ray.cli import options
 from snscc_ray.compare import comparison as compare
-from snscc_ray.compare import paper
+from snscc_ray.compare import here, paper
 from snscc_ray.compare.methods import METHODS, chosen, dec, load, scan, stages_of
 from snscc_ray.compare.study import MethodResult, Study
 from snscc_ray.config.errors import UserError
-from snscc_ray.config.overrides import override
-from snscc_ray.config.recipes import get
 from snscc_ray.config.settings import STAGES
 from snscc_ray.core import checkpoints, storage
 from snscc_ray.core.clustering import metrics
-from snscc_ray.core.display import Display
 from tests.conftest import TINY, equal_states
 from tests.test_cli import Snscc, refused, sets
 
@@ -166,13 +162,13 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_end(
 def test_without_labels_the_table_holds_label_free_figures(
     tmp_path: Path, snscc: Snscc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = compare.assemble
+    load = here.assemble
 
     def unlabelled(*args: Any) -> Any:
         images = load(*args)
         return replace(images, catalog=replace(images.catalog, labels=None))
 
-    monkeypatch.setattr(compare, "assemble", unlabelled)
+    monkeypatch.setattr(here, "assemble", unlabelled)
     folder = tmp_path / "c"
     done = snscc(*arguments(folder, "--methods", "kmeans"))
     assert done.status == 0, done
@@ -265,18 +261,29 @@ def test_the_papers_figures_stand_beside_ours() -> None:
     assert paper.printed("kmeans", "digits") is None
 
 
-def test_what_is_looked_up_of_the_images_is_kept(tmp_path: Path) -> None:
+def test_what_is_looked_up_of_the_images_is_kept(tmp_path: Path, snscc: Snscc) -> None:
     (tmp_path / "deep").mkdir()
     for number in range(30):
         values = np.random.default_rng(number).integers(0, 1000, (8, 8)).astype(np.uint16)
         Image.fromarray(values).save(tmp_path / "deep" / f"{number}.tif")
-    own = ["data.num_clusters=2", "data.image_size=8", f"data.path={tmp_path / 'deep'}"]
-    own += [f"{stage}.batch_size=8" for stage in ("pretrain", "train", "boost")]
-    recipe = override(get("images"), own)
-    request = compare.Request(recipe, ["kmeans"], tmp_path / "out", False)
-    study = compare._prepare(request, Display(Console(quiet=True)))
-    low, high = study.context.recipe.data.value_range or (0, 0)
-    assert 0 <= low < 10 and 990 < high < 1000
+    own = ["data.image_size=8", *(f"{s}.batch_size=8" for s in STAGES)]
+    call = ("compare", "images", "--data", tmp_path / "deep", "--clusters", 2, *sets(*own))
+    call = (*call, "--methods", "kmeans", "--out", tmp_path / "out")
+    assert snscc(*call).status == 0
     held = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert held["recipe"]["data"]["value_range"] == [low, high]
-    compare._prepare(request, Display(Console(quiet=True)))  # the same command goes on
+    low, high = held["recipe"]["data"]["value_range"]
+    assert 0 <= low < 10 and 990 < high < 1000
+    again = snscc(*call)  # the same command goes on
+    assert again.status == 0 and "already done" in again.out
+
+
+def test_the_number_of_clusters(tmp_path: Path, snscc: Snscc) -> None:
+    """--clusters is data.num_clusters, and not estimated."""
+    folder = tmp_path / "c"
+    call = arguments(folder, "--methods", "kmeans")
+    assert snscc(*call, "--clusters", 3).status == 0
+    assert storage.read_json(folder / "compare.json")["recipe"]["data"]["num_clusters"] == 3
+    again = snscc(*call, *sets("data.num_clusters=3"))
+    assert again.status == 0 and "already done" in again.out
+    for wrong in ("auto", "1", "three"):
+        refused(snscc(*call, "--clusters", wrong), f"--clusters {wrong}", "`snscc fit`")

@@ -291,7 +291,7 @@ def test_auto_chooses_as_fit_does(
     assert recipe.encoder.frozen and recipe.encoder.name == DEFAULT
     assert recipe.name == "photos" and recipe.data.num_clusters == 3
     assert recipe.train.head_scale == 30  # a setting of frozen encoders
-    refused(snscc(*call), "data.num_clusters=N")
+    refused(snscc(*call), "add --clusters N")
     refused(snscc("compare", "auto", *sets("data.num_clusters=3")), "--data")
 
 

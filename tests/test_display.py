@@ -42,3 +42,38 @@ def test_what_has_no_total_is_counted(shown: tuple[Display, io.StringIO]) -> Non
     tell(20_000)
     lines = text.getvalue().splitlines()
     assert lines == ["listing: 10,000 images so far", "listing: 20,000 images so far"]
+
+
+def test_several_displays_share_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=120, force_terminal=True, color_system=None)
+    main = Display(console)
+    one, two = (Display(console, name, main) for name in ("ae", "cc"))
+    one.start("train", 2, 10, 0)
+    two.start("train", 1, 30, 0)
+    one.advance(5)
+    two.advance(7)
+    monkeypatch.setattr(display, "_IDLE_SECONDS", -1.0)
+    main.idle("running: ae, cc")
+    one.finish()
+    before = text.getvalue()
+    assert "ae train" in before and "cc train" in before and "running" not in before
+    main.line("ae: done")
+    two.advance()
+    two.finish()
+    after = text.getvalue()[len(before) :]
+    assert "ae: done" in after and "8/30 steps" in " ".join(after.split())
+    assert "ae train" not in after
+    main.idle("running: cc")  # no bar is drawn now
+    assert text.getvalue().endswith("running: cc\n")
+
+
+def test_lines_say_whose_they_are(shown: tuple[Display, io.StringIO]) -> None:
+    screen, text = shown
+    other = Display(screen.console, "temi", screen)
+    other.count("temi", 1, 5, "steps")
+    other.line("warning")
+    other.start("train", 1, 2, 0)
+    other.advance()
+    lines = [" ".join(line.split()[:3]) for line in text.getvalue().splitlines()]
+    assert lines == ["temi 1/5 steps", "temi: warning", "temi train 1/2"]

@@ -275,11 +275,14 @@ def test_what_a_cluster_cannot_do_for_a_sweep(
 
 
 @pytest.mark.slow
-def test_a_storage_that_a_node_does_not_see(cluster: Cluster, hidden: Path) -> None:
-    folder = hidden / "runs" / "digits"
+@pytest.mark.parametrize(("command", "name"), [("run", "digits"), ("compare", "digits-compare")])
+def test_a_storage_that_a_node_does_not_see(
+    command: str, name: str, cluster: Cluster, hidden: Path
+) -> None:
+    folder = hidden / "runs" / name
     says = ["does not see", str(folder), "--storage", "s3://BUCKET/runs"]
     storage = ["--workers", 1, "--storage", folder.parent]
-    refuses(cluster, says, folder, *SNSCC, *DIGITS, *storage)
+    refuses(cluster, says, folder, *SNSCC, command, *DIGITS[1:], *storage)
 
 
 @pytest.mark.slow

@@ -16,12 +16,20 @@ AUTO = "auto"
 
 
 def recipe_of(
-    command: str, name: str, encoders: list[str] | None, overrides: list[str], data: str | None
+    command: str,
+    name: str,
+    encoders: list[str] | None,
+    overrides: list[str],
+    data: str | None,
+    gpu: bool | None = None,
 ) -> Recipe:
-    """Return the recipe that the arguments of `command` mean. Raises UserError."""
+    """Return the recipe that the arguments of `command` mean. gpu: see `recipe_for`.
+
+    Raises UserError.
+    """
     encoder = _encoder(encoders or [])
     if name == AUTO:
-        return _chosen_for(command, data, encoder, overrides)
+        return _chosen_for(command, data, encoder, overrides, gpu)
     # A name is looked up without an import of torch.
     recipe = recipes.RECIPES[name]() if name in recipes.RECIPES else _of_run(name)
     if encoder is not None:
@@ -61,17 +69,22 @@ def _of_run(name: str) -> Recipe:
 
 
 def _chosen_for(
-    command: str, data: str | None, encoder: EncoderSettings | None, overrides: list[str]
+    command: str,
+    data: str | None,
+    encoder: EncoderSettings | None,
+    overrides: list[str],
+    gpu: bool | None,
 ) -> Recipe:
     """Choose the recipe as `snscc fit` does, but for the number of clusters. Raises UserError."""
     if data is None:
         raise UserError(f"{command} with auto needs the images; add --data FOLDER")
     if not any(text.partition("=")[0].strip() == "data.num_clusters" for text in overrides):
+        number = "--clusters N" if command == "compare" else "--set data.num_clusters=N"
         raise UserError(
-            f"{command} with auto does not estimate the number of clusters; add --set "
-            "data.num_clusters=N, or name the run folder of `snscc fit` instead of auto"
+            f"{command} with auto does not estimate the number of clusters; add {number}, or name "
+            "the run folder of `snscc fit` instead of auto"
         )
     from snscc_ray.fit.choose import Preferences
     from snscc_ray.fit.fit import recipe_for
 
-    return recipe_for(place_of(data), Preferences(None, encoder=encoder), overrides)
+    return recipe_for(place_of(data), Preferences(None, encoder=encoder), overrides, gpu)

@@ -62,11 +62,7 @@ def train_group(job: Job, scale: Scale, screen: Screen) -> None:
     Raises UserError, TrainingError, or Interrupted.
     """
     folder = as_path(job.folder)
-    # Pinned to this node, since others may be lost: Ray places an actor with num_cpus=0 anywhere.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    relay = (
-        ray.remote(Relay).options(num_cpus=0, max_concurrency=16, scheduling_strategy=here).remote()
-    )
+    relay = start_relay()
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": job, "relay": relay},
@@ -76,6 +72,13 @@ def train_group(job: Job, scale: Scale, screen: Screen) -> None:
     )
     _fit(trainer, relay, screen)
     remove_tree(folder / RAY_FOLDER)
+
+
+def start_relay() -> Any:
+    """Start a `Relay` on this node."""
+    # Pinned, since others may be lost: Ray places an actor with num_cpus=0 anywhere.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Relay).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def _fit(trainer: TorchTrainer, relay: Any, screen: Screen) -> None:

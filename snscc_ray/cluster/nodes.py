@@ -92,14 +92,9 @@ def reserved(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
     try:
         give_up, shown = time.monotonic() + scale.wait, time.monotonic()
         while not group.wait(1):
-            small = too_small(bundle, [n["Resources"] for n in ray.nodes() if n["Alive"]])
-            why = small or _free()
+            why = _too_small(bundle) or _free()
             if time.monotonic() > give_up:
-                raise UserError(
-                    f"{counted(fewest, 'worker')} of {amounts(bundle)} could not be placed within "
-                    f"{scale.wait:g} s: {why}; {scale.smaller if small else scale.fewer}, or see "
-                    "with `ray status` why nodes do not come"
-                )
+                raise not_placed(scale, fewest)
             if time.monotonic() - shown > _LINE_SECONDS:
                 shown = time.monotonic()
                 left = give_up - shown
@@ -115,6 +110,21 @@ def reserved(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
 def bundle_of(scale: Scale) -> dict[str, float]:
     """Return the resources that each worker takes."""
     return scale.bundle(ray.cluster_resources().get("CPU", 1))
+
+
+def not_placed(scale: Scale, workers: int) -> UserError:
+    """Return the error for workers that could not be placed in time."""
+    bundle = bundle_of(scale)
+    small = _too_small(bundle)
+    return UserError(
+        f"{counted(workers, 'worker')} of {amounts(bundle)} could not be placed within "
+        f"{scale.wait:g} s: {small or _free()}; {scale.smaller if small else scale.fewer}, or see "
+        "with `ray status` why nodes do not come"
+    )
+
+
+def _too_small(bundle: dict[str, float]) -> str | None:
+    return too_small(bundle, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 def _free() -> str:

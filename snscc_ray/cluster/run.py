@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import ray
 import torch
@@ -13,8 +14,8 @@ from rich.console import Console
 
 from snscc_ray.cluster.group import RAY_FOLDER, Job, train_group
 from snscc_ray.cluster.nodes import check_visible, connected, reserved
-from snscc_ray.cluster.scale import Probe, Scale, check_alike, free_object_store
-from snscc_ray.config.errors import UserError
+from snscc_ray.cluster.scale import Probe, Scale, check_alike, check_device, free_object_store
+from snscc_ray.cluster.tasks import Tasks, Work, run_tasks
 from snscc_ray.config.paths import absolute
 from snscc_ray.config.settings import STAGES, Recipe, StageName
 from snscc_ray.core import storage
@@ -25,11 +26,13 @@ from snscc_ray.data.loading.ray_stream import Shared, share_images
 from snscc_ray.data.loading.resident import Images
 from snscc_ray.runs.finished import final_figures
 from snscc_ray.runs.folder import check_apart, prepare_folder, read_recipe, remove_tree
-from snscc_ray.runs.local import report_skipped
+from snscc_ray.runs.local import headline, report_skipped
 from snscc_ray.runs.monitor import Journal
-from snscc_ray.runs.plan import Plan, check, make_plan
+from snscc_ray.runs.plan import Plan, make_plan
 from snscc_ray.runs.run import Request, Result, execute
 from snscc_ray.texts import counted
+
+T = TypeVar("T")
 
 
 def run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
@@ -49,13 +52,12 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     unfinished = (folder / "recipe.json").exists() and not (folder / "metrics.json").exists()
     resume = request.resume or (unfinished and not overwrite)
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
-    if recipe.runtime.device == "cuda" and not scale.gpu:
-        raise UserError("runtime.device=cuda needs workers with one GPU each; add --gpu")
+    check_device(recipe, scale.gpu)
     display = Display(console)
     plan = make_plan(recipe, scale.counts, progress=display.finding("listing", "images"))
     with workers_of(scale, display) as workers:
         catalog = workers.load(plan, folder)
-        display.line(_headline(plan.recipe, catalog, scale))
+        display.line(headline(plan.recipe, catalog, workers.described))
         report_skipped(catalog, display)
         return workers.run(plan.recipe, folder, request.stages, overwrite=overwrite)
 
@@ -74,6 +76,8 @@ def workers_of(scale: Scale, display: Display) -> Iterator[RayWorkers]:
 class RayWorkers:
     """The workers of a cluster, which load images once and train on them."""
 
+    several = True
+
     def __init__(self, scale: Scale, probes: Sequence[Probe], display: Display) -> None:
         self.counts, self.gpu = scale.counts, scale.gpu
         self._scale, self._probes, self._display = scale, probes, display
@@ -85,23 +89,47 @@ class RayWorkers:
         free = [p.memory if p.gpu_memory is None else p.gpu_memory for p in self._probes]
         return min(free)
 
+    @property
+    def image_bytes(self) -> int:
+        """Return the memory that each worker has for images."""
+        return free_object_store(self._probes)
+
+    @property
+    def described(self) -> str:
+        fewest, most = self._scale.workers
+        workers = counted(most, "Ray worker")
+        if fewest != most:
+            workers = f"{fewest} to {workers}"
+        return f"{workers} with a {'GPU' if self.gpu else 'CPU share'} each"
+
     def load(self, plan: Plan, folder: Path) -> Catalog:
         """Read the images once, for all workers. Raises UserError.
 
         folder: of the run; every node must see it.
         """
         check_visible(absolute(folder), plan.rows.some_files)
-        free = free_object_store(self._probes)
-        self._shared = shared = share_images(plan.recipe, plan.rows, free, self._display)
+        shared = share_images(plan.recipe, plan.rows, self.image_bytes, self._display)
+        self._shared = shared
         if shared.catalog.skipped:  # fewer images than were checked
-            for workers in self.counts:
-                check(plan.recipe, len(shared.catalog), workers)
+            plan.check(len(shared.catalog))
         return shared.catalog
 
     def images(self) -> Images:
         """Return the loaded images for this process."""
         assert self._shared is not None
         return self._shared.load(torch.device("cpu"))
+
+    def each(
+        self,
+        waits: Mapping[str, Sequence[str]],
+        work: Work[T],
+        max_failures: int,
+        began: Callable[[str], None],
+    ) -> Generator[tuple[str, T | str]]:
+        """Do each piece of work on one worker and on the loaded images; see `run_tasks`."""
+        assert self._shared is not None
+        tasks = Tasks(waits, work, max_failures)
+        return run_tasks(tasks, self._shared, self._scale, self._display, began)
 
     def run(
         self,
@@ -128,15 +156,3 @@ class RayWorkers:
         journal.hyperparameters(read_recipe(where).model_dump(mode="json"), final_figures(figures))
         journal.finish()
         return Result(folder, figures)
-
-
-def _headline(recipe: Recipe, catalog: Catalog, scale: Scale) -> str:
-    fewest, most = scale.workers
-    workers = counted(most, "Ray worker")
-    if fewest != most:
-        workers = f"{fewest} to {workers}"
-    return (
-        f"{recipe.name}: {len(catalog):,} images of {recipe.data.image_size} px, "
-        f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {workers} "
-        f"with a {'GPU' if scale.gpu else 'CPU share'} each"
-    )

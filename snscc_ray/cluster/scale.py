@@ -21,6 +21,7 @@ import torch
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import as_path
+from snscc_ray.config.settings import Recipe
 
 _PACKAGES = ("snscc-ray", "torch", "ray")
 _CONNECT_SECONDS = 5.0
@@ -58,6 +59,12 @@ class Scale:
     def alone(self) -> bool:
         """Whether Ray is started for this run, on this machine."""
         return not self.address and not os.environ.get("RAY_ADDRESS")
+
+
+def check_device(recipe: Recipe, gpu: bool) -> None:
+    """Raise UserError if a recipe needs the GPUs that its workers do not have."""
+    if recipe.runtime.device == "cuda" and not gpu:
+        raise UserError("runtime.device=cuda needs workers with one GPU each; add --gpu")
 
 
 def check_reachable(address: str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
+from snscc_ray.compare.here import Here, Machine
 from snscc_ray.compare.methods import (
     METHODS,
     load,
@@ -19,16 +23,16 @@ from snscc_ray.compare.methods import (
     stages_of,
     title_of,
 )
-from snscc_ray.compare.study import MethodResult, Study, method_folder
+from snscc_ray.compare.study import Features, MethodResult, Study, identity_of, method_folder
 from snscc_ray.compare.table import Row, figures_of, line, write_table
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import Recipe
 from snscc_ray.core import storage, tables
 from snscc_ray.core.claim import claimed
 from snscc_ray.core.clustering.mining import MinedNeighbors
-from snscc_ray.core.display import Display
-from snscc_ray.data.imageset import Catalog, ImageSet, assemble
-from snscc_ray.data.loading.resident import ResidentData
+from snscc_ray.core.display import Display, Screen
+from snscc_ray.data.imageset import Catalog
+from snscc_ray.data.loading.resident import Images, ResidentData
 from snscc_ray.data.loading.survey import choose_mode
 from snscc_ray.runs.folder import (
     IMAGES_FILE,
@@ -41,13 +45,17 @@ from snscc_ray.runs.folder import (
     remove_run,
     remove_tree,
 )
-from snscc_ray.runs.local import free_bytes, report_skipped, terminated_like_interrupted
-from snscc_ray.runs.plan import check, make_plan
+from snscc_ray.runs.local import headline, report_skipped, terminated_like_interrupted
+from snscc_ray.runs.plan import Plan, make_plan
 from snscc_ray.runs.run import normalisation
 from snscc_ray.training.context import Context
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.workers import choose_device
 
+WorkersOf = Callable[[Display], AbstractContextManager[Machine]]
+
+# Pieces of work that several methods start from.
+FEATURES, PRETRAIN = "features", "Pretrain"
 _MARK = "compare.json"
 
 
@@ -61,38 +69,83 @@ class Request:
     overwrite: bool = False
 
 
+@dataclass(frozen=True)
+class _Comparison:
+    """What the table is made from: the images, the recipe completed from them, and the folder."""
+
+    recipe: Recipe
+    catalog: Catalog
+    folder: Path
+
+    @property
+    def frozen(self) -> bool:
+        return self.recipe.encoder.frozen
+
+    @property
+    def identity(self) -> str:
+        return identity_of(self.recipe, self.catalog, ResidentData.order_name)
+
+
 @terminated_like_interrupted()
-def compare(request: Request, console: Console) -> list[Row]:
+def compare(request: Request, console: Console, workers_of: WorkersOf | None = None) -> list[Row]:
     """Run the methods that have not finished yet; return the rows of all methods in the folder.
 
     A method that fails gets a row with the reason. All checks are made before the folder is
-    changed. Raises UserError, or, once there is something to resume, Interrupted.
+    changed. workers_of: joins or starts a cluster, on whose workers several methods run at the
+    same time; None: this process. Raises UserError, or, once there is something to resume,
+    Interrupted.
     """
     display = Display(console)
     check_apart(request.folder, request.recipe.data.path)
-    with claimed(request.folder, display.line):
-        return _compare(request, display)
+    with claimed(request.folder, display.line), ExitStack() as stack:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("a comparison runs in one process; leave torchrun out")
+        plan = _plan(request)
+        machine: Machine
+        if workers_of is None:
+            machine = Here(choose_device(plan.recipe.runtime.device), display)
+        else:
+            machine = stack.enter_context(workers_of(display))
+        return _compare(request, _begin(request, plan, machine, display), machine, display)
 
 
-def _compare(request: Request, display: Display) -> list[Row]:
-    study = _prepare(request, display)
-    recipe, folder, images = request.recipe, request.folder, len(study.catalog)
+def _compare(
+    request: Request, comparison: _Comparison, machine: Machine, display: Display
+) -> list[Row]:
+    recipe, folder, images = comparison.recipe, comparison.folder, len(comparison.catalog)
+    place = {
+        name: f"[{number}/{len(request.methods)}] {name}"
+        for number, name in enumerate(request.methods, 1)
+    }
     failed: dict[str, str] = {}
-    rows: list[Row] = []
+    done = [name for name in request.methods if _outcome(comparison, name) is not None]
+    for name in done:
+        display.line(f"{place[name]}: already done")
+    rows = _rows(comparison, failed)
+    waits = _waits([name for name in request.methods if name not in done], machine, recipe)
+
+    def began(name: str) -> None:
+        if name in place:
+            display.line(f"{place[name]}: {title_of(name, frozen=comparison.frozen)}")
+        else:
+            users = [user for user, needed in waits.items() if name in needed]
+            display.line(f"{name}: once, for {', '.join(users)}")
+
+    work = partial(_work, recipe, folder, shared=[])
+    pieces = machine.each(waits, work, recipe.runtime.max_failures, began)
     try:
-        for index, method in enumerate(request.methods):
-            place = f"[{index + 1}/{len(request.methods)}] {method}"
-            if _outcome(study, method) is not None:
-                display.line(f"{place}: already done")
-                rows = _rows(study, failed)
-                continue
-            display.line(f"{place}: {title_of(method, frozen=study.frozen)}")
-            reason = _run(study, method)
-            if reason is not None:
-                failed[method] = reason
-            rows = _rows(study, failed)
-            write_table(folder, recipe, rows, images)
-            display.line(f"{place}: {line(next(row for row in rows if row.method == method))}")
+        with closing(pieces):
+            for name, result in pieces:
+                if name not in place:
+                    display.line(f"{name}: " + (f"failed: {result}" if result else "done"))
+                    continue
+                if isinstance(result, str):
+                    failed[name] = result
+                elif result is not None:
+                    _keep(comparison, name, *result)
+                rows = _rows(comparison, failed)
+                write_table(folder, recipe, rows, images)
+                display.line(f"{place[name]}: {line(next(r for r in rows if r.method == name))}")
     except KeyboardInterrupt as stop:  # between two training loops, or on a second Ctrl-C
         raise Interrupted from stop
     finally:
@@ -101,28 +154,42 @@ def _compare(request: Request, display: Display) -> list[Row]:
     return rows
 
 
-def _prepare(request: Request, display: Display) -> Study:
-    """Check everything, read the images and mark the folder as a comparison."""
-    recipe, folder = request.recipe, request.folder
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("a comparison runs in one process; leave torchrun out")
-    device = choose_device(recipe.runtime.device)
-    _check_folder(request)
-    recipe, images = _load(request, device, display)
-    held = {"recipe": recipe.model_dump(mode="json"), "images": images.catalog.fingerprint}
-    _check_images(request, images.catalog)
+def _waits(names: list[str], machine: Machine, recipe: Recipe) -> dict[str, list[str]]:
+    """Return the pieces of work, each with those that it needs the results of.
+
+    What several methods start from is a piece of its own if they run at the same time; else the
+    first of them does it.
+    """
+    frozen = recipe.encoder.frozen
+    waits = {name: [other for other in METHODS[name].after if other in names] for name in names}
+    start = FEATURES if frozen else PRETRAIN
+    users = [name for name in names if "pretrain" in stages_of([name], frozen=frozen)]
+    if not machine.several or not users:
+        return waits
+    for name in users:
+        waits[name].append(start)
+    return {start: [], **waits}
+
+
+def _begin(request: Request, plan: Plan, machine: Machine, display: Display) -> _Comparison:
+    """Read the images and mark the folder as a comparison. Raises UserError."""
+    recipe, folder, rows = plan.recipe, request.folder, plan.rows
+    mode, why = choose_mode(recipe.data, len(rows.ids), machine.image_bytes, rows.streamable)
+    if mode == "stream":
+        raise UserError(
+            f"a comparison holds its images in memory ({why}); lower data.limit or "
+            "data.image_size, or set data.mode=resident"
+        )
+    catalog = machine.load(plan, folder)
+    report_skipped(catalog, display)
+    held = {"recipe": recipe.model_dump(mode="json"), "images": catalog.fingerprint}
+    _check_images(request, catalog)
     if request.overwrite:
         _remove(folder)
     storage.write_json(folder / _MARK, held)
-    note_images(folder, images.catalog)
-    display.line(
-        f"{recipe.name}: {len(images):,} images of {recipe.data.image_size} px, "
-        f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
-    )
-    data = ResidentData(images.images, device)
-    normalize = normalisation(recipe, images.catalog)
-    context = Context(recipe, data, images.catalog.labels, normalize, device)
-    return Study(context, images.catalog, folder, display)
+    note_images(folder, catalog)
+    display.line(headline(recipe, catalog, machine.described))
+    return _Comparison(recipe, catalog, folder)
 
 
 def _check_folder(request: Request) -> None:
@@ -160,13 +227,13 @@ def _check_images(request: Request, catalog: Catalog) -> None:
         )
 
 
-def _load(request: Request, device: torch.device, display: Display) -> tuple[Recipe, ImageSet]:
-    """Load the dataset into memory; return the recipe completed from it, and the images.
+def _plan(request: Request) -> Plan:
+    """Check the folder and the recipe, and list the images. Raises UserError.
 
-    Checks the batch sizes and neighbours of only the stages whose settings the methods use. Raises
-    UserError, also if the dataset would have to be streamed.
+    Checks the batch sizes and neighbours of only the stages whose settings the methods use.
     """
     recipe = request.recipe
+    _check_folder(request)
     frozen = recipe.encoder.frozen
     if frozen:
         refuse_left_out(request.methods)
@@ -175,22 +242,7 @@ def _load(request: Request, device: torch.device, display: Display) -> tuple[Rec
             "encoder.weights: methods that train the encoder start from random weights; set "
             "encoder.frozen=true to compare methods on its features, or leave encoder.weights out"
         )
-    stages = stages_of(request.methods, frozen=frozen)
-    plan = make_plan(recipe, stages=stages)
-    recipe, rows = plan.recipe, plan.rows
-    mode, why = choose_mode(recipe.data, len(rows.ids), free_bytes(device), rows.streamable)
-    if mode == "stream":
-        raise UserError(
-            f"a comparison holds its images in memory ({why}); lower data.limit or "
-            "data.image_size, or set data.mode=resident"
-        )
-    progress = display.counting("reading", "images")
-    images = assemble(rows, recipe.data, recipe.runtime.decode_workers, progress)
-    display.finish()
-    report_skipped(images.catalog.for_clusters(recipe.data.num_clusters), display)
-    if images.catalog.skipped:  # fewer images than were checked
-        check(recipe, len(images), 1, stages)
-    return recipe, images
+    return make_plan(recipe, stages=stages_of(request.methods, frozen=frozen))
 
 
 def _remove(folder: Path) -> None:
@@ -201,12 +253,30 @@ def _remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _run(study: Study, method: str) -> str | None:
-    """Run one method and save its result. Return the reason if it failed. Raises Interrupted."""
-    own = replace(study, seconds=[])
-    went_on = any(method_folder(study.folder, method).glob("*/latest.pt"))
+def _work(
+    recipe: Recipe,
+    folder: Path,
+    name: str,
+    catalog: Catalog,
+    data: Images,
+    device: torch.device,
+    screen: Screen,
+    *,
+    shared: list[Features],
+) -> tuple[MethodResult, float] | str | None:
+    """Run one method, or what several start from. Return its result and seconds.
+
+    Returns the reason if it failed. Raises Interrupted.
+    """
+    normalize = normalisation(recipe, catalog)
+    context = Context(recipe, data, catalog.labels, normalize, device)
+    study = Study(context, catalog, folder, screen, shared=shared)
     try:
-        found = load(method)(own)
+        if name not in METHODS:
+            ours.pretext(study)
+            return None
+        went_on = any(method_folder(folder, name).glob("*/latest.pt"))
+        found = load(name)(study)
     except Interrupted:
         raise
     except Exception as error:  # the other methods run in any case
@@ -216,56 +286,56 @@ def _run(study: Study, method: str) -> str | None:
         found = replace(
             found, note="; ".join(filter(None, [found.note, "seconds of the last attempt only"]))
         )
-    _keep(own, method, found)
-    return None
+    return found, round(sum(study.seconds), 3)
 
 
-def _keep(study: Study, method: str, found: MethodResult) -> None:
-    place = method_folder(study.folder, method)
+def _keep(comparison: _Comparison, method: str, found: MethodResult, seconds: float) -> None:
+    place = method_folder(comparison.folder, method)
     clusters = pa.array(found.clusters_N.int().numpy())
-    table = pa.table({"id": study.catalog.ids.column, "cluster": clusters})
+    table = pa.table({"id": comparison.catalog.ids.column, "cluster": clusters})
     tables.write_table(place / "assignments.parquet", table)
     outcome = {
-        "identity": study.identity(),
+        "identity": comparison.identity,
         "epochs": found.epochs,
-        "seconds": round(sum(study.seconds), 3),
+        "seconds": seconds,
         "note": found.note,
     }
     storage.write_json(place / "outcome.json", outcome)
 
 
-def _outcome(study: Study, method: str) -> dict[str, Any] | None:
+def _outcome(comparison: _Comparison, method: str) -> dict[str, Any] | None:
     """Return the saved outcome of a finished method, or None."""
-    place = method_folder(study.folder, method)
+    place = method_folder(comparison.folder, method)
     path = place / "outcome.json"
     if not path.exists() or not (place / "assignments.parquet").exists():
         return None
     outcome = storage.read_json(path)
-    return dict(outcome) if outcome["identity"] == study.identity() else None
+    return dict(outcome) if outcome["identity"] == comparison.identity else None
 
 
-def _rows(study: Study, failed: dict[str, str]) -> list[Row]:
+def _rows(comparison: _Comparison, failed: dict[str, str]) -> list[Row]:
     """Return a row for each finished or failed method, in the table's order."""
     mined = None
-    neighbors = study.folder / ours.FOLDER / "pretrain" / "neighbors.parquet"
+    neighbors = comparison.folder / ours.FOLDER / "pretrain" / "neighbors.parquet"
     if neighbors.exists():
         mined = MinedNeighbors.load(neighbors).neighbors_NK
+    clusters = comparison.recipe.data.num_clusters
     rows = []
     for method in METHODS:
         if method in failed:
-            rows.append(Row(method, note=f"failed: {failed[method]}", frozen=study.frozen))
-        elif outcome := _outcome(study, method):
-            path = method_folder(study.folder, method) / "assignments.parquet"
+            rows.append(Row(method, note=f"failed: {failed[method]}", frozen=comparison.frozen))
+        elif outcome := _outcome(comparison, method):
+            path = method_folder(comparison.folder, method) / "assignments.parquet"
             found = tables.read_table(path, ["cluster"])
             clusters_N = torch.tensor(found["cluster"].to_pylist())
             rows.append(
                 Row(
                     method,
-                    figures_of(clusters_N, study.catalog.labels, mined, study.clusters),
+                    figures_of(clusters_N, comparison.catalog.labels, mined, clusters),
                     outcome["epochs"],
                     outcome["seconds"],
                     outcome["note"],
-                    study.frozen,
+                    comparison.frozen,
                 )
             )
     return rows

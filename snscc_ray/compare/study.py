@@ -11,8 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from snscc_ray.config.settings import Recipe
 from snscc_ray.core import checkpoints
-from snscc_ray.core.display import Display
+from snscc_ray.core.display import Screen
 from snscc_ray.data.imageset import Catalog
 from snscc_ray.data.loading.resident import ResidentData
 from snscc_ray.runs.identity import stage_identity
@@ -55,7 +56,7 @@ class Study:
     context: Context
     catalog: Catalog
     folder: Path  # of the comparison
-    display: Display
+    display: Screen
     seconds: list[float] = field(default_factory=list)
     """Of each part of the method, including parts that another method trained before."""
     shared: list[Features] = field(default_factory=list)
@@ -85,8 +86,7 @@ class Study:
 
     def identity(self) -> str:
         """Return the identity of everything that determines a method's result."""
-        recipe, data = self.context.recipe, self.context.data
-        return stage_identity(recipe, "boost", self.catalog.fingerprint, data.order_name)
+        return identity_of(self.context.recipe, self.catalog, self.context.data.order_name)
 
     def timed(self, compute: Callable[[], T]) -> T:
         began = time.monotonic()
@@ -99,6 +99,11 @@ class Study:
         with torch.random.fork_rng():
             torch.manual_seed(self.key(part, "init"))
             return self.context.to_device(make())
+
+
+def identity_of(recipe: Recipe, catalog: Catalog, order_name: str) -> str:
+    """Return the identity of a method's result; `order_name` is that of the images."""
+    return stage_identity(recipe, "boost", catalog.fingerprint, order_name)
 
 
 def method_folder(folder: Path, part: str) -> Path:

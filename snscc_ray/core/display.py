@@ -12,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -21,6 +22,8 @@ from snscc_ray.texts import say
 
 # Seconds between progress lines where no bar can be drawn.
 _LINE_SECONDS = 4.0
+# And until a line says that nothing else is to be said: later than a late line of progress.
+_IDLE_SECONDS = 4.7
 
 
 class Screen(Protocol):
@@ -42,9 +45,11 @@ class Screen(Protocol):
 class Display:
     """Shows a progress bar on a terminal or in a notebook, and occasional lines elsewhere."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._progress: Progress | None = None
+    def __init__(self, console: Console, name: str = "", beside: Display | None = None) -> None:
+        """name: begins each line. beside: a display of the same console."""
+        self.console, self._name = console, name
+        self._shared: _Shared = _Shared(console) if beside is None else beside._shared
+        self._bar: TaskID | None = None
         self._stage = self._note = self._unit = ""
         self._done = self._total = 0
         self._shown = 0.0
@@ -58,30 +63,19 @@ class Display:
         self._eta = Eta(self._total, done, self._shown)
         self._note = ""
         if _draws(self.console):
-            self._progress = Progress(
-                TextColumn("[bold]{task.description:8}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit),
-                TimeElapsedColumn(),
-                TextColumn("ETA {task.fields[eta]}"),
-                TextColumn("{task.fields[note]}"),
-                console=self.console,
-            )
-            self._progress.add_task(stage, total=self._total, completed=done, note="", eta="-")
-            self._progress.start()
+            self._bar = self._shared.add(self._title, self._total, done, unit)
 
     def advance(self, steps: int = 1) -> None:
         self._done += steps
         self._eta.advance(steps)
         now = time.monotonic()
-        if self._progress is not None:
-            task = self._progress.task_ids[0]
-            self._progress.update(task, advance=steps, eta=_clock(self._eta.seconds(now)))
+        if self._bar is not None:
+            eta = _clock(self._eta.seconds(now))
+            self._shared.bars.update(self._bar, advance=steps, eta=eta)
         elif now - self._shown > _LINE_SECONDS:
-            self._shown = now
+            self._shown = self._shared.printed = now
             self.console.print(
-                f"{self._stage:8} {self._done}/{self._total} {self._unit}  "
+                f"{self._title:8} {self._done}/{self._total} {self._unit}  "
                 f"ETA {_clock(self._eta.seconds(now))}  {self._note}",
                 highlight=False,
             )
@@ -89,8 +83,8 @@ class Display:
     def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
         self._note = _summary(figures)
         self._eta.epoch_ended(time.monotonic())
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], note=self._note)
+        if self._bar is not None:
+            self._shared.bars.update(self._bar, note=self._note)
 
     def count(self, task: str, done: int, total: int, unit: str = "rows") -> None:
         """Show the progress of a task that has no epochs; `done` grows up to `total`."""
@@ -115,12 +109,56 @@ class Display:
         return tell
 
     def line(self, text: str) -> None:
-        say(self.console, text)
+        self._shared.printed = time.monotonic()
+        say(self.console, f"{self._name}: {text}" if self._name else text)
+
+    def idle(self, text: str) -> None:
+        """Print a line, unless a bar is drawn or something was printed a moment ago."""
+        if not self._shared.drawn and time.monotonic() - self._shared.printed > _IDLE_SECONDS:
+            self.line(text)
 
     def finish(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._shared.remove(self._bar)
+            self._bar = None
+
+    @property
+    def _title(self) -> str:
+        return " ".join(dict.fromkeys(filter(None, (self._name, self._stage))))
+
+
+class _Shared:
+    """What the displays of one console share: the place of their bars, and when a line came."""
+
+    def __init__(self, console: Console) -> None:
+        self.printed = time.monotonic()
+        self.drawn = 0
+        self._console = console
+
+    def add(self, title: str, total: int, done: int, unit: str) -> TaskID:
+        if not self.drawn:
+            self.bars = Progress(
+                TextColumn("[bold]{task.description:8}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA {task.fields[eta]}"),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
+            self.bars.start()
+        self.drawn += 1
+        return self.bars.add_task(title, total=total, completed=done, unit=unit, note="", eta="-")
+
+    def remove(self, bar: TaskID) -> None:
+        """Remove a bar; the last one stays on the terminal, as it is."""
+        self.drawn -= 1
+        if self.drawn:
+            self.bars.remove_task(bar)
+            self.bars.refresh()
+        else:
+            self.bars.stop()
 
 
 def _draws(console: Console) -> bool:

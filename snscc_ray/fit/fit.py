@@ -233,19 +233,23 @@ def _paced(
     return recipe, time.monotonic() + seconds
 
 
-def recipe_for(source: str, wishes: Preferences, overrides: Sequence[str]) -> Recipe:
+def recipe_for(
+    source: str, wishes: Preferences, overrides: Sequence[str], gpu: bool | None = None
+) -> Recipe:
     """Choose a recipe for images as `fit_images` does, without a limit of time.
 
-    overrides: they must hold data.num_clusters. Raises UserError.
+    overrides: they must hold data.num_clusters. gpu: whether workers elsewhere have GPUs; None: it
+    is for this machine, whose free memory counts in any case. Raises UserError.
     """
     where = {"source": "auto", "path": source, "skip_corrupt": True}
     runtime = [text for text in overrides if text.strip().startswith("runtime.")]
-    device = choose_device(override(recipes.get("images"), runtime).runtime.device)
+    here = override(recipes.get("images"), runtime).runtime.device
+    device = choose_device({None: here, True: "auto", False: "cpu"}[gpu])
     recipe, _ = choose(
         name_of(source),
         where,
         inspect_images(list_rows(data_settings(where, overrides))),
-        gpu=device.type == "cuda",
+        gpu=gpu or device.type == "cuda",
         free_bytes=device_bytes(device),
         wishes=with_overrides(wishes, overrides),
     )

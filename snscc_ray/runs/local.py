@@ -30,7 +30,7 @@ from snscc_ray.runs.finished import final_figures
 from snscc_ray.runs.folder import check_apart, prepare_folder
 from snscc_ray.runs.monitor import Journal, NullMonitor, RunMonitor
 from snscc_ray.runs.pace import describe, measure, within
-from snscc_ray.runs.plan import Plan, check, make_plan
+from snscc_ray.runs.plan import Plan, make_plan
 from snscc_ray.runs.run import Request, Result, execute
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.workers import LocalWorker, Worker, choose_device, join_group, leave_group
@@ -85,13 +85,8 @@ def _run_here(
         plan = make_plan(recipe, (distributed.world_size(),), progress=listing)
         recipe = plan.recipe
         catalog, data = load(plan, device, display)
-        what = f"images of {recipe.data.image_size} px"
-        if isinstance(data, FeatureBank):
-            what = f"embeddings of {data.width} numbers"
-        display.line(
-            f"{recipe.name}: {len(catalog):,} {what}, "
-            f"{recipe.data.num_clusters} clusters, seed {recipe.seed}, on {device}"
-        )
+        what = f"embeddings of {data.width} numbers" if isinstance(data, FeatureBank) else None
+        display.line(headline(recipe, catalog, str(device), what))
         report_skipped(catalog, display)
         if request.budget is not None:
             left = request.budget - (time.monotonic() - began)
@@ -149,6 +144,15 @@ def _within_budget(
     return fitting
 
 
+def headline(recipe: Recipe, catalog: Catalog, where: str, what: str | None = None) -> str:
+    """Return the line that says what is trained, and where. what: None: images."""
+    what = what or f"images of {recipe.data.image_size} px"
+    return (
+        f"{recipe.name}: {len(catalog):,} {what}, {recipe.data.num_clusters} clusters, "
+        f"seed {recipe.seed}, on {where}"
+    )
+
+
 def report_skipped(catalog: Catalog, display: Display) -> None:
     """Print the notes, and every image left out with the reason."""
     for note in catalog.notes:
@@ -163,7 +167,7 @@ def load(plan: Plan, device: torch.device, display: Display) -> tuple[Catalog, I
     workers = recipe.runtime.decode_workers
     catalog, data = bring(recipe.data, plan.rows, device, display, workers, recipe)
     if catalog.skipped:  # fewer images than were checked
-        check(recipe, len(catalog), distributed.world_size())
+        plan.check(len(catalog))
     return catalog.for_clusters(recipe.data.num_clusters), data
 
 

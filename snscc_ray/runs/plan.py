@@ -17,10 +17,17 @@ from snscc_ray.texts import counted
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe whose images are listed and can be trained on."""
+    """A recipe whose images are listed and can be trained on, as `check_plan` says."""
 
     recipe: Recipe
     rows: Rows
+    workers: Sequence[int]
+    stages: Sequence[StageName]
+
+    def check(self, rows: int) -> None:
+        """Raise UserError naming the field if so many of the images are too few."""
+        for count in self.workers:
+            check(self.recipe, rows, count, self.stages)
 
 
 def make_plan(
@@ -49,11 +56,11 @@ def check_plan(
     Raises UserError naming the field.
     """
     check_kind(recipe, rows)
-    for count in workers:
-        check(recipe, len(rows.ids), count, stages)
+    plan = Plan(recipe, rows, workers, stages)
+    plan.check(len(rows.ids))
     if stages:
         check_encoder(recipe, max(workers))
-    return Plan(recipe, rows)
+    return plan
 
 
 def check_kind(recipe: Recipe, rows: Rows) -> None:

@@ -25,6 +25,7 @@ class Method(NamedTuple):
     stages: tuple[StageName, ...]  # those whose settings it trains by
     function: str = "cluster"
     on_features: str | None = None  # its title with a frozen encoder; None: it does not run then
+    after: tuple[str, ...] = ()  # methods that train what it starts from, if they run, too
 
 
 # In the order of the table.
@@ -36,7 +37,7 @@ METHODS = {
     "ae": Method("AE + K-Means", "ae", ("train",)),
     "dae": Method("DAE + K-Means", "dae", ("train",)),
     "vae": Method("VAE + K-Means", "vae", ("train",)),
-    "dec": Method("DEC", "dec", ("train",)),
+    "dec": Method("DEC", "dec", ("train",), after=("dae",)),
     "iic": Method("IIC", "iic", ("train",)),
     "pica": Method("PICA", "pica", ("train",)),
     "cc": Method("CC", "cc", ("train",)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +15,12 @@ from snscc_ray.core import checkpoints
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.mining import MinedNeighbors
 from snscc_ray.core.tables import read_table
-from snscc_ray.data.loading.bank import open_bank
+from snscc_ray.data.loading.bank import has_all_shards, open_bank
 from snscc_ray.models.encoders import PretextNet, build_encoder
 from snscc_ray.models.frozen import Adapter, FrozenNet, components_of
 from snscc_ray.runs.banks import BANK
+from snscc_ray.runs.finished import finished
+from snscc_ray.runs.identity import stage_identity
 from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.run import execute
 from snscc_ray.training.context import Context
@@ -38,9 +42,15 @@ class Pretext:
 
 
 def pretext(study: Study) -> Pretext:
-    """Return our Pretrain, trained once for all methods that start from it."""
-    _run(study, ("pretrain",))
+    """Return our Pretrain, trained once for all methods that start from it.
+
+    Once it is trained, it is only read: other methods may read it, or run, at the same time.
+    """
     context, place = study.context, study.folder / FOLDER / "pretrain"
+    if (figures := _trained(study, place)) is None:
+        _run(study, ("pretrain",))
+    else:
+        study.seconds.append(figures["seconds"])
     recipe, path = context.recipe, place / "final.pt"
     weights = checkpoints.load(path, context.device)["network"]
     mined = MinedNeighbors.load(place / "neighbors.parquet")
@@ -75,6 +85,15 @@ def cluster(study: Study) -> MethodResult:
     trained = STAGES[1:] if study.frozen else STAGES
     epochs = " + ".join(str(getattr(recipe, stage).epochs) for stage in trained)
     return MethodResult(torch.tensor(found["cluster"].to_pylist()), epochs, "its run is in snscc/")
+
+
+def _trained(study: Study, place: Path) -> dict[str, Any] | None:
+    """Return the figures of Pretrain if it is finished in `place`."""
+    if study.frozen and not has_all_shards(place / BANK):
+        return None
+    recipe, data = study.context.recipe, study.context.data
+    identity = stage_identity(recipe, "pretrain", study.catalog.fingerprint, data.order_name)
+    return finished(place, "pretrain", identity)
 
 
 def _run(study: Study, stages: tuple[StageName, ...]) -> None:

@@ -8,6 +8,7 @@ by a weighted pointwise mutual information. Suffixes as in `snscc_ray.core.losse
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -224,7 +225,7 @@ def temi_clusters(
 
 def cluster(study: Study) -> MethodResult:
     features, settings = features_of(study), TemiSettings()
-    key, progress = study.key("temi"), study.display.counting("temi", "steps")
+    key, progress = study.key("temi"), partial(study.display.count, "temi", unit="steps")
     with features.context.few_threads():
         found_N, _ = study.timed(
             lambda: temi_clusters(features.rows_ND, study.clusters, key, settings, progress)

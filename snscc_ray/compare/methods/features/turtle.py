@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +200,7 @@ def turtle_clusters(
 def cluster(study: Study) -> MethodResult:
     features, settings = features_of(study), TurtleSettings()
     spaces_ND = features.spaces_ND
-    key, progress = study.key("turtle"), study.display.counting("turtle", "steps")
+    key, progress = study.key("turtle"), partial(study.display.count, "turtle", unit="steps")
     with features.context.few_threads():
         found_N, _ = study.timed(
             lambda: turtle_clusters(spaces_ND, study.clusters, key, settings, progress)
