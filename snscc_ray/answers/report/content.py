@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from snscc_ray.answers.features import RunImages
+from snscc_ray.answers.names import Naming, read_naming
 from snscc_ray.answers.report import pick
 from snscc_ray.answers.report.embed import embed, seconds_of_maps
 from snscc_ray.answers.report.facts import Facts
@@ -39,6 +40,8 @@ def build(
     features: returns a stage's features, (N, D). tell: receives a message before each slow step.
     """
     seed, recipe = own.recipe.seed, own.recipe
+    clusters = recipe.data.num_clusters
+    naming = read_naming(own.folder, clusters)
     stages = _mapped_stages(recipe, list(facts.stages))
     clusters_N = facts.clusters_N
     sampled = pick.sample(len(own.catalog), seed)
@@ -48,7 +51,6 @@ def build(
         points[stage] = embed(features(stage)[sampled], seed)
     assert facts.second_confidence_N is not None
     margin_N = facts.confidence_N - facts.second_confidence_N
-    clusters = recipe.data.num_clusters
     galleries = pick.galleries(features(stages[-1]), margin_N, clusters_N, clusters, seed)
     content: dict[str, Any] = {
         "generator": GENERATOR,
@@ -56,7 +58,7 @@ def build(
         "summary": _summary(own, facts),
         "trust": _trust(facts, recipe),
         "stages": facts.stages,
-        "clusters": _clusters(facts, clusters),
+        "clusters": _clusters(facts, naming),
         "galleries": [vars(gallery) for gallery in galleries],
         "neighbors": _neighbors(mined, galleries, recipe.train.num_neighbors),
         "health": _health(facts),
@@ -143,12 +145,16 @@ def _trust(facts: Facts, recipe: Recipe) -> dict[str, Any]:
     return {"verdict": trust.verdict, "summary": trust.summary, "sentences": sentences}
 
 
-def _clusters(facts: Facts, num_clusters: int) -> list[dict[str, Any]]:
+def _clusters(facts: Facts, naming: Naming) -> list[dict[str, Any]]:
+    """Return what is shown of each cluster; `group` lists the clusters with the same label."""
+    num_clusters, groups = len(naming.names), naming.groups()
     sizes_C = torch.bincount(facts.clusters_N, minlength=num_clusters)
     sums_C = torch.bincount(facts.clusters_N, facts.confidence_N, minlength=num_clusters)
     return [
         {
             "cluster": cluster,
+            "label": naming.label(cluster),
+            "group": groups[naming.label(cluster)],
             "size": size,
             "share": size / len(facts.clusters_N),
             "confidence": total / size if size else None,

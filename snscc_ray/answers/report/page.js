@@ -17,9 +17,9 @@ function picture(row) {
 
 function facts(row) {
   const image = data.images[row];
-  const found = [`cluster ${image.cluster}, ${percent(image.confidence)} confident`];
+  const found = [`${data.labels[image.cluster]}, ${percent(image.confidence)} confident`];
   if (image.second_confidence >= 0.005) {
-    found.push(`else cluster ${image.second} (${percent(image.second_confidence)})`);
+    found.push(`else ${data.labels[image.second]} (${percent(image.second_confidence)})`);
   }
   if (data.class_names) found.push(`label: ${data.class_names[image.label]}`);
   return found;
@@ -58,7 +58,12 @@ const rows = data.scatter.rows;
 const SHAPES = ["●", "■", "▲", "◆", "✚"];
 const NUMBERED = 30; // groups whose numbers are written into a map
 const state = { by: "cluster", only: new Set(), point: null };
-const group = (index) => data.images[rows[index]][state.by];
+/* Clusters with the same name are one group: the first of them. */
+const group = (index) => {
+  const number = data.images[rows[index]][state.by];
+  return state.by === "label" ? number : data.groups[number];
+};
+const labelOf = (number) => (state.by === "label" ? data.class_names : data.labels)[number];
 const shown = (index) => state.only.size === 0 || state.only.has(group(index));
 const maps = [...document.querySelectorAll("canvas")].map((canvas) => ({
   canvas,
@@ -135,7 +140,7 @@ function write(pen, map, ink, paper) {
     const places = members.map((index) => at(map, index));
     const x = middle(places.map((place) => place[0]));
     const y = middle(places.map((place) => place[1]));
-    const text = state.by === "label" ? data.class_names[number] : String(number);
+    const text = labelOf(number).replace(/^cluster /, "");
     pen.strokeStyle = paper;
     pen.strokeText(text, x, y);
     pen.fillStyle = ink;
@@ -224,7 +229,7 @@ function legend() {
     sign.style.color = data.colors[number];
     sign.setAttribute("aria-hidden", "true");
     button.type = "button";
-    button.append(sign, ` ${state.by === "label" ? data.class_names[number] : `cluster ${number}`}`);
+    button.append(sign, ` ${labelOf(number)}`);
     button.setAttribute("aria-pressed", "false");
     button.addEventListener("click", () => {
       const on = !state.only.delete(number);

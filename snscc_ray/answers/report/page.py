@@ -86,6 +86,8 @@ def _data(content: dict[str, Any], sprites: Sprites | None, clusters: int) -> di
             for row, place in (sprites.places.items() if sprites else ())
         },
         "scatter": content["scatter"],
+        "labels": [line["label"] for line in content["clusters"]],
+        "groups": [line["group"][0] for line in content["clusters"]],
         "class_names": content["class_names"],
         "colors": colors(max(clusters, len(content["class_names"] or ()))),
     }
