@@ -101,8 +101,14 @@ def _vocabulary(recipe: Recipe) -> tuple[int, int, Vocabulary]:
         raise NoWords("the run has trained its encoder on its images, without words")
     first = 0
     for encoder, width in zip(recipe.encoder.each(), encoder_widths(recipe), strict=True):
-        if encoder.weights == "default" and (vocabulary := vocabulary_of(encoder.name)):
-            return first, width, vocabulary
+        try:
+            known = vocabulary_of(encoder.name) if encoder.weights == "default" else None
+        except (
+            UserError
+        ) as error:  # the weights were fetched on another machine, and cannot be here
+            raise NoWords(str(error)) from error
+        if known:
+            return first, width, known
         first += width
     names = " and ".join(encoder.name for encoder in recipe.encoder.each())
     raise NoWords(f"the weights of {names} come without a classifier whose classes have words")

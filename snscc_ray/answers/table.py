@@ -24,7 +24,7 @@ def answers(
     p_BC: Tensor,
     top: int,
     known: KnownImages | None,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | None,
 ) -> pa.Table:
     """Make one row per image from L2-normalised features and cluster probabilities.
 
