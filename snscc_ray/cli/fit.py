@@ -212,7 +212,7 @@ def fit(
         _show(fitted, folder, called)
         found = read_json(report(folder, page, out, device=device, loaded=fitted.images))
     if as_json:
-        print(json.dumps(_as_values(found, folder, page) | {"names": called}))
+        print(json.dumps(_as_values(found, folder, page)))
     out.quiet = quiet and as_json
     out.print()
     for line in _in_short(found):
@@ -241,6 +241,7 @@ def _as_values(found: dict[str, Any], folder: Path, page: Path) -> dict[str, Any
         "left_out": summary["skipped_total"],
         "notes": summary["notes"],
         "clusters": summary["clusters"],
+        "names": [line["label"] for line in found["clusters"]],
         "verdict": found["trust"]["verdict"],
         "assignments": str(folder / "assignments.parquet"),
         "report": str(page),
