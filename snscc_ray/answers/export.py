@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snscc_ray.answers.names import read_naming
 from snscc_ray.answers.predict import Model, load_model
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import NO_ENCODER
@@ -92,6 +93,7 @@ def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
         )
     with reading(run):
         model = load_model(run, "cpu")
+        labels = read_naming(run, model.recipe.data.num_clusters).labels()
     for part in model.network.modules():
         if isinstance(part, Exact):
             part.exact = False  # few readers of such files know float64
@@ -102,7 +104,7 @@ def export(run: Path, targets: dict[Format, Path]) -> dict[Format, float]:
         for kind, path in made.items():
             write, read = _FORMATS[kind]
             try:
-                write(program, path, describe(model))
+                write(program, path, describe(model, labels))
             except (OSError, RuntimeError) as error:
                 if not is_disk_full(error):
                     raise
@@ -133,8 +135,8 @@ def traced(model: Model) -> torch.export.ExportedProgram:
         return torch.export.export(module, (_inputs(model, 2),), dynamic_shapes=(batch,))
 
 
-def describe(model: Model) -> dict[str, str | int]:
-    """Return the metadata stored in the file."""
+def describe(model: Model, labels: list[str] | None = None) -> dict[str, str | int | list[str]]:
+    """Return the metadata stored in the file. labels: of the clusters, if some have names."""
     data = model.recipe.data
     try:
         version = importlib.metadata.version("snscc_ray")
@@ -143,6 +145,7 @@ def describe(model: Model) -> dict[str, str | int]:
     inputs = {"image_size": data.image_size, "channels": data.channels}
     return {
         "clusters": data.num_clusters,
+        **({"names": labels} if labels else {}),
         **({"numbers": _inputs(model, 1).shape[1]} if _embedded(model) else inputs),
         "recipe": model.recipe.name,
         "snscc_version": version,
@@ -213,7 +216,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[s
     )
     assert written is not None
     proto = written.model_proto  # includes the weights: one file
-    onnx.helper.set_model_props(proto, {name: str(value) for name, value in about.items()})
+    texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in about.items()}
+    onnx.helper.set_model_props(proto, texts)
     path.write_bytes(proto.SerializeToString())
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from snscc_ray.answers.features import answering, trained_encoder
+from snscc_ray.answers.names import read_naming
 from snscc_ray.answers.nearest import KnownImages, UnreadableRun, known_images
 from snscc_ray.answers.table import answers, write
 from snscc_ray.config.errors import UserError
@@ -112,11 +113,12 @@ class Predictor:
     model: Model
     top: int
     known: KnownImages | None
+    labels: list[str] | None  # of the clusters, if some have names
 
     def __call__(self, images_BCHW: Tensor) -> pa.Table:
         """Return one row per uint8 image, for any number of images; see `answers`."""
         parts = [
-            answers(*self.model.infer(self._data(part)), self.top, self.known)
+            answers(*self.model.infer(self._data(part)), self.top, self.known, self.labels)
             for part in images_BCHW.split(_ROWS)
         ]
         return pa.concat_tables(parts)
@@ -204,6 +206,7 @@ def prepare(
     model = load_model(question.run, device)
     if model.caveat:
         display.line(model.caveat)
+    labels = read_naming(question.run, model.recipe.data.num_clusters).labels()
     settings = _settings(model.recipe, question)
     settings, rows = resolve_reading(
         settings, list_rows(settings, display.finding("listing", "images"))
@@ -219,7 +222,7 @@ def prepare(
             known = known_images(run, stage, question.nearest, asked, model.device, display)
         except UnreadableRun as error:
             display.line(f"no nearest images, because {error}")
-    return Predictor(model, question.top, known), settings, rows
+    return Predictor(model, question.top, known, labels), settings, rows
 
 
 def conclude(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,17 +19,26 @@ from snscc_ray.core.tables import write_table
 _BETWEEN = "|"
 
 
-def answers(z_BD: Tensor, p_BC: Tensor, top: int, known: KnownImages | None) -> pa.Table:
+def answers(
+    z_BD: Tensor,
+    p_BC: Tensor,
+    top: int,
+    known: KnownImages | None,
+    labels: Sequence[str] | None,
+) -> pa.Table:
     """Make one row per image from L2-normalised features and cluster probabilities.
 
-    Columns: cluster, confidence, the `top` clusters with their confidences and, with known images,
-    the ids of the nearest ones with their cosines. Lists are in descending order.
+    Columns: cluster, with labels the cluster's one as `name`, confidence, the `top` clusters with
+    their confidences and, with known images, the ids of the nearest ones with their cosines. Lists
+    are in descending order.
     """
     # Sorted, not topk: among equal probabilities the first cluster wins, as in training.
     order_BC = p_BC.argsort(dim=1, descending=True, stable=True)[:, :top].cpu()
     sorted_BC = p_BC.cpu().gather(1, order_BC)
-    columns = {
-        "cluster": pa.array(order_BC[:, 0].int().numpy()),
+    columns: dict[str, pa.Array] = {"cluster": pa.array(order_BC[:, 0].int().numpy())}
+    if labels is not None:
+        columns["name"] = pa.array(labels, pa.string()).take(columns["cluster"])
+    columns |= {
         "confidence": pa.array(sorted_BC[:, 0].numpy()),
         "top_clusters": _lists(order_BC.int()),
         "top_confidences": _lists(sorted_BC),

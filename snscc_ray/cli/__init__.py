@@ -13,6 +13,7 @@ import typer
 
 from snscc_ray.cli.about import doctor, list_recipes
 from snscc_ray.cli.answers.export import export
+from snscc_ray.cli.answers.name import name
 from snscc_ray.cli.answers.predict import predict
 from snscc_ray.cli.answers.report import report
 from snscc_ray.cli.answers.similar import similar
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.command("fit")(fit)
 app.command("run")(run)
+app.command("name")(name)
 app.command("predict")(predict)
 app.command("similar")(similar)
 app.command("export")(export)

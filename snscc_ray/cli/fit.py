@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from snscc_ray.cli.options import (
     SCALE,
@@ -33,10 +34,11 @@ from snscc_ray.cli.options import (
     seconds_of,
 )
 from snscc_ray.config.errors import UserError
-from snscc_ray.texts import counted
+from snscc_ray.texts import counted, shown
 
 if TYPE_CHECKING:
     from snscc_ray.config.settings import EncoderSettings
+    from snscc_ray.core.display import Display
     from snscc_ray.fit.fit import FitResult
 
 
@@ -162,7 +164,7 @@ def fit(
     from snscc_ray.fit.fit import FitRequest, fit_on, look_at, name_of
     from snscc_ray.fit.here import Here
     from snscc_ray.models.pretrained import encoder_settings, together
-    from snscc_ray.runs.folder import check_apart
+    from snscc_ray.runs.folder import NAMES_FILE, check_apart
     from snscc_ray.training.engine import Interrupted
     from snscc_ray.training.workers import choose_device
 
@@ -206,7 +208,8 @@ def fit(
             fitted = fit_on(machine, request, start, display)
         except (Interrupted, KeyboardInterrupt):
             fail(f"stopped; run the same command again to continue {shlex.quote(str(folder))}", 130)
-        _show(fitted, folder)
+        called, untold = _name(folder, display)
+        _show(fitted, folder, called)
         found = read_json(report(folder, page, out, device=device, loaded=fitted.images))
     if as_json:
         print(json.dumps(_as_values(found, folder, page)))
@@ -220,8 +223,13 @@ def fit(
     say(f"It took {(time.monotonic() - began) / 60:.1f} minutes{told}.")
     say(f"Which {'rows' if given else 'images'} are together: {folder / 'assignments.parquet'}")
     say(f"Report: {page}")
+    quoted = shlex.quote(str(folder))
+    if untold:
+        say(f"Names: no words are known ({untold}); yours: snscc name {quoted} --names FILE")
+    else:
+        say(f"Names of the clusters, to edit: {folder / NAMES_FILE}")
     new, where = ("embeddings", "FILE") if given else ("images", "FOLDER")
-    say(f"New {new}: snscc predict {shlex.quote(str(folder))} {where}")
+    say(f"New {new}: snscc predict {quoted} {where}")
 
 
 def _as_values(found: dict[str, Any], folder: Path, page: Path) -> dict[str, Any]:
@@ -233,6 +241,7 @@ def _as_values(found: dict[str, Any], folder: Path, page: Path) -> dict[str, Any
         "left_out": summary["skipped_total"],
         "notes": summary["notes"],
         "clusters": summary["clusters"],
+        "names": [line["label"] for line in found["clusters"]],
         "verdict": found["trust"]["verdict"],
         "assignments": str(folder / "assignments.parquet"),
         "report": str(page),
@@ -250,7 +259,9 @@ def _in_short(found: dict[str, Any]) -> list[str]:
         first = f"{worst[0]['text']} {worst[0]['todo']}".strip()
     else:
         least = min(used, key=lambda line: float(line["confidence"]))
-        first = f"cluster {least['cluster']} in the report, the least sure one"
+        label, number = least["label"], f"cluster {least['cluster']}"
+        which = number if label == number else f"{number} ({label})"
+        first = f"{which} in the report, the least sure one"
     return [
         f"Groups: {len(used)}, of {min(sizes):,} to {max(sizes):,} each; {summary['images']:,} in "
         f"all{left_out}.",
@@ -283,15 +294,28 @@ def _count(text: str) -> int | None:
     return int(text)
 
 
-def _show(fitted: FitResult, folder: Path) -> None:
+def _name(folder: Path, display: Display) -> tuple[list[str] | None, str | None]:
+    """Return labels of the clusters, if some have names, and why none are suggested, or None."""
+    from snscc_ray.answers.suggest import NoWords, name_clusters
+
+    try:
+        named = name_clusters(folder, display)
+    except NoWords as error:
+        return None, str(error)
+    return named.naming.labels(), named.missing
+
+
+def _show(fitted: FitResult, folder: Path, labels: list[str] | None) -> None:
     from snscc_ray.core.tables import read_table
 
     found = read_table(folder / "assignments.parquet", ["id", "cluster", "confidence"])
-    table = Table("cluster", "images", "share", "mean confidence", box=None)
+    name = ["name"] if labels else []
+    table = Table("cluster", *name, "images", "share", "mean confidence", box=None)
     sizes = found.group_by("cluster").aggregate([("id", "count"), ("confidence", "mean")])
     for row in sizes.sort_by("cluster").to_pylist():
         table.add_row(
             str(row["cluster"]),
+            *([Text(shown(labels[row["cluster"]]))] if labels else []),
             f"{row['id_count']:,}",
             f"{row['id_count'] / found.num_rows:.0%}",
             f"{row['confidence_mean']:.2f}",
@@ -302,8 +326,8 @@ def _show(fitted: FitResult, folder: Path) -> None:
     last = list(figures["stages"].values())[-1]
     if "oracle/acc" in last:
         names = ("acc", "nmi", "ari")
-        shown = ", ".join(f"{name.upper()} {last[f'oracle/{name}']:.3f}" for name in names)
-        say(f"Measured against the labels: {shown}.")
+        measured = ", ".join(f"{name.upper()} {last[f'oracle/{name}']:.3f}" for name in names)
+        say(f"Measured against the labels: {measured}.")
     if figures["skipped"]:
         left_out = counted(figures["skipped"], "unreadable image")
         say(f"Left out: {left_out}, named in the report.")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
@@ -28,6 +30,17 @@ class ModelInput:
     statistics: Statistics = (IMAGENET_MEAN, IMAGENET_STD)
     size: int | None = None  # the only side in pixels that it takes; None: others, too
     multiple: int = 1  # of which the side must be a multiple
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a trained classifier tells apart: the weights (V, D) of its V classes, and their words.
+
+    Biases are left out: they cancel where the scores of two sets of images are compared.
+    """
+
+    weight_VD: Tensor
+    words: tuple[str, ...]
 
 
 class Library(Protocol):
@@ -62,6 +75,14 @@ class Library(Protocol):
         """Return the images that the weights expect."""
         ...
 
+    def vocabulary(self, model: str) -> Vocabulary | None:
+        """Return the classifier that `build` leaves out, with the library's weights.
+
+        None: the weights have none, it is not linear, or its classes have no words. The weights are
+        downloaded if they are not there yet.
+        """
+        ...
+
 
 class Torchvision:
     def models(self) -> list[str]:
@@ -72,13 +93,7 @@ class Torchvision:
 
     def build(self, model: str, channels: int) -> nn.Module:
         net = self._library().get_model(model, weights=None)
-        linear = [(place, part) for place, part in net.named_modules() if type(part) is nn.Linear]
-        if not linear:
-            raise UserError(
-                f"encoder.name=torchvision:{model}: it has no linear layer at its end to remove; "
-                "use another model"
-            )
-        place, classifier = linear[-1]
+        place, classifier = self._classifier(model, net)
         net.set_submodule(place, nn.Identity())
         net.out_features = classifier.in_features
         if channels != 3:
@@ -101,6 +116,24 @@ class Torchvision:
         fixed = model.startswith(("vit_", "swin", "maxvit"))
         return ModelInput(statistics, made_for.crop_size[0] if fixed else None)
 
+    def vocabulary(self, model: str) -> Vocabulary | None:
+        words = self._library().get_model_weights(model).DEFAULT.meta.get("categories")
+        if words is None:
+            return None
+        with torch.device("meta"):
+            place, _ = self._classifier(model, self._library().get_model(model, weights=None))
+        return Vocabulary(self.weights(model)[f"{place}.weight"], _first_words(words))
+
+    def _classifier(self, model: str, net: nn.Module) -> tuple[str, nn.Linear]:
+        """Return the last linear layer and its place. Raises UserError if there is none."""
+        linear = [(place, part) for place, part in net.named_modules() if type(part) is nn.Linear]
+        if not linear:
+            raise UserError(
+                f"encoder.name=torchvision:{model}: it has no linear layer at its end to remove; "
+                "use another model"
+            )
+        return linear[-1]
+
     def _library(self) -> Any:
         # Imported here because it takes a second and ConvNet does not need it.
         from torchvision import models
@@ -121,8 +154,7 @@ class Timm:
             net = make(model, num_classes=0, in_chans=channels, dynamic_img_size=True)
         except TypeError:
             net = make(model, num_classes=0, in_chans=channels)
-        # The output may be wider than the last feature map.
-        net.out_features = getattr(net, "head_hidden_size", None) or net.num_features
+        net.out_features = self._width(net)
         return cast(nn.Module, net)
 
     def weights_name(self, model: str) -> str | None:
@@ -148,6 +180,21 @@ class Timm:
         patch = getattr(getattr(net, "patch_embed", None), "patch_size", None) or (1,)
         multiple = patch[0] if isinstance(patch, tuple) else int(patch)
         return ModelInput((tuple(config.mean), tuple(config.std)), size, multiple)
+
+    def vocabulary(self, model: str) -> Vocabulary | None:
+        config = self._library().get_pretrained_cfg(model)
+        words = _imagenet_words(config.num_classes) if config else None
+        if words is None:
+            return None
+        net = self._library().create_model(model, pretrained=True)
+        classifier = net.get_classifier()
+        if type(classifier) is not nn.Linear or classifier.in_features != self._width(net):
+            return None
+        return Vocabulary(classifier.weight.detach(), words)
+
+    def _width(self, net: Any) -> int:
+        # The output may be wider than the last feature map.
+        return int(getattr(net, "head_hidden_size", None) or net.num_features)
 
     def _library(self) -> Any:
         try:
@@ -197,6 +244,11 @@ class Packaged:
 
     def input_of(self, model: str) -> ModelInput:
         return ModelInput(((0.498,) * 3, (0.502,) * 3))
+
+    def vocabulary(self, model: str) -> Vocabulary | None:
+        weight_VD = self.weights(model)["classifier.weight"]
+        words = _imagenet_words(len(weight_VD))
+        return Vocabulary(weight_VD, words) if words else None
 
     def _package(self, model: str) -> str:
         return self._PACKAGES[model].replace("_", "-")
@@ -273,14 +325,42 @@ def default_weights(name: str, *, fetch: bool) -> tuple[str, dict[str, Tensor]]:
     library, model, origin = _default(name)
     if not fetch:
         return origin, library.like_weights(model)
-    try:
+    with _downloading(origin, "give a file with encoder.weights=PATH"):
         return origin, library.weights(model)
+
+
+def vocabulary_of(name: str) -> Vocabulary | None:
+    """Return what the classifier of the library's weights tells apart; None: it has no words.
+
+    Raises UserError if the weights are needed, and cannot be downloaded.
+    """
+    library, model, origin = _default(name)
+    with _downloading(origin, "try again with a network"):
+        return library.vocabulary(model)
+
+
+@contextmanager
+def _downloading(origin: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # a client without a network may raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"encoder.weights=default: {origin} could not be downloaded ({reason}); "
-            "give a file with encoder.weights=PATH"
+            f"encoder.weights=default: {origin} could not be downloaded ({reason}); {remedy}"
         ) from error
+
+
+def _imagenet_words(classes: int) -> tuple[str, ...] | None:
+    """Return the words of the edition of ImageNet with this many classes; None: there is none."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    edition = infer_imagenet_subset({"num_classes": classes})
+    return _first_words(ImageNetInfo(edition).label_descriptions()) if edition else None
+
+
+def _first_words(descriptions: Sequence[str]) -> tuple[str, ...]:
+    """Return the first synonym of each class: `tench` of `tench, Tinca tinca`."""
+    return tuple(description.partition(",")[0].strip() for description in descriptions)
 
 
 def _default(name: str) -> tuple[Library, str, str]:

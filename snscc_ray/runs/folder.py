@@ -26,10 +26,12 @@ from snscc_ray.data.names import Names
 # The files of a run besides TensorBoard's events. _STAGE_FILES are in the folders of its stages.
 _RUN_FILES = (
     "recipe.json", "metrics.json", "metrics.jsonl", "baselines.json", "assignments.parquet",
-    "report.html", "report.json", "fit.json", "clusters.json", "images.parquet",
+    "report.html", "report.json", "fit.json", "clusters.json", "images.parquet", "names.csv",
 )  # fmt: skip
 # The request and choices of `snscc fit`, and the number of clusters that it found.
 FIT_FILE, COUNT_FILE = "fit.json", "clusters.json"
+# One line per cluster, its number and its name; people edit it.
+NAMES_FILE = "names.csv"
 # The images that a run, a sweep or a comparison started with.
 IMAGES_FILE = "images.parquet"
 _FINGERPRINT = b"fingerprint"

@@ -47,6 +47,7 @@ from snscc_ray.runs.finished import (
     write_assignments,
 )
 from snscc_ray.runs.folder import (
+    NAMES_FILE,
     check_images,
     note_images,
     read_recipe,
@@ -294,6 +295,13 @@ class _Run:
         in_float32 = self._in_float32(network, p_NC)
         if self.worker.rank == 0:
             self._save(stage, network, in_float32)
+            if (
+                self.folder / NAMES_FILE
+            ).exists():  # of a finished run whose stage had to be repeated
+                self.monitor.line(
+                    f"{NAMES_FILE} has names of the former clusters, and these are new: look at "
+                    "them, and edit it, or use `snscc name` with --overwrite"
+                )
             write_assignments(self.folder, self.catalog, p_NC)
 
     def _in_float32(self, network: ClusterNet, p_NC: Tensor) -> dict[str, float]:

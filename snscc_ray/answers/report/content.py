@@ -66,7 +66,7 @@ def build(
         "trust": _trust(facts, recipe),
         "stages": facts.stages,
         "names": [naming.title(cluster) for cluster in range(clusters)],
-        "clusters": _clusters(facts, clusters),
+        "clusters": _clusters(facts, naming),
         "galleries": [vars(gallery) for gallery in galleries],
         "borders": [vars(border) for border in borders],
         "borders_total": pairs,
@@ -162,12 +162,16 @@ def _trust(facts: Facts, recipe: Recipe) -> dict[str, Any]:
     return {"verdict": trust.verdict, "summary": trust.summary, "sentences": sentences}
 
 
-def _clusters(facts: Facts, num_clusters: int) -> list[dict[str, Any]]:
+def _clusters(facts: Facts, naming: Naming) -> list[dict[str, Any]]:
+    """Return what is shown of each cluster; `group` lists the clusters with the same label."""
+    num_clusters, groups = len(naming.names), naming.groups()
     sizes_C = torch.bincount(facts.clusters_N, minlength=num_clusters)
     sums_C = torch.bincount(facts.clusters_N, facts.confidence_N, minlength=num_clusters)
     return [
         {
             "cluster": cluster,
+            "label": naming.label(cluster),
+            "group": groups[naming.label(cluster)],
             "size": size,
             "share": size / len(facts.clusters_N),
             "confidence": total / size if size else None,

@@ -7,8 +7,12 @@ const MOST_ZOOM = 64;
 const EXAMPLE = 40; // side of the example image of a group
 const counted = (number) => number.toLocaleString("en");
 const state = { by: "cluster", only: new Set(), point: null };
-const group = (index) => data.images[rows[index]][state.by];
-const groupName = (number) => (state.by === "label" ? data.class_names : data.names)[number];
+/* Clusters with the same name are one group: the first of them. */
+const group = (index) => {
+  const number = data.images[rows[index]][state.by];
+  return state.by === "label" ? number : data.groups[number];
+};
+const groupName = (number) => (state.by === "label" ? data.class_names : data.group_names)[number];
 const shown = (index) => state.only.size === 0 || state.only.has(group(index));
 const maps = [...document.querySelectorAll("canvas")].map((canvas) => ({
   canvas,

@@ -95,6 +95,11 @@ def _data(
             for row, place in (sprites.places.items() if sprites else ())
         },
         "scatter": content["scatter"],
+        "groups": [line["group"][0] for line in content["clusters"]],
+        "group_names": [
+            line["label"] if len(line["group"]) > 1 else name
+            for line, name in zip(content["clusters"], content["names"], strict=True)
+        ],
         "class_names": content["class_names"],
         "colors": colors(max(clusters, len(content["class_names"] or ()))),
     }

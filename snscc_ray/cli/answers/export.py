@@ -26,7 +26,8 @@ def export(
     Input: `images`, uint8 (B, channels, size, size), RGB or grey values from 0 to 255, any B. The
     file includes the normalisation. Outputs: `probabilities` (B, clusters) and `features` (B, D) of
     unit length. Of a run on embeddings, the input is `embeddings`, float32 (B, D), of any length.
-    The file is loaded again and compared with the model before it is put in place.
+    The file is loaded again and compared with the model before it is put in place. Its metadata
+    hold the names of the clusters, if they have some (`snscc name`).
 
     Examples:
 

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from snscc_ray.cli.options import SCALE, Address, Gpu, launcher, out, place_of, refuse_alone, say
 from snscc_ray.config.errors import UserError
-from snscc_ray.texts import counted
+from snscc_ray.texts import counted, shown
 
 
 def predict(
@@ -44,7 +45,8 @@ def predict(
 ) -> None:
     """Assign new images to the clusters of a finished run, without training.
 
-    Writes id, cluster, confidence, top_clusters, top_confidences, nearest and nearest_similarity.
+    Writes id, cluster, confidence, top_clusters, top_confidences, nearest and nearest_similarity,
+    and name if the clusters have names (`snscc name`).
 
     Examples:
 
@@ -98,10 +100,13 @@ def predict(
             found = predict_on_ray(question, out, scale)
         else:
             found = predict_here(question, out, device)
-    table = Table("cluster", "images", "mean confidence", box=None)
-    sizes = found.table.group_by("cluster").aggregate([("id", "count"), ("confidence", "mean")])
+    group = ["cluster", *(["name"] if "name" in found.table.column_names else [])]
+    table = Table(*group, "images", "mean confidence", box=None)
+    sizes = found.table.group_by(group).aggregate([("id", "count"), ("confidence", "mean")])
     for row in sizes.sort_by("cluster").to_pylist():
-        table.add_row(str(row["cluster"]), f"{row['id_count']:,}", f"{row['confidence_mean']:.3f}")
+        # Not as markup: a name may hold brackets.
+        keys = (Text(shown(str(row[key]))) for key in group)
+        table.add_row(*keys, f"{row['id_count']:,}", f"{row['confidence_mean']:.3f}")
     out.print(table)
     left_out = f", {found.left_out:,} unreadable left out" if found.left_out else ""
     out.print()
