@@ -17,6 +17,7 @@ from snscc_ray.cli.answers.name import name
 from snscc_ray.cli.answers.predict import predict
 from snscc_ray.cli.answers.report import report
 from snscc_ray.cli.answers.similar import similar
+from snscc_ray.cli.answers.sort import sort
 from snscc_ray.cli.compare import compare
 from snscc_ray.cli.fit import fit
 from snscc_ray.cli.options import fail
@@ -48,6 +49,7 @@ app.command("predict")(predict)
 app.command("similar")(similar)
 app.command("export")(export)
 app.command("report")(report)
+app.command("sort")(sort)
 app.command("sweep")(sweep)
 app.command("compare")(compare)
 app.command("pack")(pack_folder)
