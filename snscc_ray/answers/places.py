@@ -24,7 +24,7 @@ def folder_names(labels: Iterable[str], reserved: Iterable[str]) -> dict[str, st
     small and capital letters are the same, get a number: ` (2)`.
     """
     taken = {_key(name) for name in reserved}
-    return {label: _free(_valid(label), taken) for label in labels}
+    return {label: _free(_valid(label), "", taken) for label in labels}
 
 
 def file_names(paths: Sequence[str]) -> list[str]:
@@ -39,7 +39,7 @@ def file_names(paths: Sequence[str]) -> list[str]:
     often = {key for key, count in _counted(keys).items() if count > 1}
     taken = set(keys) - often
     return [
-        name if key not in often else _free(path.replace("/", "_"), taken)
+        name if key not in often else _free(*os.path.splitext(path.replace("/", "_")), taken)
         for path, name, key in zip(paths, plain, keys, strict=True)
     ]
 
@@ -68,20 +68,19 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def _free(name: str, taken: set[str]) -> str:
+def _free(stem: str, ending: str, taken: set[str]) -> str:
     """Return the name, shortened and numbered as needed, and take it."""
-    number, found = 1, _fitting(name, "")
+    number, found = 1, _fitting(stem, ending)
     while _key(found) in taken:
         number += 1
-        found = _fitting(name, f" ({number})")
+        found = _fitting(stem, f" ({number}){ending}")
     taken.add(_key(found))
     return found
 
 
-def _fitting(name: str, added: str) -> str:
-    """Add a text before the extension; what is too long loses its beginning."""
-    stem, ending = os.path.splitext(name)
-    room = _LONGEST - len(os.fsencode(added + ending))
+def _fitting(stem: str, ending: str) -> str:
+    """Join them; what is too long loses its beginning."""
+    room = _LONGEST - len(os.fsencode(ending))
     while len(os.fsencode(stem)) > room:
         stem = stem[1:]
-    return stem + added + ending
+    return stem + ending

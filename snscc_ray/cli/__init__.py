@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from snscc_ray.cli.about import doctor, list_recipes
+from snscc_ray.cli.answers.duplicates import duplicates
 from snscc_ray.cli.answers.export import export
 from snscc_ray.cli.answers.name import name
 from snscc_ray.cli.answers.predict import predict
@@ -50,6 +51,7 @@ app.command("similar")(similar)
 app.command("export")(export)
 app.command("report")(report)
 app.command("sort")(sort)
+app.command("duplicates")(duplicates)
 app.command("sweep")(sweep)
 app.command("compare")(compare)
 app.command("pack")(pack_folder)

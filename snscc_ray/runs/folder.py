@@ -183,7 +183,9 @@ def note_images(folder: Path, catalog: Catalog) -> None:
     """Record the images for `check_images`, unless they are already recorded."""
     path = folder / IMAGES_FILE
     if not path.exists():
-        columns = {"id": catalog.ids.column, "digest": digest_column(catalog.digests)}
+        columns = {"id": catalog.ids.column}
+        if catalog.digests:
+            columns["digest"] = digest_column(catalog.digests)
         if catalog.stamps is not None:
             columns |= dict(zip(STAMPS, map(pa.array, catalog.stamps.T), strict=True))
         table = pa.table(columns)
