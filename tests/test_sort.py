@@ -315,7 +315,8 @@ def test_a_tampered_undo_file_touches_nothing_outside(place: Path, snscc: Snscc)
 
 def test_folders_have_valid_names_and_none_is_used_twice() -> None:
     labels = ["cats", "Cats", "a/b", "a:b", "a_b", "..", "", " ", ".x", "-rf", "~", "CON",
-              "nul.txt", "v1.5", "V1.5", "Duplicates", "doubtful", "x" * 400, "🐟" * 100, "e\u0301", "\u00e9", "end. ",
+              "nul.txt", "v1.5", "V1.5", "Duplicates", "doubtful", "x" * 400, "🐟" * 100,
+              "e\u0301", "\u00e9", "end. ",
               "a\nb", "\u202eevil", "👩\u200d🚀"]  # fmt: skip
     found = folder_names(labels, ("duplicates", "doubtful"))
     names = list(found.values())

@@ -16,9 +16,11 @@ from torch import Tensor
 
 TINTS = 32
 # Mean difference in Cb and Cr; recompressing and cropping change them by less.
-_COLOURS = 8.0
+_COLOURS = 4.0
 SIDE = 64  # pixels of a grey copy, whatever the shape of the image
-_COARSE, _COARSELY = 24, 0.7  # side of the first copies, and least correlation to go on
+# Shifted by a few per cent, so small a copy stays nearly the same.
+_ROUGH, _ROUGHLY = 8, 0.45  # side of copies that are not aligned, and least correlation to go on
+_COARSE, _COARSELY = 24, 0.7  # the same for those that are aligned first
 _STEPS = 5  # of the alignment, for each size
 _MOST = 0.15  # stretch and shift, as a share of the side: no more than a crop at the edges
 _PAIRS = 256  # aligned at a time: 4 MB per array
@@ -55,12 +57,23 @@ def similarity(a_BHW: Tensor, b_BHW: Tensor) -> Tensor:
 
 def _similarity(a_BHW: Tensor, b_BHW: Tensor) -> Tensor:
     a, b = a_BHW[:, None], b_BHW[:, None]
+    rough_a, rough_b = (F.interpolate(x, (_ROUGH, _ROUGH), mode="area") for x in (a, b))
+    found_B = _correlation(rough_a, rough_b, torch.ones_like(rough_a), 0.0)
+    # Most candidates are other pictures; only the rest is worth the work of the next size.
+    rest = (found_B > _ROUGHLY).nonzero()[:, 0]
+    if len(rest):
+        found_B[rest] = _aligned_similarity(a[rest], b[rest])
+    return found_B
+
+
+def _aligned_similarity(a: Tensor, b: Tensor) -> Tensor:
     warp_B4 = a.new_tensor([1.0, 0.0, 1.0, 0.0]).repeat(len(a), 1)
     coarse_a, coarse_b = (F.interpolate(x, (_COARSE, _COARSE), mode="area") for x in (a, b))
     warp_B4 = _aligned(coarse_a, coarse_b, warp_B4, _STEPS)
     found_B = _correlation(coarse_a, *_warped(coarse_b, warp_B4), 0.0)
-    # Most candidates are other pictures; only the rest is worth the work in full.
     rest = (found_B > _COARSELY).nonzero()[:, 0]
+    if not len(rest):
+        return found_B
     a, b, warp_B4 = a[rest], b[rest], warp_B4[rest]
     for side in (SIDE // 2, SIDE):
         fine_a, fine_b = (F.interpolate(x, (side, side), mode="area") for x in (a, b))
