@@ -12,11 +12,13 @@ from typing import Any, NoReturn
 import typer
 
 from snscc_ray.cli.about import doctor, list_recipes
+from snscc_ray.cli.answers.duplicates import duplicates
 from snscc_ray.cli.answers.export import export
 from snscc_ray.cli.answers.name import name
 from snscc_ray.cli.answers.predict import predict
 from snscc_ray.cli.answers.report import report
 from snscc_ray.cli.answers.similar import similar
+from snscc_ray.cli.answers.sort import sort
 from snscc_ray.cli.compare import compare
 from snscc_ray.cli.fit import fit
 from snscc_ray.cli.options import fail
@@ -48,6 +50,8 @@ app.command("predict")(predict)
 app.command("similar")(similar)
 app.command("export")(export)
 app.command("report")(report)
+app.command("sort")(sort)
+app.command("duplicates")(duplicates)
 app.command("sweep")(sweep)
 app.command("compare")(compare)
 app.command("pack")(pack_folder)

@@ -136,12 +136,37 @@ def _decode(source: Source, out: np.ndarray, reading: Reading) -> None:
         return
     else:
         image = Image.fromarray(source)
-    turn = _TURNS.get(_orientation(image))
-    image = to_mode(image, "L" if channels == 1 else "RGB", reading)
-    if turn is not None:
-        image = image.transpose(turn)
+    image = _upright(image, "L" if channels == 1 else "RGB", reading)
     pixels = np.asarray(_square(image, size))
     out[...] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _upright(image: Image.Image, mode: str, reading: Reading) -> Image.Image:
+    turn = _TURNS.get(_orientation(image))
+    image = to_mode(image, mode, reading)
+    return image if turn is None else image.transpose(turn)
+
+
+def whole_image(
+    content: bytes | np.ndarray, reading: Reading, side: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Return a whole image, RGB and upright, and the width and height that it is stored with.
+
+    side: a JPEG may be decoded smaller, but no side becomes less than twice this; None: in full.
+    Raises UnreadableImage.
+    """
+    try:
+        with without_limits():
+            if isinstance(content, np.ndarray):
+                image = Image.fromarray(content)
+                return _upright(image, "RGB", reading), image.size
+            size = open_image(content, reading).size
+            image = _open(content, side or max(size), reading)
+            return _upright(image, "RGB", reading), size
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow raises many kinds of errors on broken files
+        raise UnreadableImage(why_unreadable(error)) from error
 
 
 def why_unreadable(error: Exception) -> str:

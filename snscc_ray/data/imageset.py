@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from snscc_ray.config.errors import UserError
+from snscc_ray.config.paths import is_url
 from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.decode import decode_all
 from snscc_ray.data.names import Names
 from snscc_ray.data.rows import Rows
 
-_DIGEST = 16  # bytes
+DIGEST = 16  # bytes
 _PART = 65_536  # ids that are hashed at a time
 
 
@@ -36,6 +37,8 @@ class Catalog:
     values: Tensor  # int64 (C, 256): count of each pixel value in each channel
     distinct: int  # number of different images
     notes: tuple[str, ...] = ()  # see `Rows`
+    digests: bytes = b""  # 16 bytes per image, of its pixels
+    stamps: np.ndarray | None = None  # int64 (N, 2): bytes and mtime_ns of each local file
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -148,7 +151,19 @@ def describe(
         values=torch.from_numpy(values),
         distinct=_distinct(digests),
         notes=rows.notes,
+        digests=digests,
+        stamps=_stamps(rows, kept),
     )
+
+
+def _stamps(rows: Rows, kept: np.ndarray) -> np.ndarray | None:
+    if rows.files is None or is_url(rows.place):
+        return None
+    try:
+        found = (rows.files[int(row)].stat() for row in kept)
+        return np.array([(file.st_size, file.st_mtime_ns) for file in found], np.int64)
+    except OSError:
+        return None  # gone since, or on the machines of the workers only
 
 
 def _fingerprint(ids: Names, shape: tuple[int, ...], digests: bytes) -> str:
@@ -162,14 +177,18 @@ def _fingerprint(ids: Names, shape: tuple[int, ...], digests: bytes) -> str:
 
 
 def _distinct(digests: bytes) -> int:
-    kind = pa.binary(_DIGEST)
-    array = pa.Array.from_buffers(kind, len(digests) // _DIGEST, [None, pa.py_buffer(digests)])
-    return int(pc.count_distinct(array).as_py())
+    return int(pc.count_distinct(digest_column(digests)).as_py())
+
+
+def digest_column(digests: bytes) -> pa.Array:
+    """Return the digests of N images as a column of 16 bytes each."""
+    kind = pa.binary(DIGEST)
+    return pa.Array.from_buffers(kind, len(digests) // DIGEST, [None, pa.py_buffer(digests)])
 
 
 def digests(images: np.ndarray) -> bytes:
     """Return 16 bytes per image, so that parts of a dataset can be hashed separately."""
-    return b"".join(hashlib.blake2b(image.data, digest_size=_DIGEST).digest() for image in images)
+    return b"".join(hashlib.blake2b(image.data, digest_size=DIGEST).digest() for image in images)
 
 
 def value_counts(images: np.ndarray) -> np.ndarray:

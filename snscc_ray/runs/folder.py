@@ -20,7 +20,7 @@ from snscc_ray.config.settings import STAGES, Recipe
 from snscc_ray.core import storage
 from snscc_ray.core.claim import CLAIM, refuse_in_use
 from snscc_ray.core.tables import read_table, write_table
-from snscc_ray.data.imageset import Catalog
+from snscc_ray.data.imageset import Catalog, digest_column
 from snscc_ray.data.names import Names
 
 # The files of a run besides TensorBoard's events. _STAGE_FILES are in the folders of its stages.
@@ -34,6 +34,7 @@ FIT_FILE, COUNT_FILE = "fit.json", "clusters.json"
 NAMES_FILE = "names.csv"
 # The images that a run, a sweep or a comparison started with.
 IMAGES_FILE = "images.parquet"
+STAMPS = ("bytes", "modified")  # its columns of each file's size and time of change, in ns
 _FINGERPRINT = b"fingerprint"
 SEEN = ".seen-"
 _STAGE_FILES = (
@@ -163,7 +164,7 @@ def images_differ(folder: Path, catalog: Catalog) -> str | None:
     """
     path = folder / IMAGES_FILE
     if path.exists():
-        table = read_table(path)
+        table = read_table(path, ["id"])
         same = (table.schema.metadata or {}).get(_FINGERPRINT) == catalog.fingerprint.encode()
     elif (folder / "assignments.parquet").exists():  # a run from before IMAGES_FILE was written
         table = read_table(folder / "assignments.parquet", ["id"])
@@ -182,7 +183,12 @@ def note_images(folder: Path, catalog: Catalog) -> None:
     """Record the images for `check_images`, unless they are already recorded."""
     path = folder / IMAGES_FILE
     if not path.exists():
-        table = pa.table({"id": catalog.ids.column})
+        columns = {"id": catalog.ids.column}
+        if catalog.digests:
+            columns["digest"] = digest_column(catalog.digests)
+        if catalog.stamps is not None:
+            columns |= dict(zip(STAMPS, map(pa.array, catalog.stamps.T), strict=True))
+        table = pa.table(columns)
         table = table.replace_schema_metadata({_FINGERPRINT: catalog.fingerprint.encode()})
         write_table(path, table)
 

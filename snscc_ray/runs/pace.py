@@ -151,7 +151,7 @@ def _measure(
     recipe: Recipe, known: Catalog, data: Images, few: int, device: torch.device
 ) -> dict[StageName, _Timed]:
     labels = None if known.labels is None else known.labels[:few]
-    catalog = replace(known, ids=known.ids[:few], labels=labels)
+    catalog = replace(known, ids=known.ids[:few], labels=labels, digests=b"", stamps=None)
     short = recipe.model_copy(
         update={s: getattr(recipe, s).model_copy(update={"epochs": _EPOCHS}) for s in STAGES}
     )

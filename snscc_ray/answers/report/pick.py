@@ -117,19 +117,19 @@ def close_pairs(mined: MinedNeighbors, images_N: np.ndarray) -> tuple[list[Pair]
     """
     distances = mined.distances_NK.numpy().reshape(-1)
     limit = np.sqrt(2 * (1 - NEAR))
-    low, high, d = _pairs(mined, images_N, np.flatnonzero(distances <= limit))
+    low, high, d = pairs_of(mined, images_N, np.flatnonzero(distances <= limit))
     near, looked = len(low), 0
     while len(low) < _CLOSEST and looked < len(distances):
         # A million rows have tens of millions of entries: look only at the closest.
         looked = min(max(looked, _CLOSEST) * 32, len(distances))
         last = np.partition(distances, looked - 1)[looked - 1]
-        low, high, d = _pairs(mined, images_N, np.flatnonzero(distances <= max(last, limit)))
+        low, high, d = pairs_of(mined, images_N, np.flatnonzero(distances <= max(last, limit)))
     closest = np.argsort(d, kind="stable")[: min(max(near, _CLOSEST), LISTED)]
     pairs = [Pair(int(low[i]), int(high[i]), float(1 - d[i] ** 2 / 2)) for i in closest]
     return pairs, near
 
 
-def _pairs(
+def pairs_of(
     mined: MinedNeighbors, images_N: np.ndarray, entries: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the pairs of different images among these entries, each once: rows and distances."""

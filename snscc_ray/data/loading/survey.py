@@ -173,7 +173,7 @@ def conclude(
 
 
 def in_threads(
-    work: Callable[[S], T], items: Sequence[S], workers: int, ahead: int
+    work: Callable[[S], T], items: Iterable[S], workers: int, ahead: int
 ) -> Generator[T]:
     """Yield `work(item)` in order. At most `ahead` results are in progress or waiting."""
     Image.init()  # here, because the threads would race for it
