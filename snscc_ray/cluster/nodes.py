@@ -38,7 +38,7 @@ from snscc_ray.runs.folder import SEEN
 from snscc_ray.runs.local import terminated_like_interrupted
 from snscc_ray.texts import counted
 
-_LINE_SECONDS = 10.0
+LINE_SECONDS = 10.0  # between two lines that say what is waited for
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def reserved(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
                     f"{scale.wait:g} s: {why}; {scale.smaller if small else scale.fewer}, or see "
                     "with `ray status` why nodes do not come"
                 )
-            if time.monotonic() - shown > _LINE_SECONDS:
+            if time.monotonic() - shown > LINE_SECONDS:
                 shown = time.monotonic()
                 left = give_up - shown
                 say(
