@@ -123,7 +123,8 @@ def _free() -> str:
 
 def _probe(group: Any, bundle: dict[str, float], workers: int) -> list[Probe]:
     """Probe the node of each worker, from a task running there."""
-    task = ray.remote(lambda: probe_node(ray.util.get_node_ip_address()))
+    gpu = "GPU" in bundle
+    task = ray.remote(lambda: probe_node(ray.util.get_node_ip_address(), gpu))
     results = [
         task.options(
             num_cpus=bundle["CPU"],

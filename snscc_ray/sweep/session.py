@@ -344,7 +344,7 @@ def _probed(options: Options, say: Callable[[str], None]) -> list[Probe]:
                 f"a trial takes {amounts(options.needs())} and there are {there}: lower "
                 "--workers-per-trial, --cpus-per-trial or --gpus-per-trial"
             )
-        return [probe_node(ray.util.get_node_ip_address())]
+        return [probe_node(ray.util.get_node_ip_address(), scale.gpu)]
     with reserved(scale, say) as probes:
         check_alike(probes, scale.gpu)
         return probes
