@@ -109,6 +109,25 @@ def test_both_files_set_a_machine_up_alike() -> None:
     assert heads[0] == heads[1]
 
 
+def test_no_limit_is_near_what_a_node_takes_to_come() -> None:
+    """While a lost worker boots and installs, the others are idle and the run waits."""
+    from ray.autoscaler.v2.instance_manager.config import InstanceReconcileConfig
+
+    assert (
+        "`Pending: … setting-up` | the node is installing | wait; the first time takes ten" in GUIDE
+    )
+    boot = 10 * 60.0
+    aws, job = load("cluster.yaml"), load("deploy/rayjob.yaml")["spec"]
+    idle = job["rayClusterSpec"]["autoscalerOptions"]["idleTimeoutSeconds"]
+    words = ("twenty", aws["idle_timeout_minutes"])
+    assert words == ("twenty", 20) and f"stop after {words[0]} idle minutes" in GUIDE
+    (wait,) = re.findall(r"--wait (\d+)", GUIDE.split("## AWS")[1].split("## Your own")[0])
+    setup = yaml.safe_load(job["runtimeEnvYAML"])["config"]["setup_timeout_seconds"]
+    install = InstanceReconcileConfig().ray_install_status_timeout_s  # Ray's own, on AWS
+    for limit in (60 * aws["idle_timeout_minutes"], idle, int(wait), setup, install):
+        assert limit >= 2 * boot
+
+
 def test_everything_that_is_installed_is_mounted() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     mounts = load("cluster.yaml")["file_mounts"]

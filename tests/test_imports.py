@@ -230,3 +230,18 @@ def test_the_command_line_starts_without_torch() -> None:
     done = python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_what_every_node_is_asked_before_a_run_needs_no_torch(tmp_path: Path) -> None:
+    """Its import would take each node some seconds, one question after the other."""
+    (tmp_path / "marker").write_text("token")
+    code = f"""
+import sys
+from snscc_ray.cluster.scale import probe_node, unseen
+marker = {str(tmp_path / "marker")!r}
+print(unseen("here", marker, "token", [marker]), probe_node("here", False).versions.keys())
+print("torch" in sys.modules)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "None dict_keys(['snscc-ray', 'torch', 'ray'])\nFalse\n"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,16 @@ import pytest
 from PIL import Image
 
 from snscc_ray.core.claim import CLAIM
-from tests.ray_tools import FEW_CHECKPOINTS, Ray, own_ray, refused, sets, until
+from tests.ray_tools import (
+    FEW_CHECKPOINTS,
+    HANG_SECONDS,
+    Cluster,
+    Ray,
+    own_ray,
+    refused,
+    sets,
+    until,
+)
 
 SPACE = '''
 from tune_spaces.space import Claim, Point, Space
@@ -32,6 +43,13 @@ def space(recipe):
 def broken(recipe):
     points = (Point("sound", {}), Point("wild", {"train.learning_rate": 1e30}))
     return Space("broken", "Broken", points, "rate", ("train",))
+
+def many(recipe):
+    points = tuple(
+        Point(f"rate {k}", {"train.learning_rate": 1e-4 * k}, last_stage="train")
+        for k in range(1, 11)
+    )
+    return Space("many", "Many", points, "rate", ("train",))
 '''
 # What depends on the moment it was measured in.
 TIMES = ("seconds", "images_per_second", "wait_share")
@@ -195,6 +213,32 @@ def test_asha_with_all_places_and_several_seeds_leaves_no_trial_out(
 
 
 @pytest.mark.slow
+def test_asha_leaves_no_place_free_while_trials_wait(
+    ray: Ray, spaces: Path, tmp_path: Path
+) -> None:
+    """Ten trials in two places. A trial holds its stage's folder while it trains."""
+    more = ["--scheduler", "asha", "--grace", 1, "--seeds", 1, "--max-concurrent", 2]
+    asked = command(spaces, tmp_path / "asha", *more, *sets("train.epochs=6"), name="many")
+    running = ray.snscc(*asked)
+    seen: list[tuple[float, int, int]] = []  # when, trials begun, places taken
+    began = time.monotonic()
+    while running.process.poll() is None:
+        assert time.monotonic() - began < HANG_SECONDS, running.said()
+        trials = list((tmp_path / "stages").glob("train-*"))
+        taken = sum((trial / CLAIM).exists() for trial in trials)
+        seen.append((time.monotonic(), len(trials), taken))
+        time.sleep(0.02)
+    running.wait()
+    rows = table(tmp_path / "asha")
+    assert len(rows) == 10 and {row["status"] for row in rows} == {"finished", "stopped"}
+    assert sum(row["status"] == "stopped" for row in rows) >= 3
+    last = next(when for when, begun, _ in seen if begun == 10)
+    full = [when for when, _, taken in seen if taken == 2 and when < last]
+    # A place is taken again at once: the actor of the trial before goes on with the next.
+    assert max(later - now for now, later in pairwise([*full, last])) < 10, seen
+
+
+@pytest.mark.slow
 def test_what_ray_tune_keeps_of_a_sweep_may_be_broken(
     ray: Ray, spaces: Path, whole: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -216,6 +260,45 @@ def test_what_ray_tune_keeps_of_a_sweep_may_be_broken(
     ray.snscc(*command(spaces, folder)).wait()
     assert table(folder) == table(whole[0])
     assert done and all(path.read_bytes() == content for path, content in done.items())
+
+
+@pytest.mark.slow
+def test_a_sweep_says_that_all_nodes_are_gone_and_goes_on_with_new_ones(
+    spaces: Path, whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    with own_ray() as own:
+        cluster = Cluster(own)
+        node = cluster.add()
+        at = ["--address", cluster.address]
+        running = own.snscc(*command(spaces, tmp_path / "sweep", *at))
+        stages = tmp_path / "stages"
+        until(lambda: bool(list(stages.glob("train-*/train/stage.json"))), running.said)
+        cluster.lose(node)
+        says = "waiting for a node for a trial (1 CPU): no running node is large enough"
+        until(lambda: says in running.out, running.said)
+        cluster.add()
+        running.wait()
+    assert table(tmp_path / "sweep") == table(whole[0])
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_nodes_do_not_come_back_ends(spaces: Path, tmp_path: Path) -> None:
+    """The wait, which no option of a sweep sets, is shortened."""
+    soon = (
+        "from dataclasses import replace; from snscc_ray.sweep import session\n"
+        "was = session.Options.scale\n"
+        "session.Options.scale = lambda options: replace(was(options), wait=20)\n"
+        "from snscc_ray.cli import main; main()"
+    )
+    with own_ray() as own:
+        cluster = Cluster(own)
+        node = cluster.add()
+        asked = command(spaces, tmp_path / "sweep", "--address", cluster.address)
+        running = own.start(sys.executable, "-c", soon, *asked)
+        stages = tmp_path / "stages"
+        until(lambda: bool(list(stages.glob("pretrain-*/pretrain"))), running.said)
+        cluster.lose(node)
+        refused(running.wait(2), "no trial could run for 20 s", "ray status", "the same command")
 
 
 @pytest.mark.slow

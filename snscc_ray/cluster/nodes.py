@@ -38,7 +38,7 @@ from snscc_ray.runs.folder import SEEN
 from snscc_ray.runs.local import terminated_like_interrupted
 from snscc_ray.texts import counted
 
-_LINE_SECONDS = 10.0
+LINE_SECONDS = 10.0  # between two lines that say what is waited for
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def reserved(scale: Scale, say: Callable[[str], None]) -> Iterator[list[Probe]]:
             why = _too_small(bundle) or _free()
             if time.monotonic() > give_up:
                 raise not_placed(scale, fewest)
-            if time.monotonic() - shown > _LINE_SECONDS:
+            if time.monotonic() - shown > LINE_SECONDS:
                 shown = time.monotonic()
                 left = give_up - shown
                 say(
@@ -133,7 +133,8 @@ def _free() -> str:
 
 def _probe(group: Any, bundle: dict[str, float], workers: int) -> list[Probe]:
     """Probe the node of each worker, from a task running there."""
-    task = ray.remote(lambda: probe_node(ray.util.get_node_ip_address()))
+    gpu = "GPU" in bundle
+    task = ray.remote(lambda: probe_node(ray.util.get_node_ip_address(), gpu))
     results = [
         task.options(
             num_cpus=bundle["CPU"],

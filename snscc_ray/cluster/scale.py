@@ -1,6 +1,7 @@
 """What a run needs from a cluster, and checks before training starts; does not import Ray.
 
-Ray's errors come late and span many lines. These checks fail early, with one line.
+Ray's errors come late and span many lines. These checks fail early, with one line. They run on
+every node, without torch where no GPU is asked for: its import takes seconds and half a gigabyte.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from typing import IO
 
 import psutil
-import torch
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import as_path
@@ -166,17 +166,23 @@ class Probe:
     node: str  # its name and address
     versions: dict[str, str]
     memory: int  # free bytes of the node
-    gpu_memory: int | None  # free bytes of the worker's GPU
+    gpu_memory: int | None  # free bytes of the worker's GPU; None: it uses none, or torch sees none
 
 
-def probe_node(address: str) -> Probe:
-    """Probe this node; `address` is its address in the cluster."""
+def probe_node(address: str, gpu: bool) -> Probe:
+    """Probe this node for a worker. `address` is its address in the cluster."""
     return Probe(
         node=_called(address),
         versions={package: importlib.metadata.version(package) for package in _PACKAGES},
         memory=psutil.virtual_memory().available,
-        gpu_memory=torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None,
+        gpu_memory=_gpu_memory() if gpu else None,
     )
+
+
+def _gpu_memory() -> int | None:
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
 def _called(address: str) -> str:

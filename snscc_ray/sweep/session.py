@@ -29,7 +29,7 @@ from rich.console import Console
 
 from snscc_ray.cluster.group import Job as GroupJob
 from snscc_ray.cluster.group import train_group
-from snscc_ray.cluster.nodes import check_visible, reserved
+from snscc_ray.cluster.nodes import LINE_SECONDS, bundle_of, check_visible, reserved
 from snscc_ray.cluster.scale import (
     Probe,
     Scale,
@@ -38,6 +38,7 @@ from snscc_ray.cluster.scale import (
     free_object_store,
     free_of,
     probe_node,
+    too_small,
 )
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import absolute, arrow_storage
@@ -60,6 +61,9 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 # Tune prints pages for every trial that fails; we print one line.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+
+# How often nodes are counted while trials run.
+_ASK_SECONDS = 2.0
 
 Scheduler = Literal["none", "asha", "median"]
 Searcher = Literal["random", "optuna"]
@@ -226,7 +230,7 @@ class Session:
             storage_path=storage,
             storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[TBXLoggerCallback(), _Progress(self.display)],
+            callbacks=[TBXLoggerCallback(), _Progress(self.display, self.options.scale())],
             verbose=0,
         )
 
@@ -288,11 +292,38 @@ _KEPT = ("health/", "oracle/", "loss/")
 
 
 class _Progress(tune.Callback):  # type: ignore[misc]
-    def __init__(self, display: Display) -> None:
-        self._display = display
+    """Show progress, and limit the wait for nodes: Tune would wait silently, and forever."""
+
+    def __init__(self, display: Display, scale: Scale) -> None:
+        self._display, self._scale = display, scale
+        self._asked = self._shown = self._fitting = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks to restore them; we never restore
+
+    def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+        """Raise UserError if no running node could hold a trial's worker for `scale.wait` s."""
+        now, scale = time.monotonic(), self._scale
+        if now - self._asked < _ASK_SECONDS:
+            return
+        self._asked = now
+        bundle = bundle_of(scale)
+        small = too_small(bundle, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+        if small is None:
+            self._fitting = now
+            return
+        left = self._fitting + scale.wait - now
+        if left < 0:
+            raise UserError(
+                f"no trial could run for {scale.wait:g} s: {small}; see with `ray status` why "
+                "nodes do not come, and run the same command again to continue"
+            )
+        if now - self._shown > LINE_SECONDS:
+            self._shown = now
+            self._display.line(
+                f"waiting for a node for a trial ({amounts(bundle)}): {small}; giving up in "
+                f"{left:.0f} s"
+            )
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
@@ -313,7 +344,7 @@ def _probed(options: Options, say: Callable[[str], None]) -> list[Probe]:
                 f"a trial takes {amounts(options.needs())} and there are {there}: lower "
                 "--workers-per-trial, --cpus-per-trial or --gpus-per-trial"
             )
-        return [probe_node(ray.util.get_node_ip_address())]
+        return [probe_node(ray.util.get_node_ip_address(), scale.gpu)]
     with reserved(scale, say) as probes:
         check_alike(probes, scale.gpu)
         return probes
