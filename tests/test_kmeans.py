@@ -113,10 +113,11 @@ def test_what_cannot_be_clustered_is_refused() -> None:
             kmeans(rows_ND, 3, 0)
 
 
-def test_progress_ends_at_the_total() -> None:
+@pytest.mark.parametrize(("rows", "clusters"), [(40_000, 5), (2000, 1), (2000, 300), (600, 257)])
+def test_progress_ends_at_the_total(rows: int, clusters: int) -> None:
     told: list[tuple[int, int]] = []
-    rows_ND = torch.randn(40_000, 2, generator=torch.Generator().manual_seed(0))
-    kmeans(rows_ND, 5, 0, progress=lambda done, total: told.append((done, total)))
+    rows_ND = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0))
+    kmeans(rows_ND, clusters, 0, progress=lambda done, total: told.append((done, total)))
     assert told == sorted(told) and told[-1][0] == told[-1][1] and len(told) >= 2
 
 

@@ -46,7 +46,8 @@ def kmeans(
     The result is the same for any number of threads. With more than 51 clusters there are fewer
     starts, down to one. More than 32,768 rows (and 64 per cluster) are clustered on a random
     sample of that many; the best start then makes at most 20 iterations on all rows.
-    progress: called with the number of iterations done, and the most that there may be.
+    progress: called with the number of steps done (drawings of seeds, and iterations), and the most
+    that there may be.
     Raises ValueError for no rows or clusters, and for a NaN or an infinity.
     """
     if clusters < 1 or not len(rows_ND):
@@ -59,22 +60,25 @@ def kmeans(
         if len(rows_ND) > most:
             drawn = torch.randperm(len(rows_ND), generator=rng.generator(seed, "sample"))[:most]
             sample_RD = rows_ND[drawn.to(rows_ND.device)]
-        seeds_SCD = _plus_plus(sample_RD, clusters, seed, starts, mapped)
         sampled = sample_RD is not rows_ND
         limits = (_SAMPLE_ITERATIONS, _FEW_ITERATIONS) if sampled else (_MOST_ITERATIONS, 0)
+        steps = (_rounds(clusters), *limits)  # all are counted alike, as they take about as long
 
         def tell(done: int) -> None:
             if progress is not None:
-                progress(done, sum(limits))
+                progress(done, sum(steps))
 
-        centres_SCD, nearest_NS, inertia_S = _lloyd(sample_RD, seeds_SCD, limits[0], mapped, tell)
+        seeds_SCD = _plus_plus(sample_RD, clusters, seed, starts, mapped, tell)
+        centres_SCD, nearest_NS, inertia_S = _lloyd(
+            sample_RD, seeds_SCD, limits[0], mapped, lambda done: tell(steps[0] + done)
+        )
         best = int(inertia_S.argmin())
         centres_SCD, nearest_NS = centres_SCD[[best]], nearest_NS[:, [best]]
         if sampled:
             centres_SCD, nearest_NS, _ = _lloyd(
-                rows_ND, centres_SCD, limits[1], mapped, lambda done: tell(limits[0] + done)
+                rows_ND, centres_SCD, limits[1], mapped, lambda done: tell(sum(steps[:2]) + done)
             )
-        tell(sum(limits))
+        tell(sum(steps))
         return (centres_SCD[0] * scale + middle_D).cpu(), nearest_NS[:, 0].cpu()
 
 
@@ -106,16 +110,33 @@ def _prepared(rows_ND: Tensor) -> tuple[Tensor, Tensor, float]:
     if not math.isfinite(largest):
         raise ValueError("the rows hold a NaN or an infinity, so they cannot be clustered")
     scale = 2.0 ** math.frexp(largest)[1] if largest else 1.0  # a power of two: exact
-    return rows_ND / scale, middle_D, scale
+    return rows_ND.div_(scale), middle_D, scale  # in place: it is a copy already
 
 
-def _plus_plus(rows_ND: Tensor, clusters: int, seed: int, starts: int, mapped: Mapping) -> Tensor:
+def _rounds(clusters: int) -> int:
+    """Return in how many rounds `_plus_plus` draws seeds."""
+    return -(-(clusters - 1) // _each(clusters))
+
+
+def _each(clusters: int) -> int:
+    """Return how many seeds are drawn in a round."""
+    return -(-clusters // _ROUNDS)
+
+
+def _plus_plus(
+    rows_ND: Tensor,
+    clusters: int,
+    seed: int,
+    starts: int,
+    mapped: Mapping,
+    tell: Callable[[int], None],
+) -> Tensor:
     """Return seeds (S, C, D), rows drawn by their squared distance to the seeds before.
 
     Up to 256 clusters each seed is the best of several rows that are drawn. Of more clusters,
     several are drawn at a time.
     """
-    each = -(-clusters // _ROUNDS)
+    each = _each(clusters)
     tries = 2 + int(math.log(clusters)) if each == 1 else each
     square_N = rows_ND.square().sum(1)
     draws = torch.rand(clusters, starts, tries, generator=rng.generator(seed, "seeds"))
@@ -133,6 +154,7 @@ def _plus_plus(rows_ND: Tensor, clusters: int, seed: int, starts: int, mapped: M
             best_S1 = left_NST.sum(0).argmin(1, keepdim=True)
             nearest_NS = left_NST.gather(2, best_S1.expand(len(rows_ND), -1, -1))[:, :, 0]
             chosen_SC = torch.cat([chosen_SC, drawn_ST.gather(1, best_S1)], dim=1)
+        tell(-(-(chosen_SC.shape[1] - 1) // each))
     return rows_ND[chosen_SC]
 
 
