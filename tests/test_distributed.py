@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 
 from snscc_ray.core import distributed
 from snscc_ray.core.clustering import mining
-from tests.conftest import TINY
-from tests.two_processes import miner, one_step, process
+from tests.conftest import TINY, equal_states
+from tests.two_processes import miner, one_step, process, resumed
 
 UNEVEN = ["data.limit=97"]  # batches of 24 and 25: the last does not divide among 2 or 3
 CASES = [
@@ -71,6 +71,14 @@ def test_several_processes_have_the_gradients_of_one(
             torch.testing.assert_close(two["extra"]["queue"], one["extra"]["queue"])
         for name, value in one["extra"].get("target", {}).items():
             torch.testing.assert_close(two["extra"]["target"][name], value, rtol=0, atol=1e-9)
+
+
+def test_a_resumed_run_of_four_processes_sums_in_the_same_order(tmp_path: Path) -> None:
+    """Two numbers have one sum, four may have several: the order must not change after a start."""
+    mp.spawn(resumed, (4, str(tmp_path)), nprocs=4)
+    whole, *others = torch.load(tmp_path / "weights-rank0.pt")
+    for other in others:
+        assert equal_states(other, whole)
 
 
 def test_several_processes_mine_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

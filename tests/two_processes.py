@@ -64,6 +64,33 @@ def one_step(stage_name: str, overrides: list[str]) -> dict[str, Any]:
     }
 
 
+def resumed(rank: int, world: int, folder: str) -> None:
+    """Entry point of a spawned process: weights after six steps, with and without a new wrap."""
+    with _group(rank, world, folder):
+        found = [_trained(wrapped_anew_at) for wrapped_anew_at in (None, None, 1, 3)]
+        torch.save(found, Path(folder) / f"weights-rank{rank}.pt")
+        distributed.barrier()
+
+
+def _trained(wrapped_anew_at: int | None) -> dict[str, Tensor]:
+    recipe = override(recipes.get("digits"), TINY)
+    context = make_context(recipe, load_images(recipe.data))
+    torch.manual_seed(0)
+    stage = _stage("pretrain", context)
+    stage.network.train()
+    optimizer = torch.optim.SGD(stage.network.parameters(), 0.1)
+    forward = distributed.wrap(stage.network)
+    batches = context.data.epoch(stage.settings.batch_size, 7)
+    for step, batch in zip(range(6), batches, strict=False):
+        if step == wrapped_anew_at:
+            forward = distributed.wrap(stage.network)
+        views = stage.viewer(0)(batch.inputs, batch.rows_B)
+        optimizer.zero_grad()
+        sum(stage.step(forward, views, batch).values(), torch.zeros(())).backward()
+        optimizer.step()
+    return {name: weight.detach().clone() for name, weight in stage.network.named_parameters()}
+
+
 def _stage(name: str, context: Context) -> Stage:
     recipe = context.recipe
     if name == "pretrain":

@@ -172,7 +172,12 @@ def wrap(network: nn.Module) -> nn.Module:
     if world_size() == 1:
         return network
     # Buffers need no broadcast: statistics are synchronised, so they are equal everywhere.
-    return nn.parallel.DistributedDataParallel(network, **_no_buffer_broadcast())
+    # The search for unused parameters finds none, but keeps the gradients in one order. Otherwise
+    # DistributedDataParallel changes it after its first step, several workers then sum and round
+    # differently, and a resumed run does not get the weights of an uninterrupted one.
+    return nn.parallel.DistributedDataParallel(
+        network, find_unused_parameters=True, **_no_buffer_broadcast()
+    )
 
 
 def _no_buffer_broadcast() -> dict[str, Any]:
