@@ -36,9 +36,10 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_fit_on_one_worker_is_the_fit_in_one_process(scans: Path, tmp_path: Path) -> None:
     """The choices, the count, the weights, the answers and the report; a kill costs nothing."""
     ours, theirs = tmp_path / "ray" / "run", tmp_path / "local" / "run"
+    long = (*QUICK, *sets("train.epochs=40"))  # on a busy machine, a kill takes seconds
     with own_ray() as here, own_ray() as there:
-        local = here.snscc("fit", scans, *QUICK, "--out", theirs)
-        asked = ["fit", scans, *QUICK, *ONE, "--out", ours]
+        local = here.snscc("fit", scans, *long, "--out", theirs)
+        asked = ["fit", scans, *long, *ONE, "--out", ours]
         killed = there.snscc(*asked)
         killed.reaches(ours, "pretrain", 0)
         for process in there.processes():
