@@ -18,8 +18,9 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.report import describe_machine, print_table, save
+from snscc_ray.answers.carry import carry_out
 from snscc_ray.answers.journal import Action, undo
-from snscc_ray.answers.sort import SortRequest, carry_out, folders_to_make, make_plan
+from snscc_ray.answers.sort import SortRequest, folders_to_make, make_plan
 from snscc_ray.core.display import Display
 from snscc_ray.runs.local import run_here
 from snscc_ray.runs.run import Request

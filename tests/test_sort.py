@@ -224,9 +224,9 @@ def test_another_disk(action: str, place: Path, snscc: Snscc) -> None:
 
 KILLED = """
 import os, signal, sys
-from snscc_ray.answers import journal, sort
+from snscc_ray.answers import carry, journal
 from snscc_ray.cli import main
-sort._BATCH, left = 8, [int(os.environ["AFTER"])]
+carry._BATCH, left = 8, [int(os.environ["AFTER"])]
 name = os.environ["CALL"]
 real = getattr(os, name)
 def call(*words, **named):
@@ -234,11 +234,11 @@ def call(*words, **named):
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*words, **named)
-real_carry = sort.carry_out
-def carry(*words):
+real_carry = carry.carry_out
+def carried(*words):
     setattr(os, name, call)
     return real_carry(*words)
-sort.carry_out = carry
+carry.carry_out = carried
 main()
 """
 

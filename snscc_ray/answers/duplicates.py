@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from snscc_ray.answers.alike import SIDE, TINTS, same_colours, similarity, small_copies
-from snscc_ray.answers.features import own_ids
+from snscc_ray.answers.features import own_ids, rows_now
 from snscc_ray.answers.predict import check_finished
 from snscc_ray.answers.report.pick import NEAR, identical, numbered, pairs_of
 from snscc_ray.config.errors import UserError
@@ -40,7 +40,6 @@ from snscc_ray.data.decode import (
 from snscc_ray.data.loading.survey import in_threads
 from snscc_ray.data.names import Names
 from snscc_ray.data.rows import Rows
-from snscc_ray.data.sources import list_rows
 from snscc_ray.runs.finished import NEIGHBORS
 from snscc_ray.runs.folder import read_recipe, reading
 
@@ -93,7 +92,7 @@ class _Look:
 def find_duplicates(run: Path, display: Display) -> Duplicates:
     """Find the near-duplicates among the images of a finished run. Raises UserError.
 
-    Memory grows by some 100 bytes per image; small grey copies are in a temporary file (4 KB each).
+    Small grey copies are in a temporary file (4 KB per image), and a few numbers of each in memory.
     """
     with reading(run):
         check_finished(run)
@@ -101,7 +100,7 @@ def find_duplicates(run: Path, display: Display) -> Duplicates:
         mined = MinedNeighbors.load(run / "pretrain" / NEIGHBORS)
         if recipe.encoder.name == NO_ENCODER:
             return _by_features(ids, mined)
-        return _by_pixels(recipe, ids, mined, display)
+        return _by_pixels(run, recipe, ids, mined, display)
 
 
 def write_duplicates(lines: Sequence[Line], file: Path) -> None:
@@ -144,13 +143,10 @@ def _by_features(ids: Names, mined: MinedNeighbors) -> Duplicates:
 # ----------------------------------------------------------------------------------------- pixels
 
 
-def _by_pixels(recipe: Recipe, ids: Names, mined: MinedNeighbors, display: Display) -> Duplicates:
-    data = recipe.data
-    if data.path is not None and not is_url(data.path) and not Path(data.path).exists():
-        raise UserError(f"the images of the run are no longer at {data.path}: put them back there")
-    # Labels and a limit would depend on files that have come since.
-    data = data.model_copy(update={"limit": None, "folders_are_labels": False})
-    rows = list_rows(data, display.finding("listing", "images"))
+def _by_pixels(
+    run: Path, recipe: Recipe, ids: Names, mined: MinedNeighbors, display: Display
+) -> Duplicates:
+    rows = rows_now(run, recipe, display)
     number = {name: row for row, name in enumerate(ids)}
     left = [(name, "it is gone") for name in sorted(number.keys() - set(rows.ids))]
     looks: dict[int, _Look] = {}

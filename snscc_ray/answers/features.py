@@ -75,6 +75,15 @@ def own_rows(folder: Path, recipe: Recipe, display: Display) -> Rows:
     return list_rows(recipe.data, display.finding("listing", "images"))
 
 
+def rows_now(folder: Path, recipe: Recipe, display: Display) -> Rows:
+    """List what is where a run's images were. Raises UserError if they are gone.
+
+    Without labels and a limit, as these would depend on files that have come since.
+    """
+    data = recipe.data.model_copy(update={"limit": None, "folders_are_labels": False})
+    return own_rows(folder, recipe.model_copy(update={"data": data}), display)
+
+
 def own_ids(folder: Path) -> Names:
     """Return the ids of a run's own images, in order."""
     table = read_table(folder / "assignments.parquet", ["id"])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from snscc_ray.answers.sheets import read_sheet
 from snscc_ray.config.errors import UserError
 from snscc_ray.core.storage import write_whole
 from snscc_ray.runs.folder import NAMES_FILE
@@ -110,14 +111,7 @@ _SUGGESTED = ("suggestion", "confidence", "runner_up")
 
 def _lines(file: Path, clusters: int) -> dict[int, dict[str, str | None]]:
     """Return the checked lines of a names file by cluster. Raises UserError."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte-order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as UTF-8 text ({error}); save it as CSV") from error
-    try:
-        lines = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text)))
-    except csv.Error as error:
-        raise UserError(f"{file} is no CSV table ({error}); save it as CSV") from error
+    lines = read_sheet(file)
     if not lines or not {"cluster", "name"} <= set(lines[0]):
         raise UserError(f"{file} needs the columns cluster and name, as `snscc name` writes them")
     found: dict[int, dict[str, str | None]] = {}
@@ -143,8 +137,3 @@ def _lines(file: Path, clusters: int) -> dict[int, dict[str, str | None]]:
 
 def _text(line: dict[str, str | None] | None, column: str) -> str | None:
     return " ".join(((line or {}).get(column) or "").split()) or None
-
-
-def _delimiter(text: str) -> str:
-    """Spreadsheets of many countries write semicolons."""
-    return max(",;\t", key=text.partition("\n")[0].count)

@@ -1,55 +1,45 @@
 """Put the image files of a finished run into one folder per group, and be able to undo it.
 
-Nothing is ever overwritten. What is done is written to the undo file first (see `journal`).
+`make_plan` writes nothing; `carry` does what it says.
 """
 
 from __future__ import annotations
 
-import csv
-import errno
-import io
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from snscc_ray.answers.features import rows_now
 from snscc_ray.answers.journal import (
-    NO_LINKS,
     PART,
     UNDO_FILE,
     Action,
-    Entry,
-    Journal,
-    copy,
-    move,
 )
 from snscc_ray.answers.names import read_naming
 from snscc_ray.answers.places import file_names, folder_names
 from snscc_ray.answers.predict import check_finished
+from snscc_ray.answers.sheets import read_sheet
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
 from snscc_ray.config.settings import NO_ENCODER, DataSettings, Recipe
 from snscc_ray.core.claim import CLAIM
 from snscc_ray.core.display import Display
-from snscc_ray.core.storage import is_disk_full
 from snscc_ray.core.tables import read_table
 from snscc_ray.data.decode import Reading, UnreadableImage, decode_into
 from snscc_ray.data.imageset import digests
 from snscc_ray.data.names import Files
 from snscc_ray.data.rows import Rows
-from snscc_ray.data.sources import list_rows
 from snscc_ray.runs.finished import ASSIGNMENTS
 from snscc_ray.runs.folder import IMAGES_FILE, STAMPS, read_recipe, reading
 from snscc_ray.texts import counted
 
 DOUBTFUL, DUPLICATES = "doubtful", "duplicates"
-# Files announced in the undo file at a time: one flush to the disk costs as much as many links.
-_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -98,21 +88,12 @@ class Plan:
         return {name: (images[name], size[name]) for name in sorted(images)}
 
 
-@dataclass(frozen=True)
-class Sorted:
-    """What was done."""
-
-    done: int
-    symbolic: int  # links that are symbolic, as the disk has no hard links to those files
-    left: list[tuple[str, str]]
-
-
 def make_plan(request: SortRequest, display: Display) -> Plan:
     """Find out where each image of the run goes. Writes nothing. Raises UserError."""
     with reading(request.run):
         check_finished(request.run)
         recipe = read_recipe(request.run)
-        rows = _files_of(recipe, display)
+        rows = _files_of(request.run, recipe, display)
         assert isinstance(rows.files, Files)
         check_target(request.into, rows.files.root)
         table = read_table(request.run / ASSIGNMENTS, ["id", "cluster", "confidence"])
@@ -192,7 +173,7 @@ def _named(found: Sequence[tuple[str, Path, str, os.stat_result]]) -> list[Item]
     ]
 
 
-def _files_of(recipe: Recipe, display: Display) -> Rows:
+def _files_of(run: Path, recipe: Recipe, display: Display) -> Rows:
     """List the image files of a run. Raises UserError for a run on anything else."""
     data = recipe.data
     if data.path is not None and is_url(data.path):
@@ -202,11 +183,7 @@ def _files_of(recipe: Recipe, display: Display) -> Rows:
         )
     if recipe.encoder.name == NO_ENCODER:
         raise UserError("the run is on embeddings, which are no files: there is nothing to sort")
-    if data.path is not None and not Path(data.path).exists():
-        raise UserError(f"the images of the run are no longer at {data.path}: put them back there")
-    # Labels and a limit would depend on files that have come since.
-    data = data.model_copy(update={"limit": None, "folders_are_labels": False})
-    rows = list_rows(data, display.finding("listing", "images"))
+    rows = rows_now(run, recipe, display)
     if rows.files is None:
         kind = "Parquet shards" if rows.shards is not None else "a dataset in one file"
         raise UserError(
@@ -253,14 +230,7 @@ def _set_aside(file: Path | None, ids: Sequence[str]) -> set[str]:
     """Return the ids that a file of `snscc duplicates` does not keep. Raises UserError."""
     if file is None:
         return set()
-    try:
-        text = file.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--duplicates {file} cannot be read as UTF-8 text ({error}): give the CSV file that "
-            "`snscc duplicates` wrote"
-        ) from error
-    lines = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text)))
+    lines = read_sheet(file)
     if lines and not {"id", "keep"} <= set(lines[0]):
         raise UserError(f"--duplicates {file} needs the columns id and keep, as `snscc duplicates` "
                         "writes them")  # fmt: skip
@@ -275,12 +245,7 @@ def _set_aside(file: Path | None, ids: Sequence[str]) -> set[str]:
             raise UserError(
                 f"--duplicates {file}, line {number}: keep is {line['keep']!r}; write yes or no"
             )
-    return {line["id"] for line in lines if line["keep"] == "no"}
-
-
-def _delimiter(text: str) -> str:
-    """Return what separates the cells: spreadsheets of many countries write semicolons."""
-    return max(",;\t", key=text.partition("\n")[0].count)
+    return {str(line["id"]) for line in lines if line["keep"] == "no"}
 
 
 # -------------------------------------------------------------------------- files changed since
@@ -334,94 +299,3 @@ class _Seen:
         except UnreadableImage:
             return None
         return digests(pixels)
-
-
-# ------------------------------------------------------------------------------------- doing it
-
-
-def carry_out(plan: Plan, request: SortRequest, made: Sequence[Path], display: Display) -> Sorted:
-    """Do what the plan says, in a folder that this process has claimed.
-
-    made: folders that were made for it, innermost first. A file that cannot be handled is left
-    where it is and named. A full disk or a lost one ends it; the undo file is right then, too.
-    Raises UserError.
-    """
-    into, left = request.into, list(plan.left)
-    done = symbolic = 0
-    again = f"`snscc sort --undo {into}` puts them back"
-    journal = Journal(into, request.action, made)
-    tell = display.counting(_DOING[request.action], "files")
-    try:
-        for batch in _announced(plan, request, journal):
-            for entry in batch:
-                try:
-                    symbolic += _act(request.action, entry, into)
-                    done += 1
-                except OSError as error:
-                    if is_disk_full(error) or error.errno == errno.EROFS:
-                        raise
-                    journal.withdraw(entry)
-                    left.append((entry.source, error.strerror or str(error)))
-            tell(done + len(left) - len(plan.left), len(plan.items))
-        journal.flush()
-    except OSError as error:
-        raise UserError(
-            f"{into}: {error.strerror} after {done:,} of {counted(len(plan.items), 'file')}; "
-            f"{again}; then sort into a folder on another disk, or free some space"
-        ) from error
-    except KeyboardInterrupt:
-        display.line(f"{done:,} of {counted(len(plan.items), 'file')} were done: {again}")
-        raise
-    finally:
-        journal.close()
-        display.finish()
-    return Sorted(done, symbolic, left)
-
-
-_DOING = {"link": "linking", "copy": "copying", "move": "moving"}
-
-
-def _announced(plan: Plan, request: SortRequest, journal: Journal) -> Iterator[list[Entry]]:
-    """Yield the files in batches that are in the undo file, and whose folders are there."""
-    made: set[str] = set()
-    for first in range(0, len(plan.items), _BATCH):
-        items = plan.items[first : first + _BATCH]
-        new = list(dict.fromkeys(f for item in items for f in _with_parents(item.folder)))
-        new = [folder for folder in new if folder not in made]
-        made.update(new)
-        entries = []
-        for folder in new:
-            journal.folder(folder)
-        for item in items:
-            # A link to a link would break with it.
-            link = request.action == "link" and item.source.is_symlink()
-            source = os.path.realpath(item.source) if link else item.source
-            entries.append(Entry(str(source), item.target, item.bytes, item.modified))
-            journal.announce(entries[-1])
-        journal.flush()
-        for folder in new:
-            (request.into / folder).mkdir()
-        yield entries
-
-
-def _with_parents(folder: str) -> list[str]:
-    parts = folder.split("/")
-    return ["/".join(parts[: end + 1]) for end in range(len(parts))]
-
-
-def _act(action: Action, entry: Entry, into: Path) -> bool:
-    """Handle one file. Returns whether it became a symbolic link. Raises OSError."""
-    source, target = Path(entry.source), into / entry.target
-    if action == "copy":
-        copy(source, target, into / PART)
-    elif action == "move":
-        move(source, target, into / PART)
-    else:
-        try:
-            os.link(source, target)
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            os.symlink(source, target)
-            return True
-    return False

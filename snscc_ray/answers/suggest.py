@@ -103,9 +103,8 @@ def _vocabulary(recipe: Recipe) -> tuple[int, int, Vocabulary]:
     for encoder, width in zip(recipe.encoder.each(), encoder_widths(recipe), strict=True):
         try:
             known = vocabulary_of(encoder.name) if encoder.weights == "default" else None
-        except (
-            UserError
-        ) as error:  # the weights were fetched on another machine, and cannot be here
+        except UserError as error:
+            # The weights were fetched on another machine, and cannot be here.
             raise NoWords(str(error)) from error
         if known:
             return first, width, known

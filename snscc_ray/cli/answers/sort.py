@@ -89,9 +89,9 @@ def sort(
     if by not in ("name", "cluster"):
         raise UserError(f"--by {by}: use name or cluster")
     # Imported here so that --help need not wait seconds for torch.
+    from snscc_ray.answers.carry import carry_out
     from snscc_ray.answers.sort import (
         SortRequest,
-        carry_out,
         check_target,
         folders_to_make,
         make_plan,

@@ -112,7 +112,7 @@ def _second(features_ND: Tensor, centres_CD: Tensor, cell_N: Tensor) -> Tensor:
         return cell_N
 
     def second(part_B: Tensor) -> Tensor:
-        score_BC = _to_centres(features_ND[part_B], centres_CD)
+        score_BC = to_centres(features_ND[part_B], centres_CD)
         score_BC.scatter_(1, cell_N[part_B, None], torch.inf)
         return score_BC.argmin(1)
 
@@ -121,7 +121,7 @@ def _second(features_ND: Tensor, centres_CD: Tensor, cell_N: Tensor) -> Tensor:
         return torch.cat(list(mapped(second, parts)))
 
 
-def _to_centres(z_BD: Tensor, centres_CD: Tensor) -> Tensor:
+def to_centres(z_BD: Tensor, centres_CD: Tensor) -> Tensor:
     """Return scores (B, C) that order the centres as the distances do."""
     return scores(z_BD, centres_CD, centres_CD.square().sum(1))
 
@@ -131,7 +131,7 @@ def _ranks(z_BD: Tensor, centres_CD: Tensor, most: int) -> Tensor:
 
     It is `most` for centres beyond the `most` nearest ones of all rows.
     """
-    _, near_BM = _to_centres(z_BD, centres_CD).topk(most, dim=1, largest=False)
+    _, near_BM = to_centres(z_BD, centres_CD).topk(most, dim=1, largest=False)
     rank_BM = torch.arange(most).expand_as(near_BM)
     rank_C = torch.full((len(centres_CD),), most)
     return rank_C.scatter_reduce_(0, near_BM.flatten(), rank_BM.flatten(), "amin")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from snscc_ray.core import rng
+from snscc_ray.core.clustering.cells import to_centres
 from snscc_ray.core.clustering.kmeans import partition
 from snscc_ray.core.clustering.neighbors import SPARE, knn, nearest_of, scores, smallest
 from snscc_ray.core.threads import mapping
@@ -56,7 +57,7 @@ def make_index(features_ND: Tensor, k: int) -> Index:
     z_SD = features_ND[sample_S]
     _, true_SK = knn(features_ND, k + 1, queries=z_SD)
     other_SK = true_SK != sample_S[:, None]
-    rank_SC = _to_centres(z_SD, centres_CD).argsort(dim=1).argsort(dim=1)
+    rank_SC = to_centres(z_SD, centres_CD).argsort(dim=1).argsort(dim=1)
     depths = rank_SC.gather(1, cell_N[true_SK])[other_SK] + 1
     searched = int(depths.sort().values[int(_RECALL * (len(depths) - 1))])
     recall = float((depths <= searched).double().mean())
@@ -77,7 +78,7 @@ def query(index: Index, features_ND: Tensor, z_QD: Tensor, k: int) -> tuple[Tens
 
 def _query(index: Index, features_ND: Tensor, z_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
     B, P, R = len(z_BD), index.searched, k + SPARE
-    cell_BP = _to_centres(z_BD, index.centres_CD).topk(P, dim=1, largest=False).indices
+    cell_BP = to_centres(z_BD, index.centres_CD).topk(P, dim=1, largest=False).indices
     # The (row, cell) pairs, cell by cell: each cell is read once for all rows that chose it.
     order = cell_BP.flatten().argsort(stable=True)
     asked_C = cell_BP.flatten().bincount(minlength=len(index.centres_CD))
@@ -106,8 +107,3 @@ def _query(index: Index, features_ND: Tensor, z_BD: Tensor, k: int) -> tuple[Ten
     if len(short_B):
         d_BK[short_B], idx_BK[short_B] = knn(features_ND, k, queries=z_BD[short_B])
     return d_BK, idx_BK
-
-
-def _to_centres(z_BD: Tensor, centres_CD: Tensor) -> Tensor:
-    """Return scores (B, C) that order the centres as the distances do."""
-    return scores(z_BD, centres_CD, centres_CD.square().sum(1))
