@@ -27,7 +27,7 @@ from snscc_ray.answers.predict import Model, check_finished, check_inputs, load_
 from snscc_ray.answers.report import sprites
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import as_path
-from snscc_ray.config.settings import NO_ENCODER
+from snscc_ray.config.settings import NO_ENCODER, DataSettings
 from snscc_ray.core.display import Display
 from snscc_ray.core.storage import write_whole
 from snscc_ray.core.tables import read_table
@@ -209,9 +209,8 @@ def _image(text: str, file: Path, model: Model, display: Display) -> _Query:
     data, rows = resolve_reading(model.recipe.data, rows_of_paths([file]))
     for note in rows.notes:
         display.line(f"{text}: {note}")
-    pixels_BCHW = np.empty((1, data.channels, data.image_size, data.image_size), np.uint8)
     try:
-        decode_into(file, pixels_BCHW[0], rows.reading)
+        pixels_BCHW = _pixels(file, data, rows.reading)[None]
     except UnreadableImage as error:
         raise UserError(
             f"{text} cannot be read as an image ({error}): give another file, or the id of an "
@@ -253,17 +252,20 @@ def _pictures(
         listed = own_rows(run, model.recipe, display)
         places = pc.index_in(ids.take(np.array(rows)).array, value_set=listed.ids.array)
         row_of = dict(zip(places.to_pylist(), rows, strict=True))
+        seen: dict[int, np.ndarray] = {}  # by row, as the network sees them
         tell, done, first = display.counting("pictures", "images"), 0, 0
         for batch in listed.batches:
             for place in row_of.keys() & set(range(first, first + len(batch))):
                 row, source = row_of[place], batch[place - first]
                 with suppress(UnreadableImage):
-                    if _is_same(source, row, model, known, listed.reading):
-                        pictures[row] = _thumbnail(source, listed.reading)
+                    seen[row] = _pixels(source, data, listed.reading)
+                    pictures[row] = _thumbnail(source, listed.reading)
                 done += 1
                 tell(done, len(rows))
             first += len(batch)
         display.finish()
+        for row in _changed(seen, model, known):
+            pictures.pop(row, None)
     except (UserError, OSError) as error:
         return pictures, [f"No pictures, because the images of the run cannot be read: {error}."]
     missing = len(rows) - len(pictures.keys() & wanted)
@@ -271,13 +273,24 @@ def _pictures(
     return pictures, [note] if missing else []
 
 
-def _is_same(source: Source, row: int, model: Model, known: KnownImages, how: Reading) -> bool:
-    """Whether an image is the one that the run saw, by its feature. Raises UnreadableImage."""
-    data = model.recipe.data
-    pixels_BCHW = np.empty((1, data.channels, data.image_size, data.image_size), np.uint8)
-    decode_into(source, pixels_BCHW[0], how)
-    z_BD, _ = model.infer(ResidentData(torch.from_numpy(pixels_BCHW), model.device))
-    return float(z_BD[0] @ known.features_MD[row]) >= _SAME
+def _pixels(source: Source, data: DataSettings, how: Reading) -> np.ndarray:
+    """Decode an image as the run does, uint8 (C, S, S). Raises UnreadableImage."""
+    pixels_CSS = np.empty((data.channels, data.image_size, data.image_size), np.uint8)
+    decode_into(source, pixels_CSS, how)
+    return pixels_CSS
+
+
+def _changed(seen: dict[int, np.ndarray], model: Model, known: KnownImages) -> list[int]:
+    """Return the rows whose images are not those that the run saw, by their features.
+
+    All in one pass: the network computes a whole batch for a single image, too.
+    """
+    if not seen:
+        return []
+    pixels_BCHW = torch.from_numpy(np.stack([*seen.values()]))
+    z_BD, _ = model.infer(ResidentData(pixels_BCHW, model.device))
+    cosine_B = (z_BD * known.features_MD[[*seen]]).sum(1)
+    return [row for row, cosine in zip(seen, cosine_B.tolist(), strict=True) if cosine < _SAME]
 
 
 def _thumbnail(source: Source, how: Reading) -> Tensor:
