@@ -199,8 +199,13 @@ def test_a_stopped_and_a_killed_command_go_on(ray: Ray, whole: Path, tmp_path: P
     assert saved["epoch"] >= 3
     running = ray.snscc(*command)
     epoch = reaches(running, folder, "dae", saved["epoch"] + 3)
+    workers = ray.actors("_in_worker")
+    for worker in workers:
+        worker.suspend()  # it would live on for a moment, and could end its method in it
     running.send(signal.SIGKILL)
     running.wait(-signal.SIGKILL, 60)
+    for worker in workers:
+        worker.kill()
     until(lambda: not ray.alive(), ray.alive, 60)
     again = ray.snscc(*command).wait()
     assert "kmeans: already done" in again.out

@@ -19,6 +19,7 @@ import ray
 import torch
 from ray import tune
 from ray.tune.logger import TBXLoggerCallback
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -40,7 +41,7 @@ from snscc_ray.cluster.scale import (
     probe_node,
     too_small,
 )
-from snscc_ray.config.errors import UserError
+from snscc_ray.config.errors import TrainingError, UserError
 from snscc_ray.config.paths import absolute, arrow_storage
 from snscc_ray.config.settings import Recipe, StageName
 from snscc_ray.core.claim import claimed
@@ -53,11 +54,12 @@ from snscc_ray.runs.pace import Seconds, measure
 from snscc_ray.runs.plan import make_plan
 from snscc_ray.runs.run import execute
 from snscc_ray.sweep.plan import Job, Ledger, searched
+from snscc_ray.texts import counted
 from snscc_ray.training.engine import Interrupted
 from snscc_ray.training.workers import LocalWorker, choose_device
 
 # Turn off Tune's reports on every trial; we show a progress bar and a table.
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
 
 # Tune prints pages for every trial that fails; we print one line.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -133,19 +135,41 @@ class Session:
     def train(self, stage: StageName, jobs: Sequence[Job]) -> None:
         """Train the jobs of one stage, whose parents are finished. Raises Interrupted on Ctrl-C.
 
-        A failed job is retried once, and then recorded in the ledger with the reason.
+        A job whose worker is lost is started again up to `runtime.max_failures` times. One that
+        fails is recorded in the ledger with the reason.
         """
-        open_jobs = [job for job in jobs if not self.ledger.ended(job)]
+        for job in jobs:
+            if not self.ledger.ended(job):
+                self.ledger.forget("failed", job.identity)
+        lost: dict[str, str] = {}
+        for _ in range(self.recipe.runtime.max_failures + 1):
+            lost = self._run(stage, jobs)
+            if not lost:
+                break
+            self.display.line(f"{counted(len(lost), 'trial')} lost with a worker; starting again")
+        for identity, reason in lost.items():
+            self.ledger.write("failed", identity, {"reason": reason})
+        for job in jobs:
+            if (record := self.ledger.read("failed", job.identity)) is not None:
+                told = f"{stage} of {job.overrides}, seed {job.seed}"
+                self.display.line(f"failed: {told}: {record['reason']}")
+
+    def _run(self, stage: StageName, jobs: Sequence[Job]) -> dict[str, str]:
+        """Run every job that has not ended or failed. Returns why jobs were lost, by identity.
+
+        Tune itself starts a trial again up to `runtime.max_failures` times. But when it hears twice
+        of one loss, it gives the trial up at once: only such a job is returned.
+        """
+        open_jobs = [job for job in jobs if not self._over(job)]
         if not open_jobs:
-            return
-        for job in open_jobs:
-            self.ledger.forget("failed", job.identity)
+            return {}
         epochs = {job.identity: getattr(job.recipe, stage).epochs for job in open_jobs}
         began = [len(self.ledger.lines(stage, job.identity)) for job in open_jobs]
+        watch = _Watch(self.display, self.options.scale())
         self.display.start(stage, 1, sum(epochs.values()), sum(began), "epochs")
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_trainable, given=self._shared, jobs=list(open_jobs)),
+                tune.with_parameters(_trainable, given=self._shared, jobs=open_jobs),
                 self._resources(),
             ),
             param_space={
@@ -161,27 +185,25 @@ class Session:
                 max_concurrent_trials=self.concurrent,
                 reuse_actors=self.options.workers_per_trial == 1,
             ),
-            run_config=self._run_config(stage),
+            run_config=self._run_config(stage, watch),
         )
-        results = tuner.fit()
+        tuner.fit()
         self.display.finish()
-        errors = {
-            open_jobs[result.config["trial"]["job"]].identity: result.error
-            for result in results
-            if result.error is not None and result.config
-        }
-        left = []
-        for job in open_jobs:
-            if self.ledger.ended(job):
-                continue
-            if job.identity in errors:
-                reason = _reason(errors[job.identity])
-                self.ledger.write("failed", job.identity, {"reason": reason})
-                self.display.line(f"failed: {stage} of {job.overrides}, seed {job.seed}: {reason}")
+        lost = {}
+        for trial in watch.given_up:
+            identity = open_jobs[trial.config["trial"]["job"]].identity
+            reason = _reason(trial.get_error())
+            if trial.run_metadata.num_failures > self.recipe.runtime.max_failures:
+                self.ledger.write("failed", identity, {"reason": reason})
             else:
-                left.append(job)
-        if left:
+                lost[identity] = reason
+        if not all(job.identity in lost or self._over(job) for job in open_jobs):
             raise Interrupted
+        return lost
+
+    def _over(self, job: Job) -> bool:
+        """Return whether the job is finished, was stopped early, or failed."""
+        return self.ledger.ended(job) or self.ledger.read("failed", job.identity) is not None
 
     def measure(self) -> Seconds:
         """Run `pace.measure` where a trial would run. Empty for a streamed dataset."""
@@ -223,14 +245,14 @@ class Session:
             return FIFOScheduler()
         return _PerSeed(make, jobs, open_jobs, self.ledger)
 
-    def _run_config(self, stage: StageName) -> tune.RunConfig:
+    def _run_config(self, stage: StageName, watch: _Watch) -> tune.RunConfig:
         storage, filesystem = arrow_storage(self.folder / "tune")
         return tune.RunConfig(
             name=f"{stage}-{int(time.time())}",
             storage_path=storage,
             storage_filesystem=filesystem,
-            failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[TBXLoggerCallback(), _Progress(self.display, self.options.scale())],
+            failure_config=tune.FailureConfig(max_failures=self.recipe.runtime.max_failures),
+            callbacks=[TBXLoggerCallback(), watch],
             verbose=0,
         )
 
@@ -291,10 +313,15 @@ class _PerSeed(FIFOScheduler):  # type: ignore[misc]
 _KEPT = ("health/", "oracle/", "loss/")
 
 
-class _Progress(tune.Callback):  # type: ignore[misc]
-    """Show progress, and limit the wait for nodes: Tune would wait silently, and forever."""
+class _Watch(TrialProgressCallback):  # type: ignore[misc]
+    """Show progress in place of Tune, keep the trials given up, and limit the wait for nodes.
+
+    Tune would wait silently, and forever. Its results do not say which trial it gave up before the
+    first report.
+    """
 
     def __init__(self, display: Display, scale: Scale) -> None:
+        self.given_up: list[Any] = []  # trials
         self._display, self._scale = display, scale
         self._asked = self._shown = self._fitting = time.monotonic()
 
@@ -330,6 +357,12 @@ class _Progress(tune.Callback):  # type: ignore[misc]
     ) -> None:
         self._display.advance()
 
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Print nothing."""
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.given_up.append(trial)
+
 
 def _probed(options: Options, say: Callable[[str], None]) -> list[Probe]:
     """Probe where one trial would run; a cluster may have to grow first.
@@ -364,7 +397,7 @@ def _concurrent(options: Options) -> int:
     return min(fitting, options.max_concurrent or fitting)
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: object) -> str:
     """Return the last line of a trial's error, which gives the cause."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     return said[-1][:300] if said else type(error).__name__
@@ -391,8 +424,13 @@ def _trainable(config: dict[str, Any], given: _Shared, jobs: Sequence[Job]) -> N
     job = jobs[config["trial"]["job"]]
     # Two sweeps may need the same stage at once: the second waits and finds it finished.
     with claimed(given.ledger.stage_folder(job), lambda _: None, patient=True):
-        if not given.ledger.finished(job):
+        if given.ledger.finished(job):
+            return
+        try:
             _train(job, given)
+        except (UserError, TrainingError) as error:
+            # Not raised: Tune would start the trial again, only to fail in the same way.
+            given.ledger.write("failed", job.identity, {"reason": _reason(error)})
 
 
 def _train(job: Job, given: _Shared) -> None:
