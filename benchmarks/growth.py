@@ -39,7 +39,7 @@ from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import STAGES, DataSettings, Recipe
 from snscc_ray.core.clustering.kmeans import kmeans
 from snscc_ray.core.clustering.mining import mine
-from snscc_ray.core.display import NullScreen
+from snscc_ray.core.display import Display, NullScreen
 from snscc_ray.core.memory import share_one_pool
 from snscc_ray.data import pack
 from snscc_ray.data.imageset import assemble
@@ -196,7 +196,7 @@ def counting(work: Path, rows: int) -> Seconds:
 
 
 def page(work: Path, rows: int) -> Seconds:
-    return timed("report", lambda: report(work / "run", work / "report.html", QUIET))
+    return timed("report", lambda: report(work / "run", work / "report.html", Display(QUIET)))
 
 
 def predicting(work: Path, rows: int) -> Seconds:

@@ -115,11 +115,17 @@ def test_mining_many_rows_says_how_much_it_finds(monkeypatch: pytest.MonkeyPatch
     exact = mine(rows_ND, 6)
     assert exact.recall == 1
     monkeypatch.setattr(mining, "_EXACT_ROWS", 3000)
-    told: list[tuple[int, int]] = []
-    found = mine(rows_ND, 6, lambda done, total: told.append((done, total)))
+    told: dict[str, list[tuple[int, int]]] = {"cells": [], "neighbours": []}
+
+    def count(task: str, done: int, total: int, unit: str = "rows") -> None:
+        told[task].append((done, total))
+
+    found = mine(rows_ND, 6, count)
     assert 0.95 <= found.recall <= 1
     assert recall(found.neighbors_NK, exact.neighbors_NK) == pytest.approx(found.recall, abs=0.02)
-    assert told[-1] == (4000, 4000) and told == sorted(told)
+    for task, total in (("cells", 100), ("neighbours", 4000)):
+        assert told[task][-1] == (total, total) and told[task] == sorted(told[task])
+        assert len(told[task]) > 10
     with pytest.raises(ValueError, match="at least 1"):
         mine(rows_ND, 0)
 

@@ -35,6 +35,53 @@ def test_a_task_with_another_total_begins_anew(shown: tuple[Display, io.StringIO
     assert places(text) == ["1/2 steps", "2/2 steps", "1024/5000 rows", "5000/5000 rows"]
 
 
+def test_a_clean_pass_within_a_stage_is_shown_and_the_stage_goes_on(
+    shown: tuple[Display, io.StringIO],
+) -> None:
+    screen, text = shown
+    screen.start("boost", 2, 2, 0)
+    screen.advance()
+    screen.count("predictions", 10, 20)
+    screen.count("predictions", 20, 20)
+    screen.advance()
+    screen.epoch("boost", 0, {})
+    screen.count("predictions", 10, 20)  # its end is not told
+    screen.advance()
+    at = ["1/4 steps", "10/20 rows", "20/20 rows", "2/4 steps", "10/20 rows", "3/4 steps"]
+    assert places(text) == at
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_task_within_a_stage_has_its_bar_beside_it(
+    drawn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "_BAR_SECONDS", -1.0 if drawn else 1e9)
+    text = io.StringIO()
+    screen = Display(Console(file=text, width=120, force_terminal=True, color_system=None))
+    screen.start("boost", 2, 2, 0)
+    screen.count("predictions", 10, 20)
+    screen.count("predictions", 15, 20)
+    screen.advance()
+    screen.finish()
+    assert ("predictions" in text.getvalue()) == drawn
+    assert "1/4 steps" in " ".join(text.getvalue().rpartition("boost")[2].split())
+
+
+def test_the_end_of_all_is_shown_beside_the_end_of_a_stage(
+    shown: tuple[Display, io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen, text = shown
+    clock = [1000.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+    screen.expect(1100.0)
+    screen.start("train", 1, 100, 0)
+    for clock[0] in (1000.0, 1001.0, 1099.0):
+        screen.advance(10)
+    lines = [line.partition("ETA ")[2].strip() for line in text.getvalue().splitlines()]
+    # Never less than the stage itself still takes.
+    assert lines == ["-, of all 1:40", "0:08, of all 1:39", "5:46, of all 5:46"]
+
+
 def test_what_has_no_total_is_counted(shown: tuple[Display, io.StringIO]) -> None:
     screen, text = shown
     tell = screen.finding("listing", "images")

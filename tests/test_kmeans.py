@@ -124,5 +124,7 @@ def test_progress_ends_at_the_total(rows: int, clusters: int) -> None:
 def test_a_cluster_that_lost_its_rows_takes_the_farthest_row() -> None:
     rows_ND = torch.tensor([[0.0], [1], [2], [30]])
     centres_SCD = torch.tensor([[[1.0], [-50]]])
-    means_SCD, _, _ = module._step(rows_ND, rows_ND.square().sum(1), centres_SCD, map)
+    means_SCD, _, _ = module._step(
+        rows_ND, rows_ND.square().sum(1), centres_SCD, map, lambda share: None
+    )
     assert means_SCD.flatten().tolist() == [8.25, 30]

@@ -193,12 +193,12 @@ def test_a_stop_while_measuring_leaves_nothing_to_resume(
 
 def test_eta_counts_what_an_epoch_ends_with_and_forgets_the_first() -> None:
     # Four epochs of ten steps; a step takes 1 s and an epoch's end 5 s, the first epoch 30 s more.
-    eta, now = Eta(40, 0, 0.0), 0.0
+    eta, now = Eta(40, 0), 0.0
     assert eta.seconds(now) is None
     for epoch in range(3):
         for _ in range(10):
             now += 1 + 3 * (epoch == 0)
-            eta.advance(1)
+            eta.advance(1, now)
         if epoch == 0:
             assert eta.seconds(now) == pytest.approx(120)  # all it can know: four seconds a step
         now += 5
@@ -209,6 +209,8 @@ def test_eta_counts_what_an_epoch_ends_with_and_forgets_the_first() -> None:
 
 
 def test_eta_of_a_resumed_stage_starts_where_it_was_left() -> None:
-    eta = Eta(100, 90, 50.0)
-    eta.advance(5)
+    eta = Eta(100, 90)
+    eta.advance(1, 52.0)
+    assert eta.seconds(52.0) is None  # what came before the first step is no measure
+    eta.advance(4, 60.0)
     assert eta.seconds(60.0) == pytest.approx(10)

@@ -24,6 +24,7 @@ from selenium.webdriver.support.ui import Select
 from snscc_ray import Report
 from snscc_ray.answers.names import Naming, save
 from snscc_ray.answers.report import report
+from snscc_ray.core.display import Display
 from snscc_ray.runs.finished import ASSIGNMENTS
 from snscc_ray.runs.local import run_here
 from snscc_ray.runs.run import Request
@@ -72,7 +73,7 @@ def page(run: Path) -> str:
     cluster = table["cluster"].to_numpy().copy()
     cluster[::7] = (cluster[::7] + 1) % 10
     pq.write_table(table.set_column(1, "cluster", pa.array(cluster)), before / ASSIGNMENTS)
-    report(run, run / "report.html", QUIET, device="cpu", against=before)
+    report(run, run / "report.html", Display(QUIET), device="cpu", against=before)
     return (run / "report.html").as_uri()
 
 

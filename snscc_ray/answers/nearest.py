@@ -102,7 +102,11 @@ def _index(
     index = _kept(path, identity, len(features_MD), count)
     if index is None and asked > _COST * len(features_MD) + _MEASURED:
         display.line("making an index of the run's images, to find the nearest faster")
-        index = make_index(features_MD, max(count, _LEAST_NEIGHBOURS))
+        index = make_index(
+            features_MD,
+            max(count, _LEAST_NEIGHBOURS),
+            lambda done: display.count("index", int(100 * done), 100, "%"),
+        )
         if may_keep(run, stage):
             with claimed(run, display.line):
                 checkpoints.save(path, {"identity": identity, "index": asdict(index)})

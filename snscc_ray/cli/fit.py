@@ -210,7 +210,7 @@ def fit(
             fail(f"stopped; run the same command again to continue {shlex.quote(str(folder))}", 130)
         called, untold = _name(folder, display)
         _show(fitted, folder, called)
-        found = read_json(report(folder, page, out, device=device, loaded=fitted.images))
+        found = read_json(report(folder, page, display, device=device, loaded=fitted.images))
     if as_json:
         print(json.dumps(_as_values(found, folder, page)))
     out.quiet = quiet and as_json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -91,11 +92,6 @@ def run(
 
         snscc run cifar10 --workers 8 --gpu --address auto --storage s3://bucket/runs
     """
-    # Imported here so that --help and a misspelt recipe need not wait seconds for torch.
-    from snscc_ray.runs.local import run_here
-    from snscc_ray.runs.run import Request
-    from snscc_ray.training.engine import Interrupted
-
     chosen_stages = _stages(stages)
     seconds = None if budget is None else seconds_of(budget)
     if recipe is None and not (resume and out_folder):
@@ -103,6 +99,13 @@ def run(
     overrides = overrides_of(settings, seed, data)
     if download:
         overrides.append("data.download=true")
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks
+        say(f"snscc run {recipe or '--resume'}")  # the imports take seconds
+    # Imported here so that --help and a misspelt recipe need not wait seconds for torch.
+    from snscc_ray.runs.local import run_here
+    from snscc_ray.runs.run import Request
+    from snscc_ray.training.engine import Interrupted
+
     folder = folder_in(storage, out_folder, str(recipe))
     request = Request(recipe, overrides, folder, chosen_stages, resume, overwrite, seconds)
     counts = counts_of(workers)

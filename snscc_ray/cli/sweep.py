@@ -125,6 +125,7 @@ def sweep(
             f"--gpus-per-trial {gpus_per_trial:g}: with --workers-per-trial {workers_per_trial} "
             "each worker takes a whole GPU; use 1 or 0"
         )
+    say(f"snscc sweep {space}")  # the imports take seconds
     overrides = overrides_of(settings, seed, data)
     chosen = recipe_of("sweep", recipe, encoder, overrides, data)
     label = space.replace(".py:", "-").replace("/", "-")

@@ -20,6 +20,8 @@ from rich.progress import (
 from snscc_ray.core.eta import Eta
 from snscc_ray.texts import say
 
+# Seconds until a task gets a bar: many end sooner.
+_BAR_SECONDS = 0.5
 # Seconds between progress lines where no bar can be drawn.
 _LINE_SECONDS = 4.0
 # And until a line says that nothing else is to be said: later than a late line of progress.
@@ -49,48 +51,78 @@ class Display:
         """name: begins each line. beside: a display of the same console."""
         self.console, self._name = console, name
         self._shared: _Shared = _Shared(console) if beside is None else beside._shared
-        self._bar: TaskID | None = None
-        self._stage = self._note = self._unit = ""
-        self._done = self._total = 0
-        self._shown = 0.0
-        self._eta = Eta(0, 0, 0.0)
+        self._stage: _Track | None = None
+        self._task: _Track | None = None
+        self._end: float | None = None
+
+    def expect(self, end: float | None) -> None:
+        """Show from now on when the whole is expected to end, on `time.monotonic`'s clock."""
+        self._end = end
 
     def start(self, stage: str, epochs: int, steps: int, done: int, unit: str = "steps") -> None:
         self.finish()
-        self._stage, self._total, self._unit = stage, epochs * steps, unit
-        self._done = done
-        self._shown = time.monotonic()
-        self._eta = Eta(self._total, done, self._shown)
-        self._note = ""
+        self._stage = _Track(stage, epochs * steps, done, unit)
         if _draws(self.console):
-            self._bar = self._shared.add(self._title, self._total, done, unit)
+            self._draw(self._stage)
 
     def advance(self, steps: int = 1) -> None:
-        self._done += steps
-        self._eta.advance(steps)
+        self._end_task()
+        if self._stage is not None:
+            self._advance(self._stage, steps)
+
+    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        if self._stage is None:
+            return
+        self._stage.note = _summary(figures)
+        self._stage.eta.epoch_ended(time.monotonic())
+        if self._stage.bar is not None:
+            self._shared.bars.update(self._stage.bar, note=self._stage.note)
+
+    def count(self, task: str, done: int, total: int, unit: str = "rows") -> None:
+        """Show the progress of a task that has no epochs; `done` grows up to `total`.
+
+        Within a stage, such as a clean pass, it is shown until its end or the next step.
+        """
+        held = self._task
+        if held is None or (held.name, held.total) != (task, total) or done < held.done:
+            self._end_task()
+            held = self._task = _Track(task, total, 0, unit)
+        self._advance(held, done - held.done)
+        if done == total:
+            self._end_task()
+
+    def _advance(self, track: _Track, steps: int) -> None:
         now = time.monotonic()
-        if self._bar is not None:
-            eta = _clock(self._eta.seconds(now))
-            self._shared.bars.update(self._bar, advance=steps, eta=eta)
-        elif now - self._shown > _LINE_SECONDS:
-            self._shown = self._shared.printed = now
+        track.done += steps
+        track.eta.advance(steps, now)
+        if track.bar is None and _draws(self.console) and now - track.began > _BAR_SECONDS:
+            self._draw(track)
+        elif track.bar is not None:
+            self._shared.bars.update(track.bar, completed=track.done, eta=self._left(track, now))
+        elif now - min(track.shown, self._shared.printed) > _LINE_SECONDS:
+            track.shown = self._shared.printed = now
             self.console.print(
-                f"{self._title:8} {self._done}/{self._total} {self._unit}  "
-                f"ETA {_clock(self._eta.seconds(now))}  {self._note}",
+                f"{self._title(track):8} {track.done}/{track.total} {track.unit}  "
+                f"ETA {self._left(track, now)}  {track.note}",
                 highlight=False,
             )
 
-    def epoch(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
-        self._note = _summary(figures)
-        self._eta.epoch_ended(time.monotonic())
-        if self._bar is not None:
-            self._shared.bars.update(self._bar, note=self._note)
+    def _left(self, track: _Track, now: float) -> str:
+        own = track.eta.seconds(now)
+        if self._end is None:
+            return _clock(own)
+        return f"{_clock(own)}, of all {_clock(max(self._end - now, own or 0.0))}"
 
-    def count(self, task: str, done: int, total: int, unit: str = "rows") -> None:
-        """Show the progress of a task that has no epochs; `done` grows up to `total`."""
-        if (self._stage, self._total) != (task, total) or done < self._done:
-            self.start(task, 1, total, 0, unit)
-        self.advance(done - self._done)
+    def _draw(self, track: _Track) -> None:
+        track.bar = self._shared.add(self._title(track), track.total, track.done, track.unit)
+
+    def _end_task(self) -> None:
+        self._undraw(self._task)
+        self._task = None
+
+    def _undraw(self, track: _Track | None) -> None:
+        if track is not None and track.bar is not None:
+            self._shared.remove(track.bar)
 
     def counting(self, task: str, unit: str) -> Callable[[int, int], None]:
         """Return a function that shows a task's progress; call it with (done, total)."""
@@ -118,13 +150,23 @@ class Display:
             self.line(text)
 
     def finish(self) -> None:
-        if self._bar is not None:
-            self._shared.remove(self._bar)
-            self._bar = None
+        self._end_task()
+        self._undraw(self._stage)
+        self._stage = None
 
-    @property
-    def _title(self) -> str:
-        return " ".join(dict.fromkeys(filter(None, (self._name, self._stage))))
+    def _title(self, track: _Track) -> str:
+        return " ".join(dict.fromkeys(filter(None, (self._name, track.name))))
+
+
+class _Track:
+    """The progress of a stage, or of a task."""
+
+    def __init__(self, name: str, total: int, done: int, unit: str) -> None:
+        self.name, self.total, self.done, self.unit = name, total, done, unit
+        self.note = ""
+        self.began = self.shown = time.monotonic()
+        self.eta = Eta(total, done)
+        self.bar: TaskID | None = None
 
 
 class _Shared:

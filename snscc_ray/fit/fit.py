@@ -188,6 +188,7 @@ def fit_on(machine: Machine, request: FitRequest, start: Start, display: Display
         if picks:
             chosen = recipe
             recipe, expected_end = _paced(request, recipe, catalog, machine, display)
+            display.expect(expected_end)
             picks = as_paced(picks, chosen, recipe)
             if request.overwrite:
                 remove_run(request.folder)

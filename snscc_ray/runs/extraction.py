@@ -45,7 +45,7 @@ def compute_features(
     adapter.project_on(*distributed.from_first(compute))
     network = context.to_device(FrozenNet(frozen, adapter))
     features_ND = pretext_features(context, network)
-    mined = mine(features_ND, recipe.pretrain.mined_neighbors, partial(context.count, "neighbours"))
+    mined = mine(features_ND, recipe.pretrain.mined_neighbors, context.count)
     if recipe.encoder.name == NO_ENCODER:
         mix_neighbors(context, mined, folder / BANK, identity)
     return network, mined, measure_features(context, features_ND, mined)

@@ -7,7 +7,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
 from torch import Tensor
 
 from snscc_ray.answers.features import RunImages, own_ids, own_images, stage_features
@@ -37,7 +36,7 @@ _MARK_BYTES = 1000  # GENERATOR stands within the first bytes of a report
 def report(
     run: Path,
     out: Path,
-    console: Console,
+    display: Display,
     *,
     device: str = "auto",
     against: Path | None = None,
@@ -54,7 +53,7 @@ def report(
     data_file = out.with_suffix(".json")
     for path in (out, data_file):
         _check_ours(path)
-    display, chosen = Display(console), choose_device(device)
+    chosen = choose_device(device)
     check_finished(run)
     facts = read_facts(run)
     naming = read_naming(run, read_recipe(run).data.num_clusters)

@@ -54,6 +54,7 @@ def report(
     from snscc_ray.answers.report import report as make_report
     from snscc_ray.config.paths import as_path, is_url
     from snscc_ray.core.claim import claimed, claimed_file
+    from snscc_ray.core.display import Display
     from snscc_ray.core.storage import check_writable
     from snscc_ray.runs.folder import read_recipe
 
@@ -65,7 +66,7 @@ def report(
     check_writable(target)
     with claimed(folder, say), claimed_file(target, say):
         other = as_path(against) if against is not None else None
-        data_file = make_report(folder, target, out, device=device, against=other)
+        data_file = make_report(folder, target, Display(out), device=device, against=other)
     out.print()
     say(f"Report: {target} (its numbers: {data_file})")
     if open_it:

@@ -56,13 +56,19 @@ class Cells:
 
 
 @torch.no_grad()
-def make_cells(features_ND: Tensor, k: int) -> Cells:
-    """Cut the rows into cells, and measure how many each row must choose for k neighbours."""
+def make_cells(
+    features_ND: Tensor, k: int, tell: Callable[[float], None] = lambda share: None
+) -> Cells:
+    """Cut the rows into cells, and measure how many each row must choose for k neighbours.
+
+    tell: called with the share of the work that is done, roughly.
+    """
     features_ND = features_ND.float()
     N = len(features_ND)
     count = max(1, N // _CELL_ROWS)
-    centres_CD, cell_N = partition(features_ND, count, rng.fold("cells"))
-    second_N = _second(features_ND, centres_CD, cell_N)
+    seed = rng.fold("cells")
+    centres_CD, cell_N = partition(features_ND, count, seed, lambda share: tell(0.6 * share))
+    second_N = _second(features_ND, centres_CD, cell_N, lambda share: tell(0.6 + 0.2 * share))
     row_N = (cell_N * count + second_N).argsort(stable=True)
     rows_C = torch.bincount(cell_N, minlength=count)
     cell_edges = [0, *rows_C.cumsum(0).tolist()]
@@ -70,7 +76,12 @@ def make_cells(features_ND: Tensor, k: int) -> Cells:
 
     # At random: every n-th row could be of one kind.
     sample_S = torch.randperm(N, generator=rng.generator("cells", "sample"))[:_SAMPLE]
-    _, found_SK = knn(features_ND, k + 1, queries=features_ND[sample_S])
+    _, found_SK = knn(
+        features_ND,
+        k + 1,
+        queries=features_ND[sample_S],
+        progress=lambda done, total: tell(0.8 + 0.1 * done / total),
+    )
     own_SK = found_SK == sample_S[:, None]
     own_SK[~own_SK.any(1), -1] = True  # more duplicates than k: leave out the last in its place
     true_SK = found_SK[~own_SK].view(len(sample_S), k)
@@ -87,8 +98,11 @@ def make_cells(features_ND: Tensor, k: int) -> Cells:
         rows_M = torch.bincount(rank_C, weights=rows_C.double(), minlength=most + 1)
         return rank_C[cell_N[true_K]] + 1, rows_M[:most].cumsum(0)
 
+    found = []
     with mapping(features_ND.device) as mapped:
-        found = list(mapped(depth, group_S, true_SK))
+        for one in mapped(depth, group_S, true_SK):
+            found.append(one)
+            tell(0.9 + 0.1 * len(found) / len(sample_S))
     depth_SK = torch.stack([d for d, _ in found])
     chosen = int(depth_SK.flatten().sort().values[int(_RECALL * depth_SK.numel())])
     if chosen > most:  # neighbours are everywhere
@@ -106,7 +120,9 @@ def _groups(cell_edges: list[int]) -> list[tuple[int, int]]:
     ]
 
 
-def _second(features_ND: Tensor, centres_CD: Tensor, cell_N: Tensor) -> Tensor:
+def _second(
+    features_ND: Tensor, centres_CD: Tensor, cell_N: Tensor, tell: Callable[[float], None]
+) -> Tensor:
     """Return the nearest cell of each row other than its own, (N,); its own if there is none."""
     if len(centres_CD) == 1:
         return cell_N
@@ -117,8 +133,12 @@ def _second(features_ND: Tensor, centres_CD: Tensor, cell_N: Tensor) -> Tensor:
         return score_BC.argmin(1)
 
     parts = torch.arange(len(features_ND)).split(max(1, _SCORES // len(centres_CD)))
+    found = []
     with mapping(features_ND.device) as mapped:
-        return torch.cat(list(mapped(second, parts)))
+        for one in mapped(second, parts):
+            found.append(one)
+            tell(len(found) / len(parts))
+    return torch.cat(found)
 
 
 def to_centres(z_BD: Tensor, centres_CD: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ row, B new rows, R candidates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,17 +46,28 @@ class Index:
 
 
 @torch.no_grad()
-def make_index(features_ND: Tensor, k: int) -> Index:
-    """Cut the rows into cells, and measure how many must be searched for k neighbours."""
+def make_index(
+    features_ND: Tensor, k: int, tell: Callable[[float], None] = lambda share: None
+) -> Index:
+    """Cut the rows into cells, and measure how many must be searched for k neighbours.
+
+    tell: called with the share of the work that is done, roughly.
+    """
     N = len(features_ND)
     count = max(1, N // _CELL_ROWS)
-    centres_CD, cell_N = partition(features_ND, count, rng.fold("index"))
+    seed = rng.fold("index")
+    centres_CD, cell_N = partition(features_ND, count, seed, lambda share: tell(0.8 * share))
     row_N = cell_N.argsort(stable=True)
     edges_C = torch.cat([torch.zeros(1).long(), cell_N.bincount(minlength=count).cumsum(0)])
     # At random: every n-th row could be of one kind.
     sample_S = torch.randperm(N, generator=rng.generator("index", "sample"))[:_SAMPLE]
     z_SD = features_ND[sample_S]
-    _, true_SK = knn(features_ND, k + 1, queries=z_SD)
+    _, true_SK = knn(
+        features_ND,
+        k + 1,
+        queries=z_SD,
+        progress=lambda done, total: tell(0.8 + 0.2 * done / total),
+    )
     other_SK = true_SK != sample_S[:, None]
     rank_SC = to_centres(z_SD, centres_CD).argsort(dim=1).argsort(dim=1)
     depths = rank_SC.gather(1, cell_N[true_SK])[other_SK] + 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,11 +63,12 @@ def kmeans(
             sample_RD = rows_ND[drawn.to(rows_ND.device)]
         sampled = sample_RD is not rows_ND
         limits = (_SAMPLE_ITERATIONS, _FEW_ITERATIONS) if sampled else (_MOST_ITERATIONS, 0)
-        steps = (_rounds(clusters), *limits)  # all are counted alike, as they take about as long
+        # All are counted alike, as they take about as long; _lloyd ends with a step more.
+        steps = (_rounds(clusters), limits[0] + 1, limits[1] + sampled)
 
-        def tell(done: int) -> None:
+        def tell(done: float) -> None:
             if progress is not None:
-                progress(done, sum(steps))
+                progress(int(done), sum(steps))
 
         seeds_SCD = _plus_plus(sample_RD, clusters, seed, starts, mapped, tell)
         centres_SCD, nearest_NS, inertia_S = _lloyd(
@@ -83,17 +85,35 @@ def kmeans(
 
 
 @torch.no_grad()
-def partition(rows_ND: Tensor, parts: int, seed: int) -> tuple[Tensor, Tensor]:
+def partition(
+    rows_ND: Tensor, parts: int, seed: int, tell: Callable[[float], None] = lambda share: None
+) -> tuple[Tensor, Tensor]:
     """Cut rows into many parts, quickly: their centres (C, D) and the part of each row (N,).
 
     Ten Lloyd iterations from random rows, on a sample of 64 rows per part. A part may be empty.
+    tell: called with the share of the work that is done.
     """
     with mapping(rows_ND.device) as mapped:
         rows_ND, middle_D, scale = _prepared(rows_ND)
         drawn = torch.randperm(len(rows_ND), generator=rng.generator(seed, "sample"))
         sample_RD = rows_ND[drawn[: _SAMPLE_EACH * parts].to(rows_ND.device)]
-        centres_SCD, _, _ = _lloyd(sample_RD, sample_RD[None, :parts], _QUICK_ITERATIONS, mapped)
-        _, nearest_NS, _ = _step(rows_ND, rows_ND.square().sum(1), centres_SCD, mapped)
+        on_sample = (_QUICK_ITERATIONS + 1) * len(sample_RD)
+        each = len(sample_RD) / (on_sample + len(rows_ND))
+        centres_SCD, _, _ = _lloyd(
+            sample_RD,
+            sample_RD[None, :parts],
+            _QUICK_ITERATIONS,
+            mapped,
+            lambda done: tell(done * each),
+        )
+        rest = len(rows_ND) / (on_sample + len(rows_ND))
+        _, nearest_NS, _ = _step(
+            rows_ND,
+            rows_ND.square().sum(1),
+            centres_SCD,
+            mapped,
+            lambda share: tell(1 - rest + share * rest),
+        )
     return centres_SCD[0] * scale + middle_D, nearest_NS[:, 0]
 
 
@@ -187,27 +207,41 @@ def _lloyd(
     centres_SCD: Tensor,
     most: int,
     mapped: Mapping,
-    tell: Callable[[int], None] = lambda done: None,
+    tell: Callable[[float], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the centres (S, C, D) after at most so many iterations, the rows' nearest ones (N, S)
-    and the sums of squared distances to them (S,)."""
+    and the sums of squared distances to them (S,).
+
+    tell: called with the number of iterations done, with the share of the present one: in the end
+    `most` + 1.
+    """
     enough = _TOLERANCE * rows_ND.var(0, correction=0).mean()
     square_N = rows_ND.square().sum(1)
     moving = torch.arange(len(centres_SCD), device=rows_ND.device)
     for iteration in range(most):
         before_SCD = centres_SCD[moving]
-        after_SCD, _, _ = _step(rows_ND, square_N, before_SCD, mapped)
+        told = partial(_further, tell, iteration)
+        after_SCD, _, _ = _step(rows_ND, square_N, before_SCD, mapped, told)
         centres_SCD = centres_SCD.index_copy(0, moving, after_SCD)
         moving = moving[(after_SCD - before_SCD).square().sum((1, 2)) > enough]
-        tell(iteration + 1)
         if not len(moving):
             break
-    _, nearest_NS, d_NS = _step(rows_ND, square_N, centres_SCD, mapped)
+    _, nearest_NS, d_NS = _step(
+        rows_ND, square_N, centres_SCD, mapped, partial(_further, tell, most)
+    )
     return centres_SCD, nearest_NS, d_NS.double().sum(0)
 
 
+def _further(tell: Callable[[float], None], done: int, share: float) -> None:
+    tell(done + share)
+
+
 def _step(
-    rows_ND: Tensor, square_N: Tensor, centres_SCD: Tensor, mapped: Mapping
+    rows_ND: Tensor,
+    square_N: Tensor,
+    centres_SCD: Tensor,
+    mapped: Mapping,
+    tell: Callable[[float], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One Lloyd step: each cluster's mean (S, C, D), each row's nearest centre and the squared
     distance to it (N, S). A cluster without rows moves to one of the rows farthest from theirs."""
@@ -225,11 +259,13 @@ def _step(
     sums_MD = torch.zeros(S * C, D, dtype=torch.float64, device=rows_ND.device)
     counts_M = torch.zeros(S * C, dtype=torch.int64, device=rows_ND.device)
     nearest, distances = [], []
-    for sums, counts, nearest_BS, d_BS in mapped(tile, _tiles(rows_ND, S * C)):
+    tiles = _tiles(rows_ND, S * C)
+    for part, (sums, counts, nearest_BS, d_BS) in enumerate(mapped(tile, tiles), 1):
         sums_MD += sums
         counts_M += counts
         nearest.append(nearest_BS)
         distances.append(d_BS)
+        tell(part / len(tiles))
     nearest_NS, d_NS = torch.cat(nearest), torch.cat(distances)
     means_MD = (sums_MD / counts_M.clamp_min(1)[:, None]).float()
     means_SCD, empty_SC = means_MD.view(S, C, D), (counts_M == 0).view(S, C)

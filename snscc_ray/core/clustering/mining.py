@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,21 +77,28 @@ def _schema(K: int) -> dict[str, pa.DataType]:
 
 
 def mine(
-    features_ND: Tensor, k: int, progress: Callable[[int, int], None] | None = None
+    features_ND: Tensor,
+    k: int,
+    count: Callable[..., None] = lambda task, done, total, unit="": None,
 ) -> MinedNeighbors:
     """Find the k nearest rows of each row in the dataset, with the local radius (Def. 1, Eq. 2).
 
     Exact on a GPU, and on a CPU up to 65,536 rows. More rows are searched in the nearest cells
     only (`cells`), and `recall` is then measured.
     Every process holds all features and searches for its share of the rows; all get all results.
-    progress: called with the number of rows done, and of all rows of this process.
+    count: shows the progress of a task; see `Display.count`.
     Raises ValueError if k < 1 or there are at most k rows.
     """
     N = len(features_ND)
     share, cells = distributed.own_share(N), None
+    progress = partial(count, "neighbours")
     if N > _EXACT_ROWS and not features_ND.is_cuda:
         check_k(k)
-        cells = distributed.from_first(lambda: make_cells(features_ND, k))
+
+        def tell(done: float) -> None:
+            count("cells", int(100 * done), 100, "%")
+
+        cells = distributed.from_first(lambda: make_cells(features_ND, k, tell))
         cells = None if cells.share > _LARGEST_SHARE else cells
     if cells is None:
         found, recall = knn(features_ND, k, rows=share, progress=progress), 1.0

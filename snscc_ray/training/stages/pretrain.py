@@ -64,11 +64,7 @@ class Pretrain:
         """Mine the neighbours, and measure k-means and k-NN on the features."""
         context = self.context
         features_ND = pretext_features(context, self.network)
-        self.mined = mine(
-            features_ND,
-            context.recipe.pretrain.mined_neighbors,
-            partial(context.count, "neighbours"),
-        )
+        self.mined = mine(features_ND, context.recipe.pretrain.mined_neighbors, context.count)
         return measure_features(context, features_ND, self.mined)
 
     def state(self) -> dict[str, Any]:

@@ -169,8 +169,10 @@ class Train:
     def _measure_heads(
         self, p_NHC: Tensor, features_ND: Tensor | None = None
     ) -> tuple[dict[str, float], int]:
-        scores = []
+        scores: list[float] = []
+        heads = p_NHC.shape[1]
         for p_NC in p_NHC.unbind(1):
+            self.context.count("measure", len(scores), heads, "heads")
             clusters_N = p_NC.argmax(1)
             clusters = self.context.recipe.data.num_clusters
             scores.append(
@@ -201,4 +203,4 @@ def probabilities(context: Context, network: nn.Module, rows: int | None = None)
         logits_HBC: Tensor = network(x_BCHW)[1]
         return logits_HBC.softmax(2).transpose(0, 1)
 
-    return context.clean_pass(network, both, rows).cpu()
+    return context.clean_pass(network, both, rows, "predictions").cpu()
