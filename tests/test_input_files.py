@@ -224,3 +224,11 @@ def test_a_path_without_bytes_says_so(tmp_path: Path) -> None:
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     pq.write_table(pa.table({"image": pa.array(held, kind)}), tmp_path / "p.parquet")
     assert "a path in it is not followed" in inspect_images(rows_of(tmp_path)).unreadable
+
+
+def test_looking_at_the_images_is_told(tmp_path: Path) -> None:
+    """200 photographs of a camera take many seconds."""
+    write_images(tmp_path, *(f"{number}.png" for number in range(5)))
+    told: list[tuple[int, int]] = []
+    inspect_images(rows_of(tmp_path), lambda done, total: told.append((done, total)))
+    assert told == [(number, 5) for number in range(5)]

@@ -209,7 +209,9 @@ def prepare(
     labels = read_naming(question.run, model.recipe.data.num_clusters).labels()
     settings = _settings(model.recipe, question)
     settings, rows = resolve_reading(
-        settings, list_rows(settings, display.finding("listing", "images"))
+        settings,
+        list_rows(settings, display.finding("listing", "images")),
+        tell=display.counting("looking", "images"),
     )
     check_inputs(model, rows)
     for note in rows.notes:

@@ -54,7 +54,7 @@ def _run_on_ray(request: Request, console: Console, scale: Scale) -> Result:
     prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
     check_device(recipe, scale.gpu)
     display = Display(console)
-    plan = make_plan(recipe, scale.counts, progress=display.finding("listing", "images"))
+    plan = make_plan(recipe, scale.counts, display=display)
     with workers_of(scale, display) as workers:
         catalog = workers.load(plan, folder)
         display.line(headline(plan.recipe, catalog, workers.described))

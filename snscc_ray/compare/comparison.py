@@ -100,7 +100,7 @@ def compare(request: Request, console: Console, workers_of: WorkersOf | None = N
     with claimed(request.folder, display.line), ExitStack() as stack:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("a comparison runs in one process; leave torchrun out")
-        plan = _plan(request)
+        plan = _plan(request, display)
         machine: Machine
         if workers_of is None:
             machine = Here(choose_device(plan.recipe.runtime.device), display)
@@ -227,7 +227,7 @@ def _check_images(request: Request, catalog: Catalog) -> None:
         )
 
 
-def _plan(request: Request) -> Plan:
+def _plan(request: Request, display: Display) -> Plan:
     """Check the folder and the recipe, and list the images. Raises UserError.
 
     Checks the batch sizes and neighbours of only the stages whose settings the methods use.
@@ -242,7 +242,7 @@ def _plan(request: Request) -> Plan:
             "encoder.weights: methods that train the encoder start from random weights; set "
             "encoder.frozen=true to compare methods on its features, or leave encoder.weights out"
         )
-    return make_plan(recipe, stages=stages_of(request.methods, frozen=frozen))
+    return make_plan(recipe, stages=stages_of(request.methods, frozen=frozen), display=display)
 
 
 def _remove(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
@@ -25,6 +25,8 @@ from snscc_ray.data.decode import (
 from snscc_ray.data.formats import RAW
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.shards import sample_images
+
+Progress = Callable[[int, int], None]
 
 _SAMPLE = 200
 # The channels of a grey image saved as JPEG differ slightly.
@@ -62,10 +64,16 @@ class _Seen:
     frames: int
 
 
-def inspect_images(rows: Rows) -> ImageStats:
-    """Open up to 200 images, spread evenly over the dataset."""
+def inspect_images(rows: Rows, tell: Progress | None = None) -> ImageStats:
+    """Open up to 200 images, spread evenly over the dataset.
+
+    tell: called with the number of images opened, and of all that will be.
+    """
     seen, unreadable = [], ""
-    for source in _sample(rows):
+    step = max(1, -(-len(rows.ids) // _SAMPLE))
+    for number, source in enumerate(_sample(rows, step)):
+        if tell is not None:
+            tell(number, -(-len(rows.ids) // step))
         try:
             with without_limits():
                 seen.append(_one(source, rows.reading))
@@ -88,15 +96,15 @@ def inspect_images(rows: Rows) -> ImageStats:
 
 
 def resolve_reading(
-    data: DataSettings, rows: Rows, seen: ImageStats | None = None
+    data: DataSettings, rows: Rows, seen: ImageStats | None = None, tell: Progress | None = None
 ) -> tuple[DataSettings, Rows]:
     """Decide how images are converted to 8 bits, where the settings leave it open.
 
-    seen: the result of `inspect_images`; None: inspect the images now.
+    seen: the result of `inspect_images`; None: inspect the images now, and call its `tell`.
     """
     if rows.files is None and rows.shards is None:
         return data, rows  # arrays have 8 bits and no transparency
-    seen = seen or inspect_images(rows)
+    seen = seen or inspect_images(rows, tell)
     found = {
         "value_range": data.value_range or seen.value_range,
         "background": seen.background if data.background is None else data.background,
@@ -106,8 +114,8 @@ def resolve_reading(
     return data, replace(rows, reading=Reading.of(data), notes=notes)
 
 
-def _sample(rows: Rows) -> Iterable[Source]:
-    step = max(1, -(-len(rows.ids) // _SAMPLE))
+def _sample(rows: Rows, step: int) -> Iterable[Source]:
+    """Return every so many of the images."""
     if rows.files is not None:
         return [rows.files[i] for i in range(0, len(rows.files), step)]
     if rows.shards is not None:

@@ -140,7 +140,7 @@ def look_at(request: FitRequest, display: Display) -> Start:
             )
         settings = data_settings(request.where(), request.overrides)
     rows = list_rows(settings, display.finding("listing", "images"))
-    return Start(begun, rows, inspect_images(rows))
+    return Start(begun, rows, inspect_images(rows, display.counting("looking", "images")))
 
 
 @terminated_like_interrupted()

@@ -81,8 +81,7 @@ def _run_here(
     try:
         first = distributed.rank() == 0
         display = Display(console if first else Console(quiet=True))
-        listing = display.finding("listing", "images")
-        plan = make_plan(recipe, (distributed.world_size(),), progress=listing)
+        plan = make_plan(recipe, (distributed.world_size(),), display=display)
         recipe = plan.recipe
         catalog, data = load(plan, device, display)
         what = f"embeddings of {data.width} numbers" if isinstance(data, FeatureBank) else None

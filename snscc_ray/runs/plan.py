@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from rich.console import Console
 
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.settings import NO_ENCODER, STAGES, Recipe, StageName
+from snscc_ray.core.display import Display
 from snscc_ray.data.loading.order import smallest_batch
 from snscc_ray.data.look import resolve_reading
 from snscc_ray.data.rows import Rows
@@ -34,13 +37,12 @@ def make_plan(
     recipe: Recipe,
     workers: Sequence[int] = (1,),
     stages: Sequence[StageName] = STAGES,
-    progress: Callable[[int], None] | None = None,
+    display: Display | None = None,
 ) -> Plan:
-    """List the images of a recipe, look at some, and check both (see `check_plan`).
-
-    progress: see `list_rows`.
-    """
-    data, rows = resolve_reading(recipe.data, list_rows(recipe.data, progress))
+    """List the images of a recipe, look at some, and check both (see `check_plan`)."""
+    display = display or Display(Console(quiet=True))
+    rows = list_rows(recipe.data, display.finding("listing", "images"))
+    data, rows = resolve_reading(recipe.data, rows, tell=display.counting("looking", "images"))
     return check_plan(recipe.model_copy(update={"data": data}), rows, workers, stages)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -166,6 +166,8 @@ class _Run:
     monitor: Monitor
     store: Path | None
     beside: Path
+    known: dict[StageName, Tensor] = field(default_factory=dict)
+    """What a stage that was trained in this process found by its last clean pass, for the next."""
 
     def identity(self, stage: StageName) -> str:
         return stage_identity(
@@ -241,7 +243,8 @@ class _Run:
             stage = Pretrain(self.context, encoder)
         fit(stage, self.context, self.worker, self.monitor, self.identity("pretrain"))
         figures: dict[str, Any] = stage.finish()
-        assert stage.mined is not None
+        assert stage.mined is not None and stage.features_ND is not None
+        self.known["pretrain"] = stage.features_ND
         return stage.network, stage.mined, figures
 
     @cached_property
@@ -253,17 +256,18 @@ class _Run:
         with _seeded(self.context.key("train", "init")):
             stage = Train(self._training, pretext, mined)
         if not self._can_continue("train"):
-            stage.prepare()
+            stage.prepare(self.known.pop("pretrain", None))
         fit(stage, self._training, self.worker, self.monitor, self.identity("train"))
         figures: dict[str, Any] = stage.finish()
         self._note_forced_balance(figures)
         p_NC = probabilities(self._training, stage.network)[:, 0]
         self._save_clusters("train", stage.network, p_NC)
+        self.known["train"] = p_NC
         return figures
 
     def _boost(self) -> dict[str, Any]:
         network, mined = self._clusters(), self._mined()
-        stage = Boost(self._training, network, mined)
+        stage = Boost(self._training, network, mined, self.known.pop("train", None))
         fit(stage, self._training, self.worker, self.monitor, self.identity("boost"))
         figures: dict[str, Any] = stage.finish()
         if stage.restored:

@@ -121,7 +121,7 @@ class Session:
         self.folder = absolute(folder)
         # Beside the sweep's folder, so that other sweeps can reuse the stages.
         self.ledger = Ledger(self.folder.parent / "stages", self.folder)
-        plan = make_plan(recipe, (options.workers_per_trial,))
+        plan = make_plan(recipe, (options.workers_per_trial,), display=self.display)
         self.recipe, rows = plan.recipe, plan.rows
         probes = _probed(options, self.display.line)
         check_visible(self.folder, rows.some_files)

@@ -28,7 +28,14 @@ from snscc_ray.training.stages.train import probabilities
 class Boost:
     name: StageName = "boost"
 
-    def __init__(self, context: Context, network: ClusterNet, mined: MinedNeighbors) -> None:
+    def __init__(
+        self,
+        context: Context,
+        network: ClusterNet,
+        mined: MinedNeighbors,
+        p_NC: Tensor | None = None,
+    ) -> None:
+        """p_NC: the network's predictions of the clean images on the CPU, if they are known."""
         self.context = context
         self.settings = context.recipe.boost
         self.network = network
@@ -38,7 +45,7 @@ class Boost:
         self._start_score: float | None = None
         self._best_score = -1.0
         self._best_weights: dict[str, Tensor] = {}
-        self.p_NC: Tensor | None = None
+        self.p_NC = p_NC
 
     def viewer(self, epoch: int) -> Viewer:
         keys = tuple(self.context.key("boost", epoch, kind) for kind in ("original", "augmented"))

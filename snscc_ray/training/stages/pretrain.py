@@ -34,6 +34,7 @@ class Pretrain:
         self.network = context.to_device(PretextNet(encoder, self.settings))
         self.pretext = build_pretext(context, self.network)
         self.mined: MinedNeighbors | None = None
+        self.features_ND: Tensor | None = None  # that they were mined in
         self._last: Tensor | None = None
 
     def viewer(self, epoch: int) -> Viewer:
@@ -63,9 +64,9 @@ class Pretrain:
     def finish(self) -> dict[str, float]:
         """Mine the neighbours, and measure k-means and k-NN on the features."""
         context = self.context
-        features_ND = pretext_features(context, self.network)
-        self.mined = mine(features_ND, context.recipe.pretrain.mined_neighbors, context.count)
-        return measure_features(context, features_ND, self.mined)
+        self.features_ND = pretext_features(context, self.network)
+        self.mined = mine(self.features_ND, context.recipe.pretrain.mined_neighbors, context.count)
+        return measure_features(context, self.features_ND, self.mined)
 
     def state(self) -> dict[str, Any]:
         return self.pretext.state()

@@ -54,10 +54,14 @@ class Train:
         self.network = context.to_device(ClusterNet(encoder, heads))
         self._health_NK = mined.neighbors_NK.cpu()
 
-    def prepare(self) -> None:
-        """Start the prototypes at clusters of the pretext features, other ones for each head."""
+    def prepare(self, features_ND: Tensor | None = None) -> None:
+        """Start the prototypes at clusters of the pretext features, other ones for each head.
+
+        features_ND: those of `pretext_features`, if they are known.
+        """
         if self.settings.head == "prototype":
-            features_ND = pretext_features(self.context, self.network)
+            if features_ND is None:
+                features_ND = pretext_features(self.context, self.network)
             centres_HCD = distributed.from_first(lambda: self._starts(features_ND))
             self.network.heads.start_at(centres_HCD)
 
