@@ -21,7 +21,7 @@ from snscc_ray.core import rng
 from snscc_ray.core.clustering.kmeans import partition
 from snscc_ray.core.clustering.neighbors import (
     SPARE,
-    candidates,
+    best_of,
     knn,
     nearest_of,
     precise,
@@ -34,8 +34,8 @@ _CELL_ROWS, _GROUP_ROWS = 256, 64
 # Share of the true neighbours to be found on the sample, and the rows of the sample.
 _RECALL, _SAMPLE = 0.96, 1024
 _MOST_CHOSEN = 64
-# Scores that each thread holds at a time: 16 MB.
-_SCORES = 2**22
+# Scores that each thread holds at a time: 64 MB, so that a group is hardly ever searched in parts.
+_SCORES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +112,17 @@ def make_cells(
     return Cells(centres_CD, row_N, cell_edges, chosen, share, recall)
 
 
+def _runs(edges: list[int], cells: list[int]) -> list[slice]:
+    """Return the places of ascending cells; those of cells next to one another are one slice."""
+    runs: list[slice] = []
+    for cell in cells:
+        first, last = edges[cell], edges[cell + 1]
+        if runs and runs[-1].stop == first:
+            first = runs.pop().start
+        runs.append(slice(first, last))
+    return runs
+
+
 def _groups(cell_edges: list[int]) -> list[tuple[int, int]]:
     return [
         (place, min(place + _GROUP_ROWS, last))
@@ -179,29 +190,34 @@ def search_cells(
     square_N = sorted_ND.square().sum(1)
     largest = square_N.amax()
 
-    def searched(z_BD: Tensor) -> Tensor:
+    def searched(z_BD: Tensor) -> list[slice]:
         """Return the places to search: of more cells, if those of the rows hold too few rows."""
         chosen = min(cells.chosen, count)
         while True:
             near = (_ranks(z_BD, cells.centres_CD, chosen) < chosen).nonzero()[:, 0].tolist()
-            place_M = torch.cat([torch.arange(edges[cell], edges[cell + 1]) for cell in near])
-            if len(place_M) > k + SPARE or chosen == count:
-                return place_M
+            if sum(edges[cell + 1] - edges[cell] for cell in near) > k + SPARE or chosen == count:
+                return _runs(edges, near)
             chosen = min(2 * chosen, count)
 
     def nearest(group: tuple[int, int]) -> tuple[Tensor, Tensor]:
         own_B = row_N[group[0] : group[1]]
-        place_M = searched(features_ND[own_B])
-        ref_MD, square_M = (held.index_select(0, place_M) for held in (sorted_ND, square_N))
+        runs = searched(features_ND[own_B])
+        place_M = torch.cat([torch.arange(run.start, run.stop) for run in runs])
         R = min(k + SPARE + 1, len(place_M))
         parts = []
         for part_B in own_B.split(max(1, _SCORES // len(place_M))):
             z_BD = features_ND[part_B]
-            place_BR, beyond_B = candidates(z_BD - centre_D, ref_MD, square_M, R)
+            # Run by run: to copy the rows of all runs first takes as long as their products.
+            score_BM, first = z_BD.new_empty(len(z_BD), len(place_M)), 0
+            for run in runs:
+                own = slice(first, first := first + run.stop - run.start)
+                scores(z_BD - centre_D, sorted_ND[run], square_N[run], score_BM[:, own])
+            place_BR, beyond_B = best_of(score_BM, z_BD - centre_D, R)
             idx_BR = row_N[place_M[place_BR]]
             d_BK, idx_BK = nearest_of(z_BD, features_ND, idx_BR, idx_BR == part_B[:, None], k)
             again = unsure(d_BK, beyond_B, z_BD - centre_D, largest)
             if len(again):
+                ref_MD = sorted_ND[place_M]
                 idx_BR = row_N[place_M[precise(z_BD[again] - centre_D, ref_MD, R)]]
                 own_BR = idx_BR == part_B[again, None]
                 d_BK[again], idx_BK[again] = nearest_of(z_BD[again], features_ND, idx_BR, own_BR, k)

@@ -203,12 +203,16 @@ def describe_faiss() -> str:
 def candidates(
     z_BD: Tensor, ref_MD: Tensor, square_M: Tensor, R: int, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return R rows of `ref` near each row, (B, R), and the least squared distance of all others
-    (B,), as rounded; inf if there are none."""
-    score_BM = scores(z_BD, ref_MD, square_M, out)
+    """Return R rows of `ref` near each row, (B, R), and the rest of `best_of`."""
+    return best_of(scores(z_BD, ref_MD, square_M, out), z_BD, R)
+
+
+def best_of(score_BM: Tensor, z_BD: Tensor, R: int) -> tuple[Tensor, Tensor]:
+    """Return the columns (B, R) of the R best scores of each row, and the least squared distance of
+    all other columns (B,), as rounded; inf if there are none."""
     idx_BR = smallest(score_BM, R)
     beyond_B = score_BM.gather(1, idx_BR).amax(1) + z_BD.square().sum(1)
-    return idx_BR, beyond_B if len(ref_MD) > R else torch.full_like(beyond_B, torch.inf)
+    return idx_BR, beyond_B if score_BM.shape[1] > R else torch.full_like(beyond_B, torch.inf)
 
 
 def unsure(d_BK: Tensor, beyond_B: Tensor, z_BD: Tensor, largest: Tensor) -> Tensor:
