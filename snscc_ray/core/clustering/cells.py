@@ -10,6 +10,7 @@ How many cells each row chooses is measured on a sample of rows.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -199,6 +200,14 @@ def search_cells(
                 return _runs(edges, near)
             chosen = min(2 * chosen, count)
 
+    local = threading.local()  # scores, reused: new pages for each group cost more than they do
+
+    def room(rows: int, columns: int) -> Tensor:
+        scores_M: Tensor | None = getattr(local, "scores", None)
+        if scores_M is None or len(scores_M) < rows * columns:
+            scores_M = local.scores = features_ND.new_empty(max(rows * columns, _SCORES))
+        return scores_M[: rows * columns].view(rows, columns)
+
     def nearest(group: tuple[int, int]) -> tuple[Tensor, Tensor]:
         own_B = row_N[group[0] : group[1]]
         runs = searched(features_ND[own_B])
@@ -208,10 +217,10 @@ def search_cells(
         for part_B in own_B.split(max(1, _SCORES // len(place_M))):
             z_BD = features_ND[part_B]
             # Run by run: to copy the rows of all runs first takes as long as their products.
-            score_BM, first = z_BD.new_empty(len(z_BD), len(place_M)), 0
+            score_BM, first = room(len(z_BD), len(place_M)), 0
             for run in runs:
-                own = slice(first, first := first + run.stop - run.start)
-                scores(z_BD - centre_D, sorted_ND[run], square_N[run], score_BM[:, own])
+                columns = slice(first, first := first + run.stop - run.start)
+                scores(z_BD - centre_D, sorted_ND[run], square_N[run], score_BM[:, columns])
             place_BR, beyond_B = best_of(score_BM, z_BD - centre_D, R)
             idx_BR = row_N[place_M[place_BR]]
             d_BK, idx_BK = nearest_of(z_BD, features_ND, idx_BR, idx_BR == part_B[:, None], k)
