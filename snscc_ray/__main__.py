@@ -1,3 +1,3 @@
-from snscc_ray.cli import main
+from snscc_ray.cli import console
 
-main()
+console()

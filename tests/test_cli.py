@@ -422,7 +422,7 @@ def test_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_resume_without_a_name_or_a_run(snscc: Snscc, tmp_path: Path) -> None:
-    refused(snscc("run", "--resume", "--out", tmp_path / "r"), "holds no run")
+    refused(snscc("run", "--resume", "--out", tmp_path / "r"), "there is no folder")
     refused(snscc("run", "--resume"), "name a recipe")
     refused(snscc("recipes", "digit"), "did you mean digits?")
     refused(snscc("frobnicate"), "frobnicate")

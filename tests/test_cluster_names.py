@@ -21,6 +21,7 @@ from snscc_ray.answers.names import (
     NAMES_FILE,
     Naming,
     Suggestion,
+    keep_edited,
     parse,
     read_naming,
     save,
@@ -106,7 +107,7 @@ def test_a_file_that_is_no_names_is_refused_in_one_line(
 
 def test_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / NAMES_FILE).write_bytes("cluster,name\n1,Vögel\n".encode("latin-1"))
-    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+    with pytest.raises(UserError, match="is not UTF-8 text.*CSV UTF-8"):
         read_naming(tmp_path, 2)
 
 
@@ -362,3 +363,21 @@ def test_a_run_that_replaces_another_has_none_of_its_names(run: Path, snscc: Sns
     assert read_naming(run, 10).names[0] == "zero"
     new = snscc("run", "digits", *sets(*TINY), "--out", run, "--overwrite")
     assert new.status == 0 and not (run / NAMES_FILE).exists()
+
+
+def test_what_is_no_sheet_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        parse(tmp_path / "gone.csv", 2)
+    with pytest.raises(UserError, match="it is a folder"):
+        parse(tmp_path, 2)
+    (tmp_path / "upper.csv").write_text("Cluster;NAME\n0;Vögel\n")
+    assert parse(tmp_path / "upper.csv", 2).names == ("Vögel", None)
+
+
+def test_edited_names_are_kept_beside_new_clusters(tmp_path: Path) -> None:
+    given = [Suggestion("church", 0.9, "dome"), None]
+    save(Naming(("church", None)), tmp_path, given)
+    assert keep_edited(tmp_path) is None  # nobody's work
+    save(Naming(("abbey", None)), tmp_path, given)
+    kept = keep_edited(tmp_path)
+    assert kept is not None and parse(kept, 2).names == ("abbey", None)

@@ -141,7 +141,10 @@ def test_a_stopped_fit_goes_on(scans: Path, snscc: Snscc, tmp_path: Path, stop: 
         assert process.returncode == 130 and "run the same command again" in said
     refused(snscc("run", "--resume", "--out", out), "begun by `snscc fit`")
     refused(snscc(*words, "--clusters", 3), "other options (--clusters was", "3 here")
-    assert snscc(*words).status == 0
+    # As when it is stopped while the clusters are counted: Pretrain has written its figures.
+    (out / "metrics.json").write_text("{}")
+    again = snscc(*words)
+    assert again.status == 0 and f"continuing the run in {out}" in again.out
     assert snscc("fit", scans, "--out", whole, *settings).status == 0
     one, two = (pq.read_table(place / "assignments.parquet") for place in (out, whole))
     assert one.equals(two)
@@ -168,6 +171,7 @@ def test_a_new_encoder_of_a_named_kind(scans: Path, snscc: Snscc, tmp_path: Path
         (["--budget", "soon"], ["--budget soon", "25m"]),
         (["--set", "train.epoch=3"], ["train.epoch"]),
         (["--labels"], ["is not in a sub-folder"]),
+        (["--labels", "--labels-deepest"], ["exclude each other"]),
     ],
 )
 def test_mistakes_are_one_line(

@@ -166,7 +166,7 @@ def spoil_network(run: Path, value: float) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda run: shutil.rmtree(run), ["holds no run"]),
+        (lambda run: shutil.rmtree(run), ["there is no folder"]),
         (lambda run: (run / "metrics.json").unlink(), ["not finished", "--resume"]),
         (lambda run: [shutil.rmtree(run / s) for s in ("train", "boost")], ["no Train stage"]),
         (lambda run: (run / "boost" / "final.pt").write_bytes(b"x"), ["final.pt is damaged"]),

@@ -223,7 +223,7 @@ def test_a_border_goes_from_surely_one_to_surely_the_other() -> None:
     share = torch.linspace(0, 0.5, rows).double()  # of the second choice, up to a tie
     clusters_N, second_N = torch.arange(rows) % 2, 1 - torch.arange(rows) % 2
     clusters_N[:5], second_N[:5] = 2, 0
-    borders, pairs = pick.borders(clusters_N, second_N, 1 - share, share)
+    borders, pairs = pick.borders(clusters_N, second_N, 1 - share, share, np.arange(3))
     assert pairs == 2 and [border.clusters for border in borders] == [(0, 1), (0, 2)]
     first = borders[0]
     assert first.images == rows - 5 and first.doubt == pytest.approx(float(share[5:].sum()))
@@ -234,6 +234,10 @@ def test_a_border_goes_from_surely_one_to_surely_the_other() -> None:
         assert shown == pytest.approx(own if clusters_N[row] == 0 else 1 - own, abs=1e-4)
     assert np.allclose(first.shares, np.linspace(0, 1, 17), atol=0.01), "evenly spaced"
     assert borders[1].rows == [4, 3, 2, 1, 0], "cluster 0, the second choice, comes first"
+    one_group = np.array([0, 0, 1])
+    borders, pairs = pick.borders(clusters_N, second_N, 1 - share, share, one_group)
+    assert pairs == 1 and borders[0].clusters == (0, 2) and borders[0].rows == [4, 3, 2, 1, 0]
+    assert pick.borders(clusters_N, second_N, 1 - share, share, np.zeros(3)) == ([], 0)
 
 
 def test_borders_are_bounded() -> None:
@@ -241,7 +245,7 @@ def test_borders_are_bounded() -> None:
     clusters_N = torch.randint(0, 100, (5000,), generator=generator)
     second_N = (clusters_N + torch.randint(1, 100, (5000,), generator=generator)) % 100
     half = torch.full((5000,), 0.5).double()
-    borders, pairs = pick.borders(clusters_N, second_N, half, half)
+    borders, pairs = pick.borders(clusters_N, second_N, half, half, np.arange(100))
     assert len(borders) == 30 and pairs > 1000
     assert borders[0].doubt == max(border.doubt for border in borders)
 
@@ -446,7 +450,7 @@ def test_names_take_the_place_of_numbers(snscc: Snscc, finished: Path) -> None:
     assert read(finished / "report.json")["names"][:2] == ["ze<ro> (0)", "cluster 1"]
     text = (finished / "report.html").read_text()
     assert "ze<ro>" not in text and '<th scope="row">ze&lt;ro&gt; (0)</th>' in text
-    assert ">Nine (9) <small>" in text and ">Cluster 1 <small>" in text
+    assert ">nine (9) <small>" in text and ">Cluster 1 <small>" in text
 
 
 def test_two_runs_are_compared_on_the_images_of_both(
@@ -480,7 +484,7 @@ def test_runs_without_a_common_image_are_not_compared(
     refused(snscc("report", finished, "--against", other), "--against", "none of its 200 images")
     (other / "metrics.json").unlink()
     refused(snscc("report", finished, "--against", other), "before", "not finished")
-    refused(snscc("report", finished, "--against", tmp_path / "no"), "holds no run")
+    refused(snscc("report", finished, "--against", tmp_path / "no"), "there is no folder")
     assert not (finished / "report.html").exists()
 
 

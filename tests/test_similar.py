@@ -193,7 +193,7 @@ def test_what_is_no_query_is_refused(place: Path, snscc: Snscc, tmp_path: Path) 
     many = [f"{row:03}.png" for row in range(51)]
     refused(snscc("similar", run, *many, "-o", page), "51 queries are more than 50", "predict")
     refused(snscc("similar", run, "001.png", "-o", tmp_path / "page.txt"), ".html")
-    refused(snscc("similar", tmp_path / "no", "001.png", "-o", page), "holds no run")
+    refused(snscc("similar", tmp_path / "no", "001.png", "-o", page), "there is no folder")
     assert not page.exists()
 
 

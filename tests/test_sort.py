@@ -108,7 +108,13 @@ def test_sorted_and_put_back(action: str, place: Path, snscc: Snscc) -> None:
 def test_doubtful_ones_duplicates_and_names(place: Path, snscc: Snscc) -> None:
     assigned = pq.read_table(place / "run" / "assignments.parquet").to_pylist()
     save(Naming(("a/b", "a:b", "a/b")), place / "run")
-    middle = sorted(row["confidence"] for row in assigned)[IMAGES // 2]
+    names = ("a/b", "a:b", "a/b")
+    sure = {  # clusters with one name are one group
+        row["id"]: row["confidence"]
+        + row["second_confidence"] * (names[row["cluster"]] == names[row["second"]])
+        for row in assigned
+    }
+    middle = sorted(sure.values())[IMAGES // 2]
     aside = assigned[0]["id"]
     (place / "d.csv").write_text(f"group;id;keep\n0;{assigned[1]['id']};yes\n0;{aside};no\n")
     asked = ("sort", place / "run", "--into", place / "s", "--min-confidence", middle, "--yes")
@@ -120,7 +126,7 @@ def test_doubtful_ones_duplicates_and_names(place: Path, snscc: Snscc) -> None:
         group = folder[("a/b", "a:b", "a/b")[row["cluster"]]]
         if row["id"] == aside:
             group = f"duplicates/{group}"
-        elif row["confidence"] < middle:
+        elif sure[row["id"]] < middle:
             group = f"doubtful/{group}"
         expected[(place / "photos" / row["id"]).stat().st_ino] = group
     found = {
@@ -134,6 +140,24 @@ def test_doubtful_ones_duplicates_and_names(place: Path, snscc: Snscc) -> None:
     )
     (place / "d.csv").write_text("group,id,keep\n0,other.png,no\n")
     refused(snscc(*asked, "--duplicates", place / "d.csv"), "line 2", "other.png")
+    (place / "d.csv").write_text(f"Group,Id,KEEP\n0,{assigned[1]['id']},No\n0,{aside},no\n")
+    refused(snscc(*asked, "--duplicates", place / "d.csv"), "group 0 keeps none of its images")
+
+
+def test_moved_images_are_told_where_they_are_needed(place: Path, snscc: Snscc) -> None:
+    run, into = place / "run", place / "s"
+    asked = ("sort", run, "--into", into, "--move", "--yes")
+    assert snscc(*asked).status == 0
+    undo = f"snscc sort --undo {into}"
+    for command in (
+        ("report", run),
+        ("duplicates", run, "-o", place / "d.csv"),
+        ("similar", run, next(into.rglob("*.png")), "-o", place / "page.html"),
+        ("sort", run, "--into", place / "t"),
+    ):
+        refused(snscc(*command), f"were moved to {into}", undo)
+    assert snscc("sort", "--undo", into).status == 0
+    assert snscc("sort", run, "--into", place / "t").status == 0
 
 
 @pytest.mark.parametrize("action", ["--link", "--copy", "--move"])

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from snscc_ray.answers.journal import NO_LINKS, PART, Action, Entry, Journal, copy, move
+from snscc_ray.answers.journal import NO_LINKS, PART, UNDO_FILE, Action, Entry, Journal, copy, move
 from snscc_ray.answers.sort import Plan, SortRequest
 from snscc_ray.config.errors import UserError
+from snscc_ray.core import storage
 from snscc_ray.core.display import Display
 from snscc_ray.core.storage import is_disk_full
+from snscc_ray.runs.folder import MOVED_FILE
 from snscc_ray.texts import counted
 
 # Files announced in the undo file at a time: one flush to the disk costs as much as many links.
@@ -41,6 +43,9 @@ def carry_out(plan: Plan, request: SortRequest, made: Sequence[Path], display: D
     into, left = request.into, list(plan.left)
     done = symbolic = 0
     again = f"`snscc sort --undo {into}` puts them back"
+    if request.action == "move":
+        held = {"into": str(into.absolute()), "undo": str((into / UNDO_FILE).absolute())}
+        storage.write_json(request.run / MOVED_FILE, held)
     journal = Journal(into, request.action, made)
     tell = display.counting(_DOING[request.action], "files")
     try:

@@ -28,7 +28,7 @@ from snscc_ray.data.sources import list_rows
 from snscc_ray.models.encoders import build_encoder
 from snscc_ray.models.frozen import Adapter, WholeEncoder, build_frozen
 from snscc_ray.runs.banks import BANK
-from snscc_ray.runs.folder import images_differ, read_recipe
+from snscc_ray.runs.folder import images_differ, read_recipe, refuse_moved
 from snscc_ray.runs.local import bring
 from snscc_ray.training.context import Context
 
@@ -59,18 +59,19 @@ def own_images(folder: Path, device: torch.device, display: Display) -> RunImage
     if difference := images_differ(folder, catalog):
         raise UserError(
             f"{rows.place} does not hold the images of the run {folder} ({difference}); put them "
-            "back, or run the recipe again"
+            "back, or repeat the command that made the run with --overwrite"
         )
     return RunImages(folder, recipe, catalog, data, device)
 
 
 def own_rows(folder: Path, recipe: Recipe, display: Display) -> Rows:
     """List the images of a run again, without reading them. Raises UserError if they are gone."""
+    refuse_moved(folder)
     place = recipe.data.path
     if place is not None and not is_url(place) and not Path(place).exists():
         raise UserError(
-            f"the images of the run {folder} are no longer at {place}: put them back there, or run "
-            "the recipe again"
+            f"the images of the run {folder} are no longer at {place}: put them back there, or "
+            "repeat the command that made the run with --overwrite"
         )
     return list_rows(recipe.data, display.finding("listing", "images"))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +94,21 @@ def with_suggestions(run: Path, suggested: Naming) -> Naming:
         if name != before or not names[cluster]:
             names[cluster] = name
     return Naming(tuple(names))
+
+
+def keep_edited(run: Path) -> Path | None:
+    """Copy a run's names file beside it if a person has edited it; return the copy's path."""
+    file = run / NAMES_FILE
+    if not file.exists():
+        return None
+    # A damaged file is kept, too.
+    with suppress(UserError):
+        lines = read_sheet(file)
+        if all(_text(line, "name") == _text(line, "suggestion") for line in lines):
+            return None
+    kept = file.with_name("names.before.csv")
+    shutil.copyfile(file, kept)
+    return kept
 
 
 def save(naming: Naming, run: Path, suggestions: Sequence[Suggestion | None] = ()) -> None:

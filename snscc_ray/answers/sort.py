@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
 from snscc_ray.answers.features import rows_now
 from snscc_ray.answers.journal import (
@@ -35,7 +36,7 @@ from snscc_ray.data.decode import Reading, UnreadableImage, decode_into
 from snscc_ray.data.imageset import digests
 from snscc_ray.data.names import Files
 from snscc_ray.data.rows import Rows
-from snscc_ray.runs.finished import ASSIGNMENTS
+from snscc_ray.runs.finished import ASSIGNMENTS, SECOND
 from snscc_ray.runs.folder import IMAGES_FILE, STAMPS, read_recipe, reading
 from snscc_ray.texts import counted
 
@@ -96,13 +97,14 @@ def make_plan(request: SortRequest, display: Display) -> Plan:
         rows = _files_of(request.run, recipe, display)
         assert isinstance(rows.files, Files)
         check_target(request.into, rows.files.root)
-        table = read_table(request.run / ASSIGNMENTS, ["id", "cluster", "confidence"])
+        table = read_table(request.run / ASSIGNMENTS, ["id", "cluster", "confidence"], SECOND)
         ids = table["id"].to_pylist()
         naming = read_naming(request.run, recipe.data.num_clusters)
         seen = _Seen.of(request.run, recipe.data)
     clusters = range(recipe.data.num_clusters)
     by_name = request.by == "name"
     labels = [naming.label(c) if by_name else f"cluster {c}" for c in clusters]
+    sure_N = _sure(table, labels)
     aside = _set_aside(request.duplicates, ids)
     places = folder_names(dict.fromkeys(labels), (DOUBTFUL, DUPLICATES, UNDO_FILE, PART, CLAIM))
     notes = [f"group {label!r} is the folder {place!r}" for label, place in places.items()
@@ -112,7 +114,7 @@ def make_plan(request: SortRequest, display: Display) -> Plan:
     left: list[tuple[str, str]] = []
     tell = display.counting("checking", "images")
     for row, (name, cluster, confidence) in enumerate(
-        zip(ids, table["cluster"].to_pylist(), table["confidence"].to_pylist(), strict=True)
+        zip(ids, table["cluster"].to_pylist(), sure_N, strict=True)
     ):
         place = where.get(name)
         relative = "" if place is None else os.fsdecode(rows.files.names[place].as_py())
@@ -136,6 +138,20 @@ def make_plan(request: SortRequest, display: Display) -> Plan:
     items = _named(found)
     notes += _about_disks(request, rows.files.root, items)
     return Plan(items, left, notes, rows.files.root)
+
+
+def _sure(table: pa.Table, labels: Sequence[str]) -> list[float]:
+    """Return how likely each image is in its group; one group may have several clusters.
+
+    Of these, the two likeliest count: a run keeps no more. One of an older version keeps one.
+    """
+    sure_N = table["confidence"].to_numpy().copy()
+    if set(SECOND) <= set(table.column_names):
+        group_C = np.unique(list(labels), return_inverse=True)[1]
+        first_N, second_N = (table[name].to_numpy() for name in ("cluster", "second"))
+        same_N = group_C[first_N] == group_C[second_N]
+        sure_N += np.where(same_N, table["second_confidence"].to_numpy(), 0)
+    return [float(value) for value in sure_N]
 
 
 def _about_disks(request: SortRequest, images: Path, items: Sequence[Item]) -> list[str]:
@@ -234,6 +250,8 @@ def _set_aside(file: Path | None, ids: Sequence[str]) -> set[str]:
     if lines and not {"id", "keep"} <= set(lines[0]):
         raise UserError(f"--duplicates {file} needs the columns id and keep, as `snscc duplicates` "
                         "writes them")  # fmt: skip
+    lines = [{**line, "keep": (line["keep"] or "").strip().lower()} for line in lines]
+    kept = {line.get("group") for line in lines if line["keep"] == "yes"}
     known = set(ids)
     for number, line in enumerate(lines, 2):
         if line["id"] not in known:
@@ -244,6 +262,11 @@ def _set_aside(file: Path | None, ids: Sequence[str]) -> set[str]:
         if line["keep"] not in ("yes", "no"):
             raise UserError(
                 f"--duplicates {file}, line {number}: keep is {line['keep']!r}; write yes or no"
+            )
+        if line.get("group") not in kept:
+            raise UserError(
+                f"--duplicates {file}, line {number}: group {line.get('group')} keeps none of its "
+                "images; write yes for at least one"
             )
     return {str(line["id"]) for line in lines if line["keep"] == "no"}
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import os
 import signal
 import sys
+import traceback
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import typer
@@ -62,6 +65,27 @@ app.command("doctor")(doctor)
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
 
+def console() -> NoReturn:
+    """Run `main` as a program, and end the process without the destructors of libraries.
+
+    A command that fails early may end while threads of Arrow are just starting; their pool's
+    destructor then aborts the process, with exit status 134 (seen in one of six calls).
+    """
+    status: object = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader is gone, or it is closed
+            stream.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
+
+
 def main() -> None:
     """Run the command line. A usage error is one line on stderr and exit status 2."""
     _fill_closed()
@@ -82,7 +106,8 @@ def main() -> None:
     except _UsageError as error:
         if not error.format_message():  # no arguments: the help is already printed
             sys.exit(0)
-        fail(f"{error.format_message()} (see snscc --help)", 2)
+        command = error.ctx.command_path if error.ctx is not None else "snscc"
+        fail(f"{error.format_message()} (see {command} --help)", 2)
     except (typer.Abort, KeyboardInterrupt):
         fail("stopped", 130)
     except BrokenPipeError:

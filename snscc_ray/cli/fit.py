@@ -153,6 +153,8 @@ def fit(
     began, count = time.monotonic(), _count(clusters)
     seconds = None if budget is None else seconds_of(budget)
     place = place_of(data)
+    if labels and labels_deepest:
+        raise UserError("--labels and --labels-deepest exclude each other; give one of them")
     say(f"snscc fit {place}")  # the imports take seconds
     # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.answers.report import report
@@ -211,12 +213,16 @@ def fit(
         called, untold = _name(folder, display)
         _show(fitted, folder, called)
         found = read_json(report(folder, page, display, device=device, loaded=fitted.images))
+    measured = _measured(fitted.result.figures)
     if as_json:
-        print(json.dumps(_as_values(found, folder, page)))
+        print(json.dumps({**_as_values(found, folder, page), "measured": measured}))
     out.quiet = quiet and as_json
     out.print()
     for line in _in_short(found):
         say(line)
+    if measured is not None:
+        values = ", ".join(f"{name.upper()} {value:.3f}" for name, value in measured.items())
+        say(f"Measured against the labels: {values}.")
     given, told = isinstance(fitted.images[1], FeatureBank), ""
     if fitted.expected_end is not None:
         told = f" (predicted: {(fitted.expected_end - began) / 60:.1f})"
@@ -246,6 +252,14 @@ def _as_values(found: dict[str, Any], folder: Path, page: Path) -> dict[str, Any
         "assignments": str(folder / "assignments.parquet"),
         "report": str(page),
     }
+
+
+def _measured(figures: dict[str, Any]) -> dict[str, float] | None:
+    """Return what the last stage's clusters have against the labels; None without labels."""
+    last = list(figures["stages"].values())[-1]
+    if "oracle/acc" not in last:
+        return None
+    return {name: last[f"oracle/{name}"] for name in ("acc", "nmi", "ari")}
 
 
 def _in_short(found: dict[str, Any]) -> list[str]:
@@ -323,11 +337,6 @@ def _show(fitted: FitResult, folder: Path, labels: list[str] | None) -> None:
     out.print()
     out.print(table)
     figures = fitted.result.figures
-    last = list(figures["stages"].values())[-1]
-    if "oracle/acc" in last:
-        names = ("acc", "nmi", "ari")
-        measured = ", ".join(f"{name.upper()} {last[f'oracle/{name}']:.3f}" for name in names)
-        say(f"Measured against the labels: {measured}.")
     if figures["skipped"]:
         left_out = counted(figures["skipped"], "unreadable image")
         say(f"Left out: {left_out}, named in the report.")

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from snscc_ray.answers.names import keep_edited
 from snscc_ray.answers.report import content
 from snscc_ray.config import recipes
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override, validate
 from snscc_ray.config.paths import as_path, is_url
-from snscc_ray.config.settings import Recipe
+from snscc_ray.config.settings import STAGES, Recipe
 from snscc_ray.core import storage
 from snscc_ray.core.display import Display
 from snscc_ray.data.imageset import Catalog
@@ -39,6 +40,7 @@ from snscc_ray.fit.count import execute_counted, expected_seconds
 from snscc_ray.fit.embeddings import choose_for_embeddings
 from snscc_ray.fit.here import Here, Machine
 from snscc_ray.models.frozen import components_of, feature_width
+from snscc_ray.runs.finished import RECORD
 from snscc_ray.runs.folder import (
     FIT_FILE,
     holds_something,
@@ -125,7 +127,7 @@ def look_at(request: FitRequest, display: Display) -> Start:
     folder = request.folder
     begun = None if request.overwrite else _begun(request)
     if begun is not None:
-        finished = (folder / "metrics.json").exists()
+        finished = (folder / STAGES[-1] / RECORD).exists()
         display.line(
             f"the run in {folder} is finished; its report is written again"
             if finished
@@ -191,6 +193,11 @@ def fit_on(machine: Machine, request: FitRequest, start: Start, display: Display
             display.expect(expected_end)
             picks = as_paced(picks, chosen, recipe)
             if request.overwrite:
+                if kept := keep_edited(request.folder):
+                    display.line(
+                        f"the names that were edited are kept in {kept}: they are of the "
+                        "former clusters"
+                    )
                 remove_run(request.folder)
             # With this the same request recognises and continues the run if it is stopped.
             noted = {

@@ -16,6 +16,8 @@ from snscc_ray.data.imageset import Catalog
 # In the folder of a stage: its weights, its identity and figures, and Pretrain's neighbours.
 FINAL, RECORD, NEIGHBORS = "final.pt", "stage.json", "neighbors.parquet"
 ASSIGNMENTS = "assignments.parquet"
+# Its columns that runs of older versions lack.
+SECOND = ("second", "second_confidence")
 
 
 def stage_folder(store: Path, stage: StageName, identity: str) -> Path:

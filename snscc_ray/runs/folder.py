@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,11 +28,14 @@ from snscc_ray.data.names import Names
 _RUN_FILES = (
     "recipe.json", "metrics.json", "metrics.jsonl", "baselines.json", "assignments.parquet",
     "report.html", "report.json", "fit.json", "clusters.json", "images.parquet", "names.csv",
+    "moved.json",
 )  # fmt: skip
 # The request and choices of `snscc fit`, and the number of clusters that it found.
 FIT_FILE, COUNT_FILE = "fit.json", "clusters.json"
 # One line per cluster, its number and its name; people edit it.
 NAMES_FILE = "names.csv"
+# Where `snscc sort --move` has put the images: its folder, and its undo file.
+MOVED_FILE = "moved.json"
 # The images that a run, a sweep or a comparison started with.
 IMAGES_FILE = "images.parquet"
 STAMPS = ("bytes", "modified")  # its columns of each file's size and time of change, in ns
@@ -114,11 +118,21 @@ def reading(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} was replaced while it was read; run the same command again")
 
 
+def refuse_moved(folder: Path) -> None:
+    """Raise UserError while the images of a run are where `snscc sort --move` has put them."""
+    file = folder / MOVED_FILE
+    if file.exists() and Path((held := storage.read_json(file))["undo"]).exists():
+        raise UserError(
+            f"the images of the run {folder} were moved to {held['into']}: `snscc sort --undo "
+            f"{shlex.quote(held['into'])}` puts them back"
+        )
+
+
 def read_recipe(folder: Path) -> Recipe:
     """Return the recipe of a run folder. Raises UserError if the folder has none."""
     path = folder / "recipe.json"
     if not path.exists():
-        raise UserError(f"{folder} holds no run (it has no recipe.json)")
+        raise UserError(_no_run(folder))
     held = storage.read_json(path)
     if not isinstance(held, dict) or not isinstance(held.get("recipe"), dict):
         raise UserError(
@@ -131,6 +145,16 @@ def read_recipe(folder: Path) -> Recipe:
         raise UserError(
             f"{path}: {error}; repeat the command that made it, with --overwrite"
         ) from error
+
+
+def _no_run(folder: Path) -> str:
+    if is_url(folder):
+        return f"{folder} holds no run (it has no recipe.json); check the address"
+    if not folder.exists():
+        return f"there is no folder {folder}; give the folder of a run, such as runs/photos"
+    within = sorted(str(path.parent) for path in folder.glob("*/recipe.json"))
+    hint = f"it holds the runs {', '.join(within[:3])}" if within else "give the folder of a run"
+    return f"{folder} holds no run (it has no recipe.json); {hint}"
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
@@ -176,6 +200,8 @@ def images_differ(folder: Path, catalog: Catalog) -> str | None:
     then, now = set(table["id"].to_pylist()), set(catalog.ids)
     came, went = len(now - then), len(then - now)
     what = f"{came:,} came and {went:,} went" if came or went else "with the same names"
+    if named := [*sorted(then - now)[:3], *sorted(now - then)[:3]]:
+        what += f", such as {', '.join(named[:3])}"
     return f"{what}; {len(then):,} then, {len(now):,} now"
 
 

@@ -57,7 +57,11 @@ def build(
     tell("images of each cluster, borders and duplicates")
     galleries = pick.galleries(features(stages[-1]), margin_N, clusters_N, clusters, seed)
     borders, pairs = pick.borders(
-        clusters_N, facts.second_N, facts.confidence_N, facts.second_confidence_N
+        clusters_N,
+        facts.second_N,
+        facts.confidence_N,
+        facts.second_confidence_N,
+        np.unique([naming.label(c) for c in range(clusters)], return_inverse=True)[1],
     )
     content: dict[str, Any] = {
         "generator": GENERATOR,

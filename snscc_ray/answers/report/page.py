@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from importlib import resources
 from typing import Any
 
@@ -37,7 +38,8 @@ def render(content: dict[str, Any], sprites: Sprites | None) -> str:
         "fraction": fraction,
         "number": number,
         "duration": duration,
-        "starting": lambda text: text[:1].upper() + text[1:],
+        # A person's own names stay as they are.
+        "starting": lambda text: re.sub(r"^cluster (?=\d)", "Cluster ", text),
     }
     script = _text("page.js") + _text("page.map.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

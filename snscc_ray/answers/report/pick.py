@@ -158,19 +158,28 @@ class Border:
 
 
 def borders(
-    clusters_N: Tensor, second_N: Tensor, confidence_N: Tensor, second_confidence_N: Tensor
+    clusters_N: Tensor,
+    second_N: Tensor,
+    confidence_N: Tensor,
+    second_confidence_N: Tensor,
+    group_C: np.ndarray,
 ) -> tuple[list[Border], int]:
     """Return the borders of the most confused pairs of clusters first, and the number of all.
 
-    The rows of a border are spread evenly over the shares, as far as there are such rows.
+    group_C: the number of each cluster's group, which has no borders within. The rows of a border
+    are spread evenly over the shares, as far as there are such rows.
     """
-    first, second = clusters_N.numpy(), second_N.numpy()
+    between = group_C[clusters_N.numpy()] != group_C[second_N.numpy()]
+    places = np.flatnonzero(between)
+    if not len(places):
+        return [], 0
+    first, second = clusters_N.numpy()[between], second_N.numpy()[between]
     a, b = np.minimum(first, second), np.maximum(first, second)
     # Rows of equal pairs, one pair after the other.
     keys, pair_N, images = np.unique(a * (b.max() + 1) + b, return_inverse=True, return_counts=True)
-    doubt = np.bincount(pair_N, second_confidence_N.numpy())
+    own, other = confidence_N.numpy()[between], second_confidence_N.numpy()[between]
+    doubt = np.bincount(pair_N, other)
     order, ends = np.argsort(pair_N, kind="stable"), np.cumsum(images)
-    own, other = confidence_N.numpy(), second_confidence_N.numpy()
     found = []
     for pair in np.argsort(-doubt, kind="stable")[:BORDERS]:
         rows = order[ends[pair] - images[pair] : ends[pair]]
@@ -183,7 +192,7 @@ def borders(
                 (int(a[rows[0]]), int(b[rows[0]])),
                 int(images[pair]),
                 float(doubt[pair]),
-                rows[chosen].tolist(),
+                places[rows[chosen]].tolist(),
                 [round(float(value), 4) for value in share[chosen]],
             )
         )

@@ -100,13 +100,19 @@ def predict(
             found = predict_on_ray(question, out, scale)
         else:
             found = predict_here(question, out, device)
-    group = ["cluster", *(["name"] if "name" in found.table.column_names else [])]
-    table = Table(*group, "images", "mean confidence", box=None)
-    sizes = found.table.group_by(group).aggregate([("id", "count"), ("confidence", "mean")])
-    for row in sizes.sort_by("cluster").to_pylist():
-        # Not as markup: a name may hold brackets.
-        keys = (Text(shown(str(row[key]))) for key in group)
-        table.add_row(*keys, f"{row['id_count']:,}", f"{row['confidence_mean']:.3f}")
+    named = "name" in found.table.column_names  # clusters with one name are one group
+    table = Table("cluster", *(["name"] if named else []), "images", "mean confidence", box=None)
+    sizes = found.table.group_by("name" if named else "cluster").aggregate(
+        [("cluster", "distinct"), ("id", "count"), ("confidence", "mean")]
+    )
+    for row in sorted(sizes.to_pylist(), key=lambda row: min(row["cluster_distinct"])):
+        table.add_row(
+            ", ".join(map(str, sorted(row["cluster_distinct"]))),
+            # Not as markup: a name may hold brackets.
+            *([Text(shown(row["name"]))] if named else []),
+            f"{row['id_count']:,}",
+            f"{row['confidence_mean']:.3f}",
+        )
     out.print(table)
     left_out = f", {found.left_out:,} unreadable left out" if found.left_out else ""
     out.print()
