@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,7 @@ from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import is_url
 from snscc_ray.config.settings import DataSettings
 from snscc_ray.data.decode import decode_all
-from snscc_ray.data.names import Names
+from snscc_ray.data.names import Files, Names
 from snscc_ray.data.rows import Rows
 
 DIGEST = 16  # bytes
@@ -159,11 +161,24 @@ def describe(
 def _stamps(rows: Rows, kept: np.ndarray) -> np.ndarray | None:
     if rows.files is None or is_url(rows.place):
         return None
+    stamps = np.empty((len(kept), 2), np.int64)
     try:
-        found = (rows.files[int(row)].stat() for row in kept)
-        return np.array([(file.st_size, file.st_mtime_ns) for file in found], np.int64)
+        for place, state in enumerate(_states(rows.files, kept)):
+            stamps[place] = state.st_size, state.st_mtime_ns
     except OSError:
         return None  # gone since, or on the machines of the workers only
+    return stamps
+
+
+def _states(files: Sequence[Path], kept: np.ndarray) -> Iterator[os.stat_result]:
+    if not isinstance(files, Files):
+        yield from (files[int(row)].stat() for row in kept)
+        return
+    # Without a Path for each of a million files, which takes longer than the call itself.
+    root, names = os.fsencode(files.root), files.names.take(pa.array(kept))
+    for first in range(0, len(kept), _PART):
+        for name in names.slice(first, _PART).to_pylist():
+            yield os.stat(os.path.join(root, name))
 
 
 def _fingerprint(ids: Names, shape: tuple[int, ...], digests: bytes) -> str:
