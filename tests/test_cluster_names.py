@@ -107,7 +107,7 @@ def test_a_file_that_is_no_names_is_refused_in_one_line(
 
 def test_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / NAMES_FILE).write_bytes("cluster,name\n1,Vögel\n".encode("latin-1"))
-    with pytest.raises(UserError, match="is not UTF-8 text.*CSV UTF-8"):
+    with pytest.raises(UserError, match=r"is not UTF-8 text.*CSV UTF-8"):
         read_naming(tmp_path, 2)
 
 
