@@ -27,7 +27,7 @@ from snscc_ray.answers.names import (
     save,
     with_suggestions,
 )
-from snscc_ray.answers.suggest import suggest
+from snscc_ray.answers.words import meant, suggest
 from snscc_ray.cli import options
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.overrides import override
@@ -263,6 +263,38 @@ def test_fit_names_the_clusters_and_keeps_a_persons_names(
 # ------------------------------------------------------------------------------- where they show
 
 
+@needs_words
+def test_photographs_are_found_by_a_word(
+    named_run: Path, photos: Path, snscc: Snscc, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    texts = ("--text", "Church", "--text", "golf ball", "--text", "FRENCH horn")
+    done = snscc("similar", named_run, *texts, "-n", 20, "-o", page)
+    assert done.status == 0, done.err
+    found = done.out.split("similarity  cluster")[1:]
+    for kind, told in zip(("church", "golf_ball", "french_horn"), found, strict=True):
+        ids = [line.split()[-1] for line in told.splitlines() if ".jpg" in line][:20]
+        assert len(ids) == 20 and sum(name.startswith(f"{kind}/") for name in ids) >= 18, ids
+    assert page.read_text().count('role="img"') == 60
+    refused(snscc("similar", named_run, "--text", "unicorn"), "--text unicorn", "1,000 words")
+    refused(snscc("similar", named_run), "--text WORD")
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [("Sea lion", [0]), ("lions", [1]), ("SEA", [0, 2]), ("anemone sea", [2]), ("dogs", [3])],
+)
+def test_what_a_text_stands_for(text: str, places: list[int]) -> None:
+    words = ("sea lion", "lion", "sea anemone", "dog")
+    assert meant(text, words) == places
+
+
+@pytest.mark.parametrize("text", ["cat", "", "sea dog", "?"])
+def test_a_text_that_stands_for_no_word(text: str) -> None:
+    with pytest.raises(UserError, match="none of the 4 words"):
+        meant(text, ("sea lion", "lion", "sea anemone", "dog"))
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run whose encoder knows no words."""
@@ -381,3 +413,7 @@ def test_edited_names_are_kept_beside_new_clusters(tmp_path: Path) -> None:
     save(Naming(("abbey", None)), tmp_path, given)
     kept = keep_edited(tmp_path)
     assert kept is not None and parse(kept, 2).names == ("abbey", None)
+
+
+def test_a_text_needs_an_encoder_with_words(run: Path, snscc: Snscc) -> None:
+    refused(snscc("similar", run, "--text", "seven"), "trained its encoder", "without words")

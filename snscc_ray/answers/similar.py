@@ -25,6 +25,7 @@ from snscc_ray.answers.names import read_naming
 from snscc_ray.answers.nearest import KnownImages, known_images
 from snscc_ray.answers.predict import Model, check_finished, check_inputs, load_model
 from snscc_ray.answers.report import sprites
+from snscc_ray.answers.words import fits
 from snscc_ray.config.errors import UserError
 from snscc_ray.config.paths import as_path
 from snscc_ray.config.settings import NO_ENCODER, DataSettings
@@ -56,6 +57,7 @@ class SimilarRequest:
     queries: tuple[str, ...]  # files, or ids of the run's own images
     count: int = 20  # images to list for each
     page: Path | None = None  # HTML file to write
+    texts: tuple[str, ...] = ()  # words that the run's encoder knows
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,10 @@ class Similar:
 
 @dataclass(frozen=True)
 class Answer:
-    """A query, its cluster, and the images most like it, the most similar first."""
+    """A query, its cluster or words, and the images most like it, the most similar first."""
 
     query: str
-    cluster: str
+    cluster: str  # of a text: the encoder's words that it stands for
     row: int | None  # of a query that is one of the run's own images; it is not listed itself
     found: list[Similar]
 
@@ -90,8 +92,8 @@ class _Query:
 def similar(request: SimilarRequest, console: Console, device: str = "auto") -> list[Answer]:
     """Find the images of a finished run that are most like each query, and write the page.
 
-    A query is a file, or else the id of one of the run's own images. Raises UserError; no page is
-    written then. Pictures that cannot be shown are reported, on the page too.
+    A query is a file, or else the id of one of the run's own images. Texts come after them. Raises
+    UserError; no page is written then. Pictures that cannot be shown are reported, on the page too.
     """
     display = Display(console)
     with reading(request.run):
@@ -103,20 +105,29 @@ def similar(request: SimilarRequest, console: Console, device: str = "auto") -> 
         naming = read_naming(request.run, model.recipe.data.num_clusters)
         given = [(text, _file(text), _row(ids, text)) for text in request.queries]
         _check(given, model)
+        told = fits(request.run, model.recipe, request.texts, display) if request.texts else []
         # An image is most like itself: one more is found, and it is left out.
         stage, count, asked = check_finished(request.run), request.count + 1, len(given)
         known = known_images(request.run, stage, count, asked, model.device, display)
         queries = _queries(given, model, known, clusters, display)
-        d_BK, rows_BK = known.nearest(torch.stack([query.z_D for query in queries]))
-        cosine_BK = 1 - d_BK.square() / 2  # of unit vectors
-        answers = []
-        for query, rows, cosines in zip(queries, rows_BK.tolist(), cosine_BK.tolist(), strict=True):
-            others = [pair for pair in zip(rows, cosines, strict=True) if pair[0] != query.row]
-            found = [
+
+        def listed(rows: list[int], cosines: list[float], own: int | None) -> list[Similar]:
+            others = [pair for pair in zip(rows, cosines, strict=True) if pair[0] != own]
+            return [
                 Similar(row, ids[row], naming.label(int(clusters[row])), cosine)
                 for row, cosine in others[: request.count]
             ]
+
+        answers = []
+        for query in queries:
+            d_1K, rows_1K = known.nearest(query.z_D[None])
+            cosines = (1 - d_1K[0].square() / 2).tolist()  # of unit vectors
+            found = listed(rows_1K[0].tolist(), cosines, query.row)
             answers.append(Answer(query.name, naming.label(query.cluster), query.row, found))
+        for text, fit in zip(request.texts, told, strict=True):
+            best = fit.cosine_N.topk(min(request.count, len(ids)))
+            found = listed(best.indices.tolist(), best.values.tolist(), None)
+            answers.append(Answer(text, ", ".join(fit.words), None, found))
         if request.page is not None:
             pictures, notes = _pictures(request.run, model, known, queries, answers, ids, display)
             for note in notes:

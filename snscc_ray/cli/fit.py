@@ -310,7 +310,7 @@ def _count(text: str) -> int | None:
 
 def _name(folder: Path, display: Display) -> tuple[list[str] | None, str | None]:
     """Return labels of the clusters, if some have names, and why none are suggested, or None."""
-    from snscc_ray.answers.suggest import NoWords, name_clusters
+    from snscc_ray.answers.words import NoWords, name_clusters
 
     try:
         named = name_clusters(folder, display)

@@ -12,7 +12,7 @@ from snscc_ray.cli.options import out, say
 from snscc_ray.texts import shown
 
 if TYPE_CHECKING:
-    from snscc_ray.answers.suggest import Named
+    from snscc_ray.answers.words import Named
 
 
 def name(
@@ -45,7 +45,7 @@ def name(
     """
     say(f"snscc name {run}")  # the imports take seconds
     # Imported here so that --help need not wait seconds for torch.
-    from snscc_ray.answers.suggest import NoWords, name_clusters
+    from snscc_ray.answers.words import NoWords, name_clusters
     from snscc_ray.config.paths import as_path
     from snscc_ray.core.claim import claimed
     from snscc_ray.core.display import Display

@@ -17,13 +17,22 @@ from snscc_ray.texts import shown
 def similar(
     run: Annotated[str, typer.Argument(metavar="RUN", help="folder or URL of a finished run")],
     queries: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="QUERY",
             help="image files, or ids of the run's own images (as in assignments.parquet; a file "
             "of that name is preferred); of a run on embeddings, .npy files or ids",
         ),
-    ],
+    ] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="WORD",
+            help="also the images that fit this word best; the words are those of the classes that "
+            "the run's encoder was trained with, such as the 1,000 of ImageNet; repeat for more",
+        ),
+    ] = None,
     number: Annotated[
         int, typer.Option("--number", "-n", min=1, max=1000, help="images to list for each QUERY")
     ] = 20,
@@ -47,12 +56,16 @@ def similar(
         snscc similar runs/photos dog.jpg church.jpg -n 50 -o similar.html
 
         snscc similar runs/photos 2024/IMG_0007.jpg
+
+        snscc similar runs/photos --text church --text "garbage truck"
     """
+    if not queries and not texts:
+        raise UserError("give an image file, an id of an image of the run, or --text WORD")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: use auto, cpu or cuda")
     if out_file is not None and not out_file.endswith(".html"):
         raise UserError(f"--out {out_file}: give a name that ends in .html")
-    say(f"snscc similar {run} {' '.join(queries)}")  # the imports take seconds
+    say(f"snscc similar {run} {' '.join([*(queries or ()), *(texts or ())])}")  # imports take long
     # Imported here so that --help need not wait seconds for torch.
     from snscc_ray.answers.similar import SimilarRequest
     from snscc_ray.answers.similar import similar as find
@@ -69,7 +82,10 @@ def similar(
             held.enter_context(claimed_file(target, say))
             if target.exists() and not overwrite:
                 raise UserError(f"{out_file} exists; use --overwrite, or another --out")
-        answers = find(SimilarRequest(as_path(run), tuple(queries), number, target), out, device)
+        request = SimilarRequest(
+            as_path(run), tuple(queries or ()), number, target, tuple(texts or ())
+        )
+        answers = find(request, out, device)
     for answer in answers:
         out.print()
         say(f"{answer.query}: {answer.cluster}{', one of the run' * (answer.row is not None)}")

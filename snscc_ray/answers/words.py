@@ -1,12 +1,15 @@
-"""Suggest names for clusters, out of the words that the run's encoder was trained to tell apart."""
+"""Words that a run's encoder was trained to tell apart: as names of clusters, and to search by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from snscc_ray.answers.features import own_bank
@@ -154,3 +157,67 @@ def _drawn(clusters_N: Tensor, sizes_C: Tensor) -> list[Tensor]:
     drawn_N = torch.randperm(len(clusters_N), generator=rng.generator("names"))
     by_cluster_N = drawn_N[clusters_N[drawn_N].argsort(stable=True)]
     return [rows_n[:each].sort().values for rows_n in by_cluster_N.split(sizes_C.tolist())]
+
+
+# ------------------------------------------------------------------------------- search by words
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well each image of a run fits a text: a cosine, in float32 on the CPU."""
+
+    words: tuple[str, ...]  # of the encoder, that the text stands for
+    cosine_N: Tensor
+
+
+@torch.no_grad()
+def fits(run: Path, recipe: Recipe, texts: Sequence[str], display: Display) -> list[Fit]:
+    """Return how well each image of a finished run fits each text.
+
+    The cosine of what is special of an image, its feature less the mean of all, with the weights of
+    a word's class; of several words, the best. Raises UserError: the encoder knows no words
+    (NoWords), or not these.
+    """
+    first, width, vocabulary = _vocabulary(recipe)
+    chosen = [meant(text, vocabulary.words) for text in texts]
+    bank = own_bank(run, torch.device("cpu")).columns(first, first + width)
+    own_D = torch.zeros(width)
+    for part_BVD in bank.slices(0, len(bank), _PART):
+        own_D += part_BVD[:, 0].float().sum(0)
+    mean_D = own_D / len(bank)
+    weights = [F.normalize(vocabulary.weight_VD[places].float(), dim=1) for places in chosen]
+    found: list[list[Tensor]] = [[] for _ in texts]
+    tell, done = display.counting("words", "images"), 0
+    for part_BVD in bank.slices(0, len(bank), _PART):
+        special_BD = F.normalize(part_BVD[:, 0].float() - mean_D, dim=1)
+        for cosines, weight_WD in zip(found, weights, strict=True):
+            cosines.append((special_BD @ weight_WD.T).amax(1))
+        tell(done := done + len(part_BVD), len(bank))
+    display.finish()
+    words = [tuple(vocabulary.words[place] for place in places) for places in chosen]
+    return [Fit(own, torch.cat(parts)) for own, parts in zip(words, found, strict=True)]
+
+
+def meant(text: str, words: Sequence[str]) -> list[int]:
+    """Return the places of the words that a text stands for.
+
+    That is the same word, in upper or lower case, or else all that hold each word of the text.
+    Raises UserError if there is none.
+    """
+    asked = _parts(text)
+    parts = [_parts(word) for word in words]
+    if same := [place for place, own in enumerate(parts) if own == asked]:
+        return same
+    if asked and (holding := [place for place, own in enumerate(parts) if {*asked} <= {*own}]):
+        return holding
+    near = difflib.get_close_matches(text.casefold(), [word.casefold() for word in words], 3, 0.5)
+    hint = f"; its nearest: {', '.join(near)}" if near else ""
+    raise UserError(
+        f"--text {text}: that is none of the {len(words):,} words that the run's encoder knows, "
+        f"such as {words[0]} or {words[-1]}{hint}"
+    )
+
+
+def _parts(text: str) -> list[str]:
+    """Return the words of a text in lower case, without the s of a plural."""
+    return [part.removesuffix("s") for part in re.findall(r"\w+", text.casefold())]
