@@ -240,7 +240,7 @@ def test_without_the_packages_each_kind_is_counted_and_named(tmp_path: Path, wit
         decoded((place / "r.dng").read_bytes())
     for file in ("a.png", "png.jpg", "heic.jpg"):
         (place / file).unlink()
-    with pytest.raises(UserError, match=r"no dataset found .*2 HEIC files.*pip install rawpy"):
+    with pytest.raises(UserError, match=r"no images in .*2 HEIC files.*pip install rawpy"):
         list_rows(settings("auto", place))
 
 

@@ -223,7 +223,7 @@ def test_what_is_there_is_not_replaced(trained: Path, snscc: Snscc, tmp_path: Pa
     refused(snscc(*words, tmp_path), "is a folder")
     (tmp_path / "empty").mkdir()
     nothing = ["predict", trained / "run", tmp_path / "empty", "-o", tmp_path / "o.csv"]
-    refused(snscc(*nothing), "no dataset found")
+    refused(snscc(*nothing), "no images in")
     refused(snscc(*words, tmp_path / "new.txt"), "--out", ".parquet", ".csv")
     (tmp_path / "empty").rmdir()
     assert content(tmp_path) == before

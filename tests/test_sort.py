@@ -100,7 +100,8 @@ def test_sorted_and_put_back(action: str, place: Path, snscc: Snscc) -> None:
         assert file.name in (row["id"].replace("/", "_"), row["id"].partition("/")[2])
     assert len(images_of(photos)) == (0 if action == "--move" else IMAGES)
     back = snscc("sort", "--undo", into)
-    assert back.status == 0 and f"{IMAGES} files put back" in back.out, back
+    says = {"--link": "links removed", "--copy": "copies removed", "--move": "files put back"}
+    assert back.status == 0 and f"{IMAGES} {says[action]}" in back.out, back
     assert state(photos) == before
     assert not into.parent.exists()
 

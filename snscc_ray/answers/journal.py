@@ -42,8 +42,9 @@ class Entry:
 
 @dataclass
 class Undone:
-    """What was put back, and (path, reason) of what was left as it is."""
+    """What was put back or removed, and (path, reason) of what was left as it is."""
 
+    action: Action
     done: int = 0
     left: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -169,7 +170,7 @@ def undo(into: Path, progress: Callable[[int, int], None]) -> Undone:
     """
     header, folders, entries = _read(into / UNDO_FILE)
     (into / PART).unlink(missing_ok=True)
-    found = Undone()
+    found = Undone(header["action"])
     back = {"link": _unlink, "copy": _remove_copy, "move": _move_back}[header["action"]]
     for number, entry in enumerate(reversed(entries), 1):
         try:

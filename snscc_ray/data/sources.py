@@ -104,8 +104,8 @@ def _recognise(data: DataSettings, progress: Listed | None) -> tuple[str, ImageL
     known = ", ".join(archive.folder for archive in ARCHIVES.values())
     aside = "".join(f"; {note}" for note in found.notes())
     raise UserError(
-        f"no dataset found in {path} (looked for *.parquet, {known}, and image files at any "
-        f"depth{aside}): give another folder or file"
+        f"no images in {path} (looked for image files at any depth, *.parquet, {known}{aside}): "
+        "give another folder or file"
     )
 
 

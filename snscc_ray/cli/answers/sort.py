@@ -132,7 +132,7 @@ def sort(
         how = {"link": "linked", "copy": "copied", "move": "moved"}[request.action]
         also = f" ({done.symbolic:,} of them by symbolic links)" if done.symbolic else ""
         say(f"{counted(done.done, 'image')} {how}{also}: {into}")
-        say(f"To put them back: {shlex.join(['snscc', 'sort', '--undo', into])}")
+        say(f"To undo it: {shlex.join(['snscc', 'sort', '--undo', into])}")
     else:
         doing = {"link": "linked", "copy": "copied", "move": "moved"}[request.action]
         say(f"Nothing is done yet; {counted(len(plan.items), 'image')} would be {doing}. To do it:")
@@ -157,9 +157,16 @@ def _undo(folder: str) -> None:
         say(note)
     for path, reason in found.left:
         say(f"left {path}: {reason}")
-    say(f"{counted(found.done, 'file')} put back")
+    removed = {"link": counted(found.done, "link"), "copy": counted(found.done, "copy", "copies")}
+    if found.action == "move":
+        say(f"{counted(found.done, 'file')} put back")
+    else:
+        say(f"{removed[found.action]} removed; the images are where they were")
     if found.left:
-        say(f"{counted(len(found.left), 'file')} left; the same command again tries them again")
+        say(
+            f"{counted(len(found.left), 'file')} left; once that is mended, the same command again "
+            "tries them again"
+        )
         raise typer.Exit(1)
     remove_made(made)
     if into.exists():
