@@ -287,7 +287,7 @@ def test_a_kill_at_any_moment_is_undone(
         capture_output=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    refused(snscc(*words), "put them back with `snscc sort --undo")
+    refused(snscc(*words), f"`snscc sort --undo {into}`")
     done = snscc("sort", "--undo", into)
     assert done.status == 0, done
     assert state(place / "photos") == before and not into.exists()
