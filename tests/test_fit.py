@@ -79,7 +79,7 @@ def test_a_script_gets_one_object_or_only_the_end(
     page = held(out, "report.json")
     assert found == {
         "run": str(out), "images": ROWS, "left_out": 1, "notes": page["summary"]["notes"],
-        "clusters": 4, "names": [f"cluster {number}" for number in range(4)],
+        "clusters": 4, "names": [f"cluster {number}" for number in range(4)], "measured": None,
         "verdict": page["trust"]["verdict"],
         "assignments": str(out / "assignments.parquet"), "report": str(out / "report.html"),
     }  # fmt: skip
