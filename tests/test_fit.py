@@ -66,6 +66,13 @@ def test_a_folder_becomes_clusters_and_a_report(scans: Path, snscc: Snscc, tmp_p
     again = snscc("fit", scans, "--clusters", 4, "--out", out, *QUICK)
     assert again.status == 0 and "is finished" in again.out
     assert pq.read_table(out / "assignments.parquet").equals(found)
+    # As after `snscc sort --move`, until it is undone.
+    undo = tmp_path / "undo"
+    undo.touch()
+    (out / "moved.json").write_text(json.dumps({"into": "/sorted", "undo": str(undo)}))
+    refused(snscc("fit", scans, "--clusters", 4, "--out", out, *QUICK), "snscc sort --undo /sorted")
+    undo.unlink()
+    assert snscc("fit", scans, "--clusters", 4, "--out", out, *QUICK).status == 0
 
 
 def test_a_script_gets_one_object_or_only_the_end(

@@ -45,6 +45,7 @@ from snscc_ray.runs.folder import (
     FIT_FILE,
     holds_something,
     prepare_folder,
+    refuse_moved,
     remove_run,
 )
 from snscc_ray.runs.local import device_bytes, report_skipped, terminated_like_interrupted
@@ -127,6 +128,7 @@ def look_at(request: FitRequest, display: Display) -> Start:
     folder = request.folder
     begun = None if request.overwrite else _begun(request)
     if begun is not None:
+        refuse_moved(folder)
         finished = (folder / STAGES[-1] / RECORD).exists()
         display.line(
             f"the run in {folder} is finished; its report is written again"
