@@ -51,8 +51,9 @@ from snscc_ray.data.look import inspect_images, resolve_reading
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
 from snscc_ray.data.vectors import rows_of_vectors
-from snscc_ray.fit.choose import Preferences, choose, data_settings, with_overrides
+from snscc_ray.fit.choose import Preferences, choose
 from snscc_ray.fit.embeddings import choose_for_embeddings
+from snscc_ray.fit.overrides import data_settings, with_overrides
 from snscc_ray.runs.folder import first_difference, holds_something, read_recipe
 from snscc_ray.runs.local import bring, device_bytes, load
 from snscc_ray.runs.monitor import Journal, RunMonitor

@@ -12,7 +12,8 @@ from snscc_ray.config.overrides import override
 from snscc_ray.config.settings import DataSettings, EncoderSettings, Recipe
 from snscc_ray.data.look import ImageStats, inspect_images
 from snscc_ray.data.sources import list_rows
-from snscc_ray.fit.choose import Preferences, as_set, choose, data_settings
+from snscc_ray.fit.choose import Preferences, choose
+from snscc_ray.fit.overrides import as_set, data_settings
 from snscc_ray.runs.plan import check
 
 WHERE: dict[str, Any] = {"source": "auto", "path": "anywhere"}

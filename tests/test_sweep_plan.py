@@ -119,7 +119,7 @@ def test_figures_that_depend_on_the_number_of_clusters_are_not_borrowed(tmp_path
 def test_trials_are_compared_with_those_of_their_own_seed(tmp_path: Path) -> None:
     from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-    from snscc_ray.sweep.session import _PerSeed
+    from snscc_ray.sweep.hooks import PerSeed
 
     ledger = Ledger(tmp_path / "stages", tmp_path / "sweep")
     jobs = [
@@ -132,13 +132,13 @@ def test_trials_are_compared_with_those_of_their_own_seed(tmp_path: Path) -> Non
             reduction_factor=2, stop_last_trials=False,
         )  # fmt: skip
 
-    def told(scheduler: _PerSeed, number: int, score: float, epoch: int = 2) -> str:
+    def told(scheduler: PerSeed, number: int, score: float, epoch: int = 2) -> str:
         config = {"trial": {"job": number, "seed": jobs[number].seed}}
         trial: Any = SimpleNamespace(trial_id=jobs[number].identity, config=config)
         scheduler.on_trial_add(None, trial)
         return scheduler.on_trial_result(None, trial, {"epoch": epoch, "health/score": score})
 
-    scheduler = _PerSeed(asha, jobs, jobs, ledger)
+    scheduler = PerSeed(asha, jobs, jobs, ledger)
     assert told(scheduler, 0, 0.9) == TrialScheduler.CONTINUE
     assert told(scheduler, 3, 0.2) == TrialScheduler.CONTINUE  # low, but the first of its seed
     assert told(scheduler, 1, 0.5) == TrialScheduler.STOP
@@ -150,7 +150,7 @@ def test_trials_are_compared_with_those_of_their_own_seed(tmp_path: Path) -> Non
     lines = stage_folder(ledger.store, "train", jobs[0].identity) / "metrics.jsonl"
     lines.parent.mkdir(parents=True)
     lines.write_text('{"stage": "train", "epoch": 1, "health/score": 0.9}\n')
-    later = _PerSeed(asha, jobs, [job for job in jobs if job != jobs[0]], ledger)
+    later = PerSeed(asha, jobs, [job for job in jobs if job != jobs[0]], ledger)
     config = {"trial": {"job": 1, "seed": 0}}
     trial: Any = SimpleNamespace(trial_id="another", config=config)
     later.on_trial_add(None, trial)

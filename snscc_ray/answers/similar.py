@@ -119,10 +119,11 @@ def similar(request: SimilarRequest, console: Console, device: str = "auto") -> 
             ]
 
         answers = []
-        for query in queries:
-            d_1K, rows_1K = known.nearest(query.z_D[None])
-            cosines = (1 - d_1K[0].square() / 2).tolist()  # of unit vectors
-            found = listed(rows_1K[0].tolist(), cosines, query.row)
+        if queries:  # all at once: a search prepares all images of the run
+            d_BK, rows_BK = known.nearest(torch.stack([query.z_D for query in queries]))
+            cosine_BK = 1 - d_BK.square() / 2  # of unit vectors
+        for number, query in enumerate(queries):
+            found = listed(rows_BK[number].tolist(), cosine_BK[number].tolist(), query.row)
             answers.append(Answer(query.name, naming.label(query.cluster), query.row, found))
         for text, fit in zip(request.texts, told, strict=True):
             best = fit.cosine_N.topk(min(request.count, len(ids)))

@@ -27,18 +27,11 @@ from snscc_ray.data.loading.resident import Images
 from snscc_ray.data.look import ImageStats, inspect_images, resolve_reading
 from snscc_ray.data.rows import Rows
 from snscc_ray.data.sources import list_rows
-from snscc_ray.fit.choose import (
-    Pick,
-    Preferences,
-    as_paced,
-    as_set,
-    choose,
-    data_settings,
-    with_overrides,
-)
+from snscc_ray.fit.choose import Pick, Preferences, choose
 from snscc_ray.fit.count import execute_counted, expected_seconds
 from snscc_ray.fit.embeddings import choose_for_embeddings
 from snscc_ray.fit.here import Here, Machine
+from snscc_ray.fit.overrides import as_paced, as_set, data_settings, with_overrides
 from snscc_ray.models.frozen import components_of, feature_width
 from snscc_ray.runs.finished import RECORD
 from snscc_ray.runs.folder import (

@@ -255,8 +255,10 @@ class _Run:
         pretext, mined = self._pretext(), self._mined()
         with _seeded(self.context.key("train", "init")):
             stage = Train(self._training, pretext, mined)
+        features_ND = self.known.pop("pretrain", None)
         if not self._can_continue("train"):
-            stage.prepare(self.known.pop("pretrain", None))
+            stage.prepare(features_ND)
+        del features_ND  # as large as the images' features: not during training
         fit(stage, self._training, self.worker, self.monitor, self.identity("train"))
         figures: dict[str, Any] = stage.finish()
         self._note_forced_balance(figures)

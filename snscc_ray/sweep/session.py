@@ -12,14 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import ray
 import torch
 from ray import tune
 from ray.tune.logger import TBXLoggerCallback
-from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -30,7 +28,7 @@ from rich.console import Console
 
 from snscc_ray.cluster.group import Job as GroupJob
 from snscc_ray.cluster.group import train_group
-from snscc_ray.cluster.nodes import LINE_SECONDS, bundle_of, check_visible, reserved
+from snscc_ray.cluster.nodes import check_visible, reserved
 from snscc_ray.cluster.scale import (
     Probe,
     Scale,
@@ -39,7 +37,6 @@ from snscc_ray.cluster.scale import (
     free_object_store,
     free_of,
     probe_node,
-    too_small,
 )
 from snscc_ray.config.errors import TrainingError, UserError
 from snscc_ray.config.paths import absolute, arrow_storage
@@ -53,6 +50,7 @@ from snscc_ray.runs.monitor import Journal, RunMonitor
 from snscc_ray.runs.pace import Seconds, measure
 from snscc_ray.runs.plan import make_plan
 from snscc_ray.runs.run import execute
+from snscc_ray.sweep.hooks import PerSeed, Watch
 from snscc_ray.sweep.plan import Job, Ledger, searched
 from snscc_ray.texts import counted
 from snscc_ray.training.engine import Interrupted
@@ -63,9 +61,6 @@ os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
 
 # Tune prints pages for every trial that fails; we print one line.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-
-# How often nodes are counted while trials run.
-_ASK_SECONDS = 2.0
 
 Scheduler = Literal["none", "asha", "median"]
 Searcher = Literal["random", "optuna"]
@@ -165,7 +160,7 @@ class Session:
             return {}
         epochs = {job.identity: getattr(job.recipe, stage).epochs for job in open_jobs}
         began = [len(self.ledger.lines(stage, job.identity)) for job in open_jobs]
-        watch = _Watch(self.display, self.options.scale())
+        watch = Watch(self.display, self.options.scale())
         self.display.start(stage, 1, sum(epochs.values()), sum(began), "epochs")
         tuner = tune.Tuner(
             tune.with_resources(
@@ -243,9 +238,9 @@ class Session:
         make = makers.get(options.scheduler)
         if make is None or not searched(jobs):
             return FIFOScheduler()
-        return _PerSeed(make, jobs, open_jobs, self.ledger)
+        return PerSeed(make, jobs, open_jobs, self.ledger)
 
-    def _run_config(self, stage: StageName, watch: _Watch) -> tune.RunConfig:
+    def _run_config(self, stage: StageName, watch: Watch) -> tune.RunConfig:
         storage, filesystem = arrow_storage(self.folder / "tune")
         return tune.RunConfig(
             name=f"{stage}-{int(time.time())}",
@@ -255,113 +250,6 @@ class Session:
             callbacks=[TBXLoggerCallback(), watch],
             verbose=0,
         )
-
-
-class _PerSeed(FIFOScheduler):  # type: ignore[misc]
-    """One scheduler per seed: a trial is compared only with trials of the same seed.
-
-    Records each decision to stop at once; it is final, also when the sweep is resumed. On resuming,
-    the results of trials that ended before are replayed to the schedulers first.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[], TrialScheduler],
-        jobs: Sequence[Job],
-        open_jobs: Sequence[Job],
-        ledger: Ledger,
-    ) -> None:
-        super().__init__()
-        self._schedulers = {job.seed: make() for job in jobs}
-        self._jobs, self._ledger = open_jobs, ledger
-        for job in jobs:
-            if job not in open_jobs:
-                self._replay(job)
-
-    def _replay(self, job: Job) -> None:
-        trial: Any = SimpleNamespace(trial_id=job.identity)
-        scheduler = self._schedulers[job.seed]
-        scheduler.on_trial_add(None, trial)
-        for line in self._ledger.lines(job.stage, job.identity):
-            scheduler.on_trial_result(None, trial, line | {"epoch": line["epoch"] + 1})
-
-    def _of(self, trial: Any) -> TrialScheduler:
-        return self._schedulers[trial.config["trial"]["seed"]]
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._of(trial).on_trial_add(tune_controller, trial)
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision: str = self._of(trial).on_trial_result(tune_controller, trial, result)
-        if decision == TrialScheduler.STOP:
-            job = self._jobs[trial.config["trial"]["job"]]
-            figures = {name: result[name] for name in result if name.startswith(_KEPT)}
-            record = {"epoch": result["epoch"], "figures": figures}
-            self._ledger.write("stopped", job.identity, record)
-        return decision
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
-        self._of(trial).on_trial_complete(tune_controller, trial, result)
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self._of(trial).on_trial_error(tune_controller, trial)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        self._of(trial).on_trial_remove(tune_controller, trial)
-
-
-_KEPT = ("health/", "oracle/", "loss/")
-
-
-class _Watch(TrialProgressCallback):  # type: ignore[misc]
-    """Show progress in place of Tune, keep the trials given up, and limit the wait for nodes.
-
-    Tune would wait silently, and forever. Its results do not say which trial it gave up before the
-    first report.
-    """
-
-    def __init__(self, display: Display, scale: Scale) -> None:
-        self.given_up: list[Any] = []  # trials
-        self._display, self._scale = display, scale
-        self._asked = self._shown = self._fitting = time.monotonic()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune saves its callbacks to restore them; we never restore
-
-    def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
-        """Raise UserError if no running node could hold a trial's worker for `scale.wait` s."""
-        now, scale = time.monotonic(), self._scale
-        if now - self._asked < _ASK_SECONDS:
-            return
-        self._asked = now
-        bundle = bundle_of(scale)
-        small = too_small(bundle, [n["Resources"] for n in ray.nodes() if n["Alive"]])
-        if small is None:
-            self._fitting = now
-            return
-        left = self._fitting + scale.wait - now
-        if left < 0:
-            raise UserError(
-                f"no trial could run for {scale.wait:g} s: {small}; see with `ray status` why "
-                "nodes do not come, and run the same command again to continue"
-            )
-        if now - self._shown > LINE_SECONDS:
-            self._shown = now
-            self._display.line(
-                f"waiting for a node for a trial ({amounts(bundle)}): {small}; giving up in "
-                f"{left:.0f} s"
-            )
-
-    def on_trial_result(
-        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        self._display.advance()
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Print nothing."""
-
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.given_up.append(trial)
 
 
 def _probed(options: Options, say: Callable[[str], None]) -> list[Probe]:

@@ -97,22 +97,18 @@ def partition(
         rows_ND, middle_D, scale = _prepared(rows_ND)
         drawn = torch.randperm(len(rows_ND), generator=rng.generator(seed, "sample"))
         sample_RD = rows_ND[drawn[: _SAMPLE_EACH * parts].to(rows_ND.device)]
-        on_sample = (_QUICK_ITERATIONS + 1) * len(sample_RD)
-        each = len(sample_RD) / (on_sample + len(rows_ND))
+        few, S, N = _QUICK_ITERATIONS, len(sample_RD), len(rows_ND)
+        work = (few + 1) * S + N  # in rows compared with all centres
         centres_SCD, _, _ = _lloyd(
             sample_RD,
             sample_RD[None, :parts],
-            _QUICK_ITERATIONS,
+            few,
             mapped,
-            lambda done: tell(done * each),
+            lambda done: tell(done * S / work),
         )
-        rest = len(rows_ND) / (on_sample + len(rows_ND))
+        square_N = rows_ND.square().sum(1)
         _, nearest_NS, _ = _step(
-            rows_ND,
-            rows_ND.square().sum(1),
-            centres_SCD,
-            mapped,
-            lambda share: tell(1 - rest + share * rest),
+            rows_ND, square_N, centres_SCD, mapped, lambda share: tell(1 - (1 - share) * N / work)
         )
     return centres_SCD[0] * scale + middle_D, nearest_NS[:, 0]
 
